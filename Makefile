@@ -1,0 +1,130 @@
+# Each target works as the first command on a machine with Python, gcc and cmake.
+#
+#   PYTHON=python3.12        makes the environment
+#   VENV=                    none: use PYTHON and its torch as they are
+#   TORCH=torch==2.9.1       installed if the environment has no torch yet
+#   pip=true                 without a network: install nothing but kvquant itself
+#   KVQUANT_CUDA=OFF         AUTO (default), ON or OFF
+#   KVQUANT_CUDA_ARCHS=...   default: this machine's GPU, else 90-real
+#   ARGS='-k paged'          for the program that the target runs
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+ARGS ?=
+export KVQUANT_CUDA ?= AUTO
+gpu := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -m1 -xE '[0-9]+\.[0-9]')
+export KVQUANT_CUDA_ARCHS ?= $(subst .,,$(or $(gpu),90))-real
+
+bin := $(if $(VENV),$(VENV)/bin/)
+py := $(if $(VENV),$(bin)python,$(PYTHON))
+install := $(py) -m pip --disable-pip-version-check install --quiet
+pip := $(install)
+state := $(if $(VENV),$(VENV),build)/.state
+# the requirements in a list of pyproject.toml, quoted
+requirements = $(shell sed -n '/^$(1) = \[/,/^\]/p' pyproject.toml | grep -o '"[^"]*"')
+cxx := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+
+.PHONY: help
+help:  ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
+
+.PHONY: demo
+demo: $(state)/package $(state)/demo  ## a small language model on an 8-bit cache, figures and pictures
+	$(bin)kvquant demo $(ARGS)
+
+.PHONY: test
+test: $(state)/package $(state)/test  ## every test that this machine can run
+	$(py) -m pytest $(ARGS)
+
+.PHONY: lint
+lint: $(state)/lint  ## check style, types and layers; changes nothing
+	$(bin)ruff check
+	$(bin)ruff format --check
+	$(bin)clang-format --dry-run -Werror $(cxx)
+	$(bin)mypy
+	PYTHONPATH=src $(bin)lint-imports
+	$(bin)codespell
+	$(bin)validate-pyproject pyproject.toml
+
+.PHONY: format
+format: $(state)/lint  ## rewrite the sources in the house's style
+	$(bin)ruff check --fix
+	$(bin)ruff format
+	$(bin)clang-format -i $(cxx)
+
+.PHONY: build
+build: $(state)/package  ## compile and install (editable) for this machine's GPU
+
+.PHONY: wheel
+wheel: $(state)/build  ## a wheel for every GPU, in dist/
+	env -u KVQUANT_CUDA_ARCHS $(py) -m pip wheel --no-build-isolation --no-deps -w dist \
+	  -C build-dir=build/wheel-{wheel_tag} .
+
+.PHONY: bench
+bench: $(state)/package $(state)/test  ## benchmarks, each beside its peer and its floor
+	$(py) -m benchmarks $(ARGS)
+
+.PHONY: sanitize
+sanitize: $(state)/package $(state)/test  ## GPU tests under compute-sanitizer
+	for tool in memcheck racecheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(py) -m pytest -m 'gpu and not slow' --timeout 1800 \
+	    $(or $(ARGS),-k 'not reference and (foreign or slots or strides or wild or advance)'); \
+	done
+
+.PHONY: docs
+docs: $(state)/docs  ## the manual, in site/
+	$(bin)mkdocs build --strict
+
+.PHONY: clean
+clean:  ## remove everything that the other targets made
+	rm -rf build dist site .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+# ---- What the targets need: a file in $(state) is newer than what it was made from. -------------
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(state): $(if $(VENV),$(py))
+	mkdir -p $@
+
+# First of all: what pulls in torch by itself would take a version of its own choice.
+$(state)/torch: | $(state)
+	$(py) -c 'import torch' 2>/dev/null || $(pip) '$(TORCH)'
+	touch $@
+
+$(state)/build: pyproject.toml $(state)/settings
+	$(pip) $(call requirements,requires)
+	$(pip) pybind11 $$($(py) _build_backend/kvquant_build.py)
+	touch $@
+
+# Rewritten when a setting changes or a Python file comes or goes.
+$(state)/settings: FORCE | $(state)
+	@{ echo '$(KVQUANT_CUDA) $(KVQUANT_CUDA_ARCHS)'; find src -name '*.py' | sort; } >$@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+sources := $(cxx) CMakeLists.txt pyproject.toml $(wildcard cmake/* csrc/exports.map csrc/kernels/*/*.in)
+$(state)/package: $(sources) $(state)/settings $(state)/torch $(state)/build
+	$(install) --no-build-isolation --no-deps --editable .
+	touch $@
+
+$(state)/demo $(state)/test: $(state)/%: pyproject.toml $(state)/torch | $(state)/package
+	$(pip) $(call requirements,$*)
+	touch $@
+
+$(state)/lint: pyproject.toml $(state)/torch
+	$(pip) $(call requirements,lint)
+	touch $@
+
+$(state)/docs: pyproject.toml | $(state)
+	$(pip) $(call requirements,docs)
+	touch $@
+
+.PHONY: FORCE
+FORCE:

@@ -1,0 +1,1 @@
+"""Programs that measure kvquant beside its peers; `python -m benchmarks --help`."""

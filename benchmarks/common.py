@@ -1,0 +1,126 @@
+"""What the benchmarks share: timing, the read ceiling, tables and JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import kvquant
+
+Call = Callable[[], object]
+
+
+def graph_ms(calls: Sequence[Call], rounds: int = 11, per_graph: int = 10) -> float:
+    """Median milliseconds of a call, by replays of a CUDA graph that rotates through ``calls``."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(per_graph):
+            calls[i % len(calls)]()
+    graph.replay()
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / per_graph)
+    return statistics.median(times)
+
+
+def host_us(call: Call, calls: int = 300, rounds: int = 9) -> float:
+    """Median microseconds of host time of an eager call, the device left to catch up between."""
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) / calls * 1e6)
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def read_ceiling() -> float:
+    """TB/s of a kernel that only reads 2 GiB: the ceiling for whatever reads a cache."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def read(x, out, block: tl.constexpr, steps: tl.constexpr):  # type: ignore[no-untyped-def]
+        program = tl.program_id(0)
+        total = tl.zeros((block,), tl.int32)
+        for i in range(steps):
+            at = program.to(tl.int64) * block * steps + i * block
+            total += tl.load(x + at + tl.arange(0, block))
+        tl.store(out + program, tl.sum(total, 0))
+
+    x = torch.randint(0, 255, (1 << 29,), dtype=torch.int32, device="cuda")
+    best = 0.0
+    for block, steps in ((4096, 8), (2048, 16), (8192, 16), (1024, 64)):
+        programs = x.numel() // (block * steps)
+        out = torch.empty(programs, dtype=torch.int32, device="cuda")
+
+        def call(block: int = block, steps: int = steps, out: torch.Tensor = out) -> None:
+            read[(out.numel(),)](x, out, block, steps, num_warps=8)
+
+        best = max(best, x.nbytes / graph_ms([call], rounds=7, per_graph=3) / 1e9)
+    return best
+
+
+def buffers_for(nbytes: int, *, at_least: int = 400_000_000, most: int = 8) -> int:
+    """How many buffers of ``nbytes`` to rotate so that the L2 cache does not serve them."""
+    return max(1, min(most, at_least // max(1, nbytes)))
+
+
+class Report:
+    """Rows of figures: printed as a table at the end, written as JSON where asked."""
+
+    def __init__(self, title: str, **facts: Any) -> None:
+        self.title = title
+        self.facts = {
+            "device": torch.cuda.get_device_name()
+            if torch.cuda.is_available()
+            else platform.processor(),
+            "torch": torch.__version__,
+            "kvquant": kvquant.__version__,
+            **facts,
+        }
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, **row: Any) -> None:
+        """Keep one row; the first one fixes the columns."""
+        self.rows.append(row)
+        print("  ".join(f"{k} {_text(v)}" for k, v in row.items()), flush=True)
+
+    def finish(self, path: Path | None) -> None:
+        """Print the table, write ``path``."""
+        table = Table(
+            title=self.title, caption=", ".join(f"{k} {v}" for k, v in self.facts.items())
+        )
+        for column in self.rows[0]:
+            table.add_column(column, justify="right")
+        for row in self.rows:
+            table.add_row(*(_text(value) for value in row.values()))
+        Console(width=160).print(table)
+        if path:
+            path.write_text(json.dumps({**self.facts, "rows": self.rows}, indent=1))
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

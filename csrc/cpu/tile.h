@@ -1,0 +1,114 @@
+// The two products of attention over a tile of rows of codes (or of floats): the inner loops.
+//
+// Rows of the tile are given by pointers, so that a tile may lie across pages. Codes are converted
+// in registers once for kRows query rows; the loops see integers only, the scales are folded in
+// outside.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace kvquant::cpu::KVQUANT_ISA {
+
+// Accumulators, converted codes and an operand fit the registers: 32 of them, or 16.
+#if defined(KVQUANT_ISA_AVX512)
+constexpr int kQkRows = 4, kPvRows = 4, kPvVecs = 4;
+#elif defined(KVQUANT_ISA_AVX2)
+constexpr int kQkRows = 2, kPvRows = 4, kPvVecs = 2;
+#else
+constexpr int kQkRows = 2, kPvRows = 2, kPvVecs = 4;
+#endif
+constexpr int kQkTokens = 4;  // rows of the tile at once
+
+template <int kRows, class E>
+KVQUANT_INLINE void qk_block(const float* x, int x_stride, const E* const* tile, int dim,
+                             float* scores, int scores_stride) {
+  Vec sum[kRows][kQkTokens];
+  for (int r = 0; r < kRows; ++r) {
+    for (int t = 0; t < kQkTokens; ++t) sum[r][t] = zero();
+  }
+  for (int c = 0; c < dim; c += kWidth) {
+    Vec k[kQkTokens];
+    for (int t = 0; t < kQkTokens; ++t) k[t] = Vec::load(tile[t] + c);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec q = Vec::load(x + r * x_stride + c);
+      for (int t = 0; t < kQkTokens; ++t) sum[r][t] = fma(q, k[t], sum[r][t]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    reduce_add4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], scores + r * scores_stride);
+  }
+}
+
+// scores[r][t] = sum over dim of x[r] * tile[t]; dim a multiple of the width, tokens of kQkTokens.
+template <class E>
+KVQUANT_INLINE void qk_tile(const float* x, int x_stride, int rows, const E* const* tile,
+                            int tokens, int dim, float* scores, int scores_stride) {
+  for (int t = 0; t < tokens; t += kQkTokens) {
+    int r = 0;
+    for (; r + kQkRows <= rows; r += kQkRows) {
+      qk_block<kQkRows>(x + r * x_stride, x_stride, tile + t, dim, scores + r * scores_stride + t,
+                        scores_stride);
+    }
+    const float* rest = x + r * x_stride;
+    float* const to = scores + r * scores_stride + t;
+    if (kQkRows > 3 && rows - r == 3) qk_block<3>(rest, x_stride, tile + t, dim, to, scores_stride);
+    if (kQkRows > 2 && rows - r == 2) qk_block<2>(rest, x_stride, tile + t, dim, to, scores_stride);
+    if (rows - r == 1) qk_block<1>(rest, x_stride, tile + t, dim, to, scores_stride);
+  }
+}
+
+template <int kRows, int kVecs, class E>
+KVQUANT_INLINE void pv_block(const float* w, int w_stride, const E* const* tile, int tokens,
+                             int channel, const float* decay, float* out, int out_stride) {
+  Vec sum[kRows][kVecs];
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = 0; i < kVecs; ++i) {
+      sum[r][i] = Vec::load(out + r * out_stride + channel + i * kWidth) * Vec::set(decay[r]);
+    }
+  }
+  for (int t = 0; t < tokens; ++t) {
+    Vec v[kVecs];
+    for (int i = 0; i < kVecs; ++i) v[i] = Vec::load(tile[t] + channel + i * kWidth);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec weight = Vec::set(w[r * w_stride + t]);
+      for (int i = 0; i < kVecs; ++i) sum[r][i] = fma(weight, v[i], sum[r][i]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = 0; i < kVecs; ++i) sum[r][i].store(out + r * out_stride + channel + i * kWidth);
+  }
+}
+
+template <int kRows, class E>
+KVQUANT_INLINE void pv_rows(const float* w, int w_stride, const E* const* tile, int tokens,
+                            int dim, const float* decay, float* out, int out_stride) {
+  int c = 0;
+  for (; c + kPvVecs * kWidth <= dim; c += kPvVecs * kWidth) {
+    pv_block<kRows, kPvVecs>(w, w_stride, tile, tokens, c, decay, out, out_stride);
+  }
+  for (; c < dim; c += kWidth) {
+    pv_block<kRows, 1>(w, w_stride, tile, tokens, c, decay, out, out_stride);
+  }
+}
+
+// out[r] = decay[r] * out[r] + sum over tokens of w[r][t] * tile[t]; dim a multiple of the width.
+template <class E>
+KVQUANT_INLINE void pv_tile(const float* w, int w_stride, int rows, const E* const* tile,
+                            int tokens, int dim, const float* decay, float* out, int out_stride) {
+  int r = 0;
+  for (; r + kPvRows <= rows; r += kPvRows) {
+    pv_rows<kPvRows>(w + r * w_stride, w_stride, tile, tokens, dim, decay + r,
+                     out + r * out_stride, out_stride);
+  }
+  const float* rest = w + r * w_stride;
+  float* const to = out + r * out_stride;
+  if (kPvRows > 3 && rows - r == 3) {
+    pv_rows<3>(rest, w_stride, tile, tokens, dim, decay + r, to, out_stride);
+  }
+  if (kPvRows > 2 && rows - r == 2) {
+    pv_rows<2>(rest, w_stride, tile, tokens, dim, decay + r, to, out_stride);
+  }
+  if (rows - r == 1) pv_rows<1>(rest, w_stride, tile, tokens, dim, decay + r, to, out_stride);
+}
+
+}  // namespace kvquant::cpu::KVQUANT_ISA

@@ -1,0 +1,128 @@
+// Eight floats in a ymm register. Included by vec.h.
+#pragma once
+
+#include <immintrin.h>
+
+namespace kvquant::cpu::KVQUANT_ISA {
+
+struct Mask {
+  __m256 v;
+};
+
+struct Vec {
+  static constexpr int kWidth = 8;
+  __m256 v;
+
+  static KVQUANT_INLINE Vec set(float x) { return {_mm256_set1_ps(x)}; }
+  static KVQUANT_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static KVQUANT_INLINE Vec load(const uint8_t* p) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes))};
+  }
+  static KVQUANT_INLINE Vec load_half(const uint16_t* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+  static KVQUANT_INLINE Vec load_bf16(const uint16_t* p) {
+    const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16))};
+  }
+  static KVQUANT_INLINE Vec iota() { return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)}; }
+  KVQUANT_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+  KVQUANT_INLINE void store_half(uint16_t* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  KVQUANT_INLINE void store_bf16(uint16_t* p) const {
+    const __m256i u = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i near = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i kept = _mm256_srli_epi32(_mm256_blendv_epi8(near, quiet, nan), 16);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_packus_epi32(_mm256_castsi256_si128(kept),
+                                      _mm256_extracti128_si256(kept, 1)));
+  }
+  // Low bytes of the values, rounded half to even.
+  KVQUANT_INLINE void store_codes(uint8_t* p) const {
+    const __m256i codes = _mm256_and_si256(_mm256_cvtps_epi32(v), _mm256_set1_epi32(0xff));
+    const __m128i words =
+        _mm_packus_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+  }
+};
+
+KVQUANT_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+KVQUANT_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+KVQUANT_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+KVQUANT_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+KVQUANT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+KVQUANT_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+KVQUANT_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+KVQUANT_INLINE Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.f), a.v)}; }
+KVQUANT_INLINE Vec round(Vec a) {
+  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+KVQUANT_INLINE Vec copy_sign(Vec a, Vec sign) {  // of a >= 0
+  return {_mm256_or_ps(a.v, _mm256_and_ps(sign.v, _mm256_set1_ps(-0.f)))};
+}
+// a * 2^n of an integral n, -126 <= n <= 127; beyond that, and of a NaN, what exp() discards
+KVQUANT_INLINE Vec times_power_of_two(Vec a, Vec n) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+  return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
+}
+
+KVQUANT_INLINE Mask operator<(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+KVQUANT_INLINE Mask operator<=(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}; }
+KVQUANT_INLINE Mask both(Mask a, Mask b) { return {_mm256_and_ps(a.v, b.v)}; }
+KVQUANT_INLINE bool all(Mask m) { return _mm256_movemask_ps(m.v) == 0xff; }
+KVQUANT_INLINE Vec select(Mask m, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, m.v)}; }
+
+KVQUANT_INLINE float reduce_add(Vec a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+KVQUANT_INLINE float reduce_min(Vec a) {
+  __m128 x = _mm_min_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_min_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_min_ss(x, _mm_movehdup_ps(x)));
+}
+KVQUANT_INLINE float reduce_max(Vec a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+
+KVQUANT_INLINE void reduce_add4(Vec a, Vec b, Vec c, Vec d, float* to) {
+  const __m256 quads = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
+}
+
+// One butterfly step: lanes i and i + step become a + b and a - b.
+template <int kStep>
+KVQUANT_INLINE Vec butterfly(Vec x) {
+  __m256 other;
+  if constexpr (kStep == 1) {
+    other = _mm256_permute_ps(x.v, 0xb1);
+  } else if constexpr (kStep == 2) {
+    other = _mm256_permute_ps(x.v, 0x4e);
+  } else {
+    other = _mm256_permute2f128_ps(x.v, x.v, 1);
+  }
+  constexpr int kUpper = kStep == 1 ? 0xaa : kStep == 2 ? 0xcc : 0xf0;
+  return {_mm256_blend_ps(_mm256_add_ps(x.v, other), _mm256_sub_ps(other, x.v), kUpper)};
+}
+
+// Eight (scale, offset) pairs of fp16.
+KVQUANT_INLINE void load_pairs(const uint32_t* p, Vec& scale, Vec& offset) {
+  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i low = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff));
+  const __m256i high = _mm256_srli_epi32(pairs, 16);
+  scale.v = _mm256_cvtph_ps(
+      _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+  offset.v = _mm256_cvtph_ps(
+      _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
+}
+
+}  // namespace kvquant::cpu::KVQUANT_ISA

@@ -1,0 +1,150 @@
+// Four floats in the compiler's own vector type: SSE2 and NEON where there is nothing better.
+// fma is a product and a sum: without the instruction a fused one is a library call. Included by
+// vec.h.
+#pragma once
+
+#include "formats/int8.h"
+
+namespace kvquant::cpu::KVQUANT_ISA {
+
+typedef float Floats __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+typedef uint8_t Bytes __attribute__((vector_size(4)));
+
+struct Mask {
+  Ints v;
+};
+
+KVQUANT_INLINE Ints bits(Floats x) {
+  Ints i;
+  memcpy(&i, &x, 16);
+  return i;
+}
+KVQUANT_INLINE Floats floats(Ints i) {
+  Floats x;
+  memcpy(&x, &i, 16);
+  return x;
+}
+KVQUANT_INLINE Floats blend(Ints m, Floats a, Floats b) {
+  return floats((m & bits(a)) | (~m & bits(b)));
+}
+
+// Nearest fp16, ties to even.
+KVQUANT_INLINE uint16_t to_half(float x) {
+  const uint32_t u = int8::float_to_bits(x), sign = u >> 16 & 0x8000, mag = u & 0x7fffffff;
+  if (mag > 0x7f800000) return uint16_t(sign | 0x7e00 | (mag >> 13 & 0x3ff));
+  if (mag >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 rounds to infinity
+  if (mag < 0x38800000) {  // subnormal: adding 0.5 leaves units of 2^-24, rounded
+    const float units = int8::bits_to_float(mag) + 0.5f;
+    return uint16_t(sign | (int8::float_to_bits(units) - 0x3f000000));
+  }
+  return uint16_t(sign | ((mag - 0x38000000 + 0xfff + (mag >> 13 & 1)) >> 13));
+}
+KVQUANT_INLINE uint16_t to_bf16(float x) {
+  const uint32_t u = int8::float_to_bits(x);
+  if ((u & 0x7fffffff) > 0x7f800000) return uint16_t(u >> 16 | 0x40);
+  return uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+struct Vec {
+  static constexpr int kWidth = 4;
+  Floats v;
+
+  static KVQUANT_INLINE Vec set(float x) { return {Floats{x, x, x, x}}; }
+  static KVQUANT_INLINE Vec load(const float* p) {
+    Vec x;
+    memcpy(&x.v, p, 16);
+    return x;
+  }
+  static KVQUANT_INLINE Vec load(const uint8_t* p) {
+    return {Floats{float(p[0]), float(p[1]), float(p[2]), float(p[3])}};
+  }
+  static KVQUANT_INLINE Vec load_half(const uint16_t* p) {
+    return {Floats{int8::half_to_float(p[0]), int8::half_to_float(p[1]),
+                   int8::half_to_float(p[2]), int8::half_to_float(p[3])}};
+  }
+  static KVQUANT_INLINE Vec load_bf16(const uint16_t* p) {
+    return {floats(Ints{int32_t(uint32_t(p[0]) << 16), int32_t(uint32_t(p[1]) << 16),
+                        int32_t(uint32_t(p[2]) << 16), int32_t(uint32_t(p[3]) << 16)})};
+  }
+  static KVQUANT_INLINE Vec iota() { return {Floats{0, 1, 2, 3}}; }
+  KVQUANT_INLINE void store(float* p) const { memcpy(p, &v, 16); }
+  KVQUANT_INLINE void store_half(uint16_t* p) const {
+    for (int i = 0; i < 4; ++i) p[i] = to_half(v[i]);
+  }
+  KVQUANT_INLINE void store_bf16(uint16_t* p) const {
+    for (int i = 0; i < 4; ++i) p[i] = to_bf16(v[i]);
+  }
+  // Low bytes of the values (at most 2^21), rounded half to even: the sum's last bit is a one.
+  KVQUANT_INLINE void store_codes(uint8_t* p) const {
+    const Ints codes = bits(v + 12582912.f);
+    for (int i = 0; i < 4; ++i) p[i] = uint8_t(codes[i]);
+  }
+};
+
+KVQUANT_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+KVQUANT_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+KVQUANT_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+KVQUANT_INLINE Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+KVQUANT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+KVQUANT_INLINE Vec min(Vec a, Vec b) { return {blend(a.v < b.v, a.v, b.v)}; }
+KVQUANT_INLINE Vec max(Vec a, Vec b) { return {blend(a.v > b.v, a.v, b.v)}; }
+KVQUANT_INLINE Vec abs(Vec a) { return {floats(bits(a.v) & 0x7fffffff)}; }
+KVQUANT_INLINE Vec copy_sign(Vec a, Vec sign) {  // of a >= 0
+  return {floats(bits(a.v) | (bits(sign.v) & int32_t(0x80000000)))};
+}
+// 2^23 added and taken away leaves no fraction; larger values have none.
+KVQUANT_INLINE Vec round(Vec a) {
+  const Floats big = floats((bits(a.v) & int32_t(0x80000000)) | 0x4b000000);
+  return {blend(abs(a).v < 8388608.f, (a.v + big) - big, a.v)};
+}
+// a * 2^n of an integral n, -126 <= n <= 127; beyond that, and of a NaN, what exp() discards
+KVQUANT_INLINE Vec times_power_of_two(Vec a, Vec n) {
+  const Ints exponent = bits(n.v + 12582912.f) - 0x4b400000 + 127;
+  typedef uint32_t Unsigned __attribute__((vector_size(16)));
+  return {a.v * floats(Ints(Unsigned(exponent) << 23))};
+}
+
+KVQUANT_INLINE Mask operator<(Vec a, Vec b) { return {a.v < b.v}; }
+KVQUANT_INLINE Mask operator<=(Vec a, Vec b) { return {a.v <= b.v}; }
+KVQUANT_INLINE Mask both(Mask a, Mask b) { return {a.v & b.v}; }
+KVQUANT_INLINE bool all(Mask m) { return m.v[0] & m.v[1] & m.v[2] & m.v[3]; }
+KVQUANT_INLINE Vec select(Mask m, Vec a, Vec b) { return {blend(m.v, a.v, b.v)}; }
+
+KVQUANT_INLINE float reduce_add(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+KVQUANT_INLINE float reduce_min(Vec a) {
+  const float x = a.v[0] < a.v[2] ? a.v[0] : a.v[2], y = a.v[1] < a.v[3] ? a.v[1] : a.v[3];
+  return x < y ? x : y;
+}
+KVQUANT_INLINE float reduce_max(Vec a) {
+  const float x = a.v[0] > a.v[2] ? a.v[0] : a.v[2], y = a.v[1] > a.v[3] ? a.v[1] : a.v[3];
+  return x > y ? x : y;
+}
+KVQUANT_INLINE void reduce_add4(Vec a, Vec b, Vec c, Vec d, float* to) {
+  const Floats x = {a.v[0], b.v[0], c.v[0], d.v[0]}, y = {a.v[1], b.v[1], c.v[1], d.v[1]};
+  const Floats z = {a.v[2], b.v[2], c.v[2], d.v[2]}, w = {a.v[3], b.v[3], c.v[3], d.v[3]};
+  Vec{(x + z) + (y + w)}.store(to);
+}
+
+// One butterfly step: lanes i and i + step become a + b and a - b.
+template <int kStep>
+KVQUANT_INLINE Vec butterfly(Vec x) {
+  const Floats v = x.v;
+  const Floats a = kStep == 1 ? Floats{v[0], v[0], v[2], v[2]} : Floats{v[0], v[1], v[0], v[1]};
+  const Floats b = kStep == 1 ? Floats{v[1], v[1], v[3], v[3]} : Floats{v[2], v[3], v[2], v[3]};
+  constexpr int32_t kSign = INT32_MIN;
+  const Ints sign = kStep == 1 ? Ints{0, kSign, 0, kSign} : Ints{0, 0, kSign, kSign};
+  return {a + floats(bits(b) ^ sign)};
+}
+
+// Four (scale, offset) pairs of fp16.
+KVQUANT_INLINE void load_pairs(const uint32_t* p, Vec& scale, Vec& offset) {
+  uint16_t halves[8];
+  memcpy(halves, p, 16);
+  for (int i = 0; i < 4; ++i) {
+    scale.v[i] = int8::half_to_float(halves[2 * i]);
+    offset.v[i] = int8::half_to_float(halves[2 * i + 1]);
+  }
+}
+
+}  // namespace kvquant::cpu::KVQUANT_ISA

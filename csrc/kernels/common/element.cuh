@@ -1,0 +1,98 @@
+// Elements of the three input types as float, sixteen channels at a time.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "params.h"
+
+namespace kvquant::cuda {
+
+constexpr int kLaneChannels = 16;  // a lane's share of a row: 16 codes are one 16-byte store
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// One element of a tensor whose type is known at run time.
+__device__ __forceinline__ float load_element(const void* base, int64_t index, Dtype dtype) {
+  if (dtype == Dtype::kFloat16) return to_float(static_cast<const __half*>(base)[index]);
+  if (dtype == Dtype::kBFloat16) return to_float(static_cast<const __nv_bfloat16*>(base)[index]);
+  return static_cast<const float*>(base)[index];
+}
+__device__ __forceinline__ void store_element(void* base, int64_t index, Dtype dtype, float x) {
+  if (dtype == Dtype::kFloat16) {
+    static_cast<__half*>(base)[index] = from_float<__half>(x);
+  } else if (dtype == Dtype::kBFloat16) {
+    static_cast<__nv_bfloat16*>(base)[index] = from_float<__nv_bfloat16>(x);
+  } else {
+    static_cast<float*>(base)[index] = x;
+  }
+}
+
+// Sixteen neighbouring elements, in 16-byte accesses where the address allows.
+template <class T>
+__device__ __forceinline__ void load16(const T* p, float (&x)[kLaneChannels]) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 == 0) {
+    constexpr int kWords = kLaneChannels * sizeof(T) / 16, kPer = 16 / sizeof(T);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const uint4 word = __ldg(reinterpret_cast<const uint4*>(p) + i);
+      T part[kPer];
+      memcpy(part, &word, 16);
+#pragma unroll
+      for (int j = 0; j < kPer; ++j) x[i * kPer + j] = to_float(part[j]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kLaneChannels; ++i) x[i] = to_float(p[i]);
+  }
+}
+template <class T>
+__device__ __forceinline__ void store16(T* p, const float (&x)[kLaneChannels]) {
+  constexpr int kWords = kLaneChannels * sizeof(T) / 16, kPer = 16 / sizeof(T);
+  if (reinterpret_cast<uintptr_t>(p) % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      T part[kPer];
+#pragma unroll
+      for (int j = 0; j < kPer; ++j) part[j] = from_float<T>(x[i * kPer + j]);
+      uint4 word;
+      memcpy(&word, part, 16);
+      reinterpret_cast<uint4*>(p)[i] = word;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kLaneChannels; ++i) p[i] = from_float<T>(x[i]);
+  }
+}
+
+// Calls f with a null pointer of the element type: the one place a run-time dtype becomes a type.
+template <class F>
+void dispatch_dtype(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return f(static_cast<float*>(nullptr));
+    case Dtype::kFloat16:
+      return f(static_cast<__half*>(nullptr));
+    case Dtype::kBFloat16:
+      return f(static_cast<__nv_bfloat16*>(nullptr));
+  }
+}
+
+}  // namespace kvquant::cuda

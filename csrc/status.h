@@ -1,0 +1,16 @@
+// What a launcher or CPU kernel reports. No exceptions and no strings are built below the bindings.
+#pragma once
+
+namespace kvquant {
+
+struct Status {
+  enum Code { kOk, kUnsupported, kDeviceError };
+  Code code = kOk;
+  const char* what = nullptr;  // static string: the refused argument, or the device's error text
+
+  static Status ok() { return {}; }
+  static Status unsupported(const char* what) { return {kUnsupported, what}; }
+  static Status device(const char* what) { return {kDeviceError, what}; }
+};
+
+}  // namespace kvquant

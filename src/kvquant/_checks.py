@@ -1,0 +1,216 @@
+"""Checks of arguments: each error names the argument, what came and what is expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvquant.errors import CacheFullError
+from kvquant.storage import LayerStorage
+
+__all__ = [
+    "FLOATS",
+    "check_affine",
+    "check_block_table",
+    "check_index",
+    "check_no_grad",
+    "check_packed",
+    "check_rows",
+    "check_slots",
+    "check_storage",
+    "check_table",
+    "require",
+]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
+    """Raise ``error(message)`` unless ``condition``."""
+    if not condition:
+        raise error(message)
+
+
+def check_rows(name: str, x: Tensor, dims: int, *, any_dim: bool = False) -> None:
+    """A float tensor of ``dims`` dimensions with a contiguous last one, a multiple of 16."""
+    require(isinstance(x, Tensor), f"{name}: expected a tensor, got {type(x).__name__}", TypeError)
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float16, bfloat16 or float32, got {x.dtype}")
+    if x.dim() != dims:
+        raise ValueError(f"{name}: expected {dims} dimensions, got shape {list(x.shape)}")
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(
+            f"{name}: the last dimension must be contiguous, got strides {list(x.stride())}"
+        )
+    if not any_dim and (x.shape[-1] % 16 or not x.shape[-1]):
+        raise ValueError(
+            f"{name}: head_dim {x.shape[-1]} is not a multiple of 16 (got shape {list(x.shape)})"
+        )
+
+
+def check_no_grad(**tensors: Tensor) -> None:
+    """Refuse inputs that autograd would follow: the operations have no gradient."""
+    if torch.is_grad_enabled():
+        for name, x in tensors.items():
+            if x.requires_grad:
+                raise ValueError(
+                    f"{name}: requires grad, but kvquant has no gradients: "
+                    f"detach it or call under torch.no_grad()"
+                )
+
+
+def check_storage(
+    storage: LayerStorage,
+    like: Tensor | None = None,
+    *,
+    key_dim: int | None = None,
+    value_dim: int | None = None,
+) -> None:
+    """A layer on ``like``'s device whose head_dims are the caller's."""
+    if not isinstance(storage, LayerStorage):
+        raise TypeError(f"storage: expected a LayerStorage, got {type(storage).__name__}")
+    k_dim, v_dim = storage.k_data.shape[3], storage.v_data.shape[3]
+    if key_dim not in (None, k_dim):
+        raise ValueError(f"head_dim: {key_dim} given, but the storage's keys have {k_dim}")
+    if value_dim not in (None, v_dim):
+        raise ValueError(f"value: head_dim {value_dim}, but the storage's values have {v_dim}")
+    if like is not None and storage.k_data.device != like.device:
+        raise ValueError(f"storage: on {storage.k_data.device}, but the call is on {like.device}")
+
+
+def check_index(
+    name: str,
+    index: Tensor | None,
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.int32,
+) -> None:
+    """An optional contiguous vector of ``length`` on ``device``."""
+    if index is None:
+        return
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(index).__name__}")
+    if index.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {index.dtype}")
+    if index.shape != (length,) or not index.is_contiguous():
+        raise ValueError(
+            f"{name}: expected a contiguous vector of {length}, got shape {list(index.shape)}, "
+            f"strides {list(index.stride())}"
+        )
+    if index.device != device:
+        raise ValueError(f"{name}: on {index.device}, but the call is on {device}")
+
+
+def check_packed(
+    name: str, cu_seqlens: Tensor | None, batch: int, rows: int, device: torch.device
+) -> None:
+    """Where each sequence's packed rows begin; on the host also that they are among the rows."""
+    check_index(name, cu_seqlens, batch + 1, device)
+    if cu_seqlens is None or device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    edges = cu_seqlens.tolist()
+    if edges != sorted(edges) or edges[0] < 0 or edges[-1] > rows:
+        raise ValueError(f"{name}: expected rising numbers from 0 to {rows}, got {edges}")
+
+
+def check_table(block_table: Tensor) -> int:
+    """The batch of a block table: int32, contiguous rows."""
+    if not isinstance(block_table, Tensor):
+        raise TypeError(f"block_table: expected a tensor, got {type(block_table).__name__}")
+    if block_table.dtype != torch.int32:
+        raise TypeError(f"block_table: expected torch.int32, got {block_table.dtype}")
+    if block_table.dim() != 2 or (block_table.shape[1] > 1 and block_table.stride(1) != 1):
+        raise ValueError(
+            f"block_table: expected (batch, max_blocks) with contiguous rows, got shape "
+            f"{list(block_table.shape)}, strides {list(block_table.stride())}"
+        )
+    return block_table.shape[0]
+
+
+def check_block_table(
+    block_table: Tensor,
+    seq_lens: Tensor,
+    storage: LayerStorage,
+    device: torch.device,
+    *,
+    added: int | Tensor = 0,
+) -> None:
+    """A table and lengths that fit; on the host also what they hold."""
+    batch = check_table(block_table)
+    if block_table.device != device:
+        raise ValueError(f"block_table: on {block_table.device}, but the call is on {device}")
+    max_blocks = block_table.shape[1]
+    num_blocks, _, size, _ = storage.k_data.shape
+    if size % 16 or (max_blocks > 1 and size & (size - 1)):
+        raise ValueError(
+            f"storage: block_size {size}, expected a multiple of 16, and a power of two where a "
+            f"sequence has {max_blocks} blocks"
+        )
+    if seq_lens is None:
+        raise TypeError("seq_lens: expected a tensor, got None")
+    check_index("seq_lens", seq_lens, batch, device)
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    ends = seq_lens + added
+    if bool((seq_lens < 0).any()):
+        raise ValueError(f"seq_lens: expected no negative length, got {seq_lens.tolist()}")
+    if bool((ends > max_blocks * size).any()):
+        error = CacheFullError if bool((seq_lens <= max_blocks * size).all()) else ValueError
+        raise error(
+            f"seq_lens: {ends.tolist()} tokens, but there is room for {max_blocks * size} each"
+        )
+    used = torch.arange(max_blocks, dtype=torch.int32) * size < ends.unsqueeze(1)
+    bad = used & ((block_table < 0) | (block_table >= num_blocks))
+    if bool(bad.any()):
+        raise ValueError(
+            f"block_table: block {block_table[bad][0].item()} is out of range, the storage has "
+            f"{num_blocks}"
+        )
+
+
+def check_slots(
+    slot_mapping: Tensor | None, rows: int, storage: LayerStorage, device: torch.device
+) -> None:
+    """One slot a row; on the host also in range and not twice."""
+    check_index("slot_mapping", slot_mapping, rows, device, torch.int64)
+    if slot_mapping is None or device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    slots = storage.k_data.shape[0] * storage.block_size
+    if bool(((slot_mapping < -1) | (slot_mapping >= slots)).any()):
+        raise ValueError(
+            f"slot_mapping: expected -1 to {slots - 1}, got {int(slot_mapping.min())} to "
+            f"{int(slot_mapping.max())}"
+        )
+    taken = slot_mapping[slot_mapping >= 0]
+    if taken.unique().numel() != taken.numel():
+        raise ValueError("slot_mapping: a slot is given twice")
+
+
+def check_affine(name: str, q: Tensor, scale: Tensor, zero: Tensor, group_size: int | None) -> int:
+    """Codes with a (scale, zero) of one of the granularities; returns the tokens of a group."""
+    if q.dtype != torch.uint8:
+        raise TypeError(f"{name}: expected torch.uint8, got {q.dtype}")
+    if q.dim() != 4 or (q.shape[-1] > 1 and q.stride(-1) != 1):
+        raise ValueError(
+            f"{name}: expected (batch, heads, tokens, head_dim) with a contiguous last dimension, "
+            f"got shape {list(q.shape)}, strides {list(q.stride())}"
+        )
+    for label, x in (("scale", scale), ("zero", zero)):
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{label}: expected float16, bfloat16 or float32, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{label}: on {x.device}, but {name} on {q.device}")
+    b, h, s, d = q.shape
+    group = group_size or max(1, s)
+    shapes: dict[tuple[int, ...], int] = {
+        (b, h, s, 1): 1,
+        (b, h, 1, 1): max(1, s),
+        (b, h, -(-s // group), d): group,
+    }
+    if scale.shape != zero.shape or tuple(scale.shape) not in shapes:
+        raise ValueError(
+            f"scale, zero: expected shape [{b}, {h}, {s} or 1, 1], or [{b}, {h}, "
+            f"{-(-s // group)}, {d}] with group_size {group_size}, got {list(scale.shape)} and "
+            f"{list(zero.shape)}"
+        )
+    return shapes[tuple(scale.shape)]

@@ -1,0 +1,269 @@
+"""The sequences of a cache: what there is of them, and what generation does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from kvquant._checks import FLOATS, check_index, require
+from kvquant._config import CacheConfig
+from kvquant._state import CacheState
+from kvquant.formats import CacheFormat
+from kvquant.storage import LayerStorage
+
+__all__ = ["CacheSequences"]
+
+
+class CacheSequences:
+    """The part of `kvquant.QuantizedKVCache` that is not about a layer's tokens."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        v_head_dim: int | None = None,
+        max_seq_len: int | None = None,
+        block_size: int | None = None,
+        num_blocks: int | None = None,
+        format: CacheFormat | None = None,
+        dtype: torch.dtype = torch.float16,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        config = CacheConfig(
+            num_layers=num_layers,
+            batch_size=batch_size,
+            kv_heads=num_kv_heads,
+            k_dim=head_dim,
+            v_dim=head_dim if v_head_dim is None else v_head_dim,
+            max_seq_len=max_seq_len,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            format=format or CacheFormat(),
+            device=torch.empty(0, device=device).device,
+        )
+        require(
+            dtype in FLOATS,
+            f"dtype: expected float16, bfloat16 or float32, got {dtype}",
+            TypeError,
+        )
+        self.dtype = dtype
+        self._adopt(CacheState.empty(config))
+
+    def _adopt(self, state: CacheState) -> None:
+        """Take what ``state`` holds, and what calls need of it at every step."""
+        config = state.config
+        fmt = config.format
+        self._state = state
+        self._rotations = (
+            fmt.mean_group,
+            fmt.k_rotation(config.k_dim),
+            fmt.v_rotation(config.v_dim),
+        )
+        self._scale = config.k_dim**-0.5
+        self._accepted: tuple[Any, ...] | None = None
+        self._step: tuple[tuple[Any, ...], Callable[..., Tensor]] | None = None
+
+    # ------------------------------------------------------------------------------- what there is
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return self._state.config.num_layers
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences."""
+        return self._state.config.batch_size
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self._state.config.kv_heads
+
+    @property
+    def format(self) -> CacheFormat:
+        """What is stored."""
+        return self._state.config.format
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is stored."""
+        return self._state.config.device
+
+    @property
+    def block_size(self) -> int | None:
+        """Tokens of a block; None: contiguous."""
+        return self._state.config.block_size
+
+    @property
+    def capacity(self) -> int | None:
+        """Most tokens of a sequence; None where only memory is the limit."""
+        return self._state.config.capacity
+
+    @property
+    def max_length(self) -> int:
+        """An upper bound of all lengths, known without asking the device."""
+        return max(self._state.high)
+
+    def max_length_of(self, layer: int) -> int:
+        """An upper bound of a layer's lengths: the layers' differ in the middle of a step."""
+        self._check_layer(layer)
+        return self._state.high[layer]
+
+    @property
+    def seq_lens(self) -> Tensor:
+        """Tokens of each sequence in layer 0: int32 ``(batch,)`` on the device."""
+        return self._state.lens[0]
+
+    def seq_lens_of(self, layer: int) -> Tensor:
+        """Tokens of each sequence in a layer: int32 ``(batch,)`` on the device."""
+        self._check_layer(layer)
+        return self._state.lens[layer]
+
+    @property
+    def seq_starts(self) -> Tensor | None:
+        """Padding tokens before each sequence: int32 ``(batch,)``, or None."""
+        return self._state.seq_starts
+
+    @property
+    def block_table(self) -> Tensor:
+        """Blocks of each sequence: int32 ``(batch, max_blocks)``; one if contiguous."""
+        return self._state.tables.device
+
+    def storage(self, layer: int) -> LayerStorage:
+        """A layer's tensors, until the cache grows: for the functions of `kvquant`."""
+        self._check_layer(layer)
+        return self._state.pool.layers[layer]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage, tables and lengths; forks of a paged cache share the storage."""
+        state = self._state
+        return state.pool.nbytes + state.tables.device.nbytes + state.seq_lens.nbytes
+
+    def __repr__(self) -> str:
+        config = self._state.config
+        kind = "contiguous" if self.block_size is None else f"blocks of {self.block_size}"
+        return (
+            f"QuantizedKVCache({config.num_layers} layers, {config.batch_size} sequences, "
+            f"{config.kv_heads} heads of {config.k_dim}, {kind}, {self.max_length} of "
+            f"{self.capacity or 'any'} tokens, {self.nbytes / 2**20:.1f} MiB on {config.device})"
+        )
+
+    def _check_layer(self, layer: int) -> None:
+        require(
+            0 <= layer < self.num_layers, f"layer: expected 0 to {self.num_layers - 1}, got {layer}"
+        )
+
+    # ---------------------------------------------------------------------------------- sequences
+
+    def set_seq_starts(self, seq_starts: Tensor | None) -> None:
+        """Say how many padding tokens precede each sequence: they are never seen.
+
+        Args:
+            seq_starts: int32 ``(batch,)``, copied; None: no padding.
+
+        Raises:
+            TypeError: Another dtype.
+            ValueError: Another shape or device.
+        """
+        check_index("seq_starts", seq_starts, self.batch_size, self.device)
+        self._state.set_starts(seq_starts)
+
+    def reserve(self, tokens: int) -> None:
+        """See to memory for ``tokens`` tokens a sequence in all layers, before a graph is captured.
+
+        Raises:
+            CacheFullError: More than the capacity.
+        """
+        require(tokens >= 0, f"tokens: expected none or more, got {tokens}")
+        for layer in range(self.num_layers):
+            bounds = self._state.bounds(layer)
+            self._state.make_room(layer, [max(0, tokens - n) for n in bounds])
+
+    def sync_lengths(self) -> None:
+        """Read the lengths back from the device, after replays of a graph that appends."""
+        self._state.sync_lengths()
+
+    def crop(self, max_length: int) -> None:
+        """Keep the first ``max_length`` tokens of each sequence, or drop the last ``-max_length``.
+
+        A key mean stays: tokens that come again land in the group that they were in. Blocks that
+        no token is left in are given back, reserved ones among them.
+        """
+        self._state.crop(max_length)
+
+    def reset(self) -> None:
+        """Forget all tokens and the padding; the memory stays."""
+        self._state.reset()
+
+    def reorder(self, indices: Tensor | Iterable[int]) -> None:
+        """Let sequence ``b`` continue what ``indices[b]`` was (beam search), in place.
+
+        Paged: blocks are shared until one is written. Contiguous: sequences that appear again are
+        copied over those that don't appear.
+
+        Args:
+            indices: One a sequence; any may appear again.
+
+        Raises:
+            ValueError: Another number of indices, or one out of range.
+        """
+        chosen = self._indices(indices)
+        require(
+            len(chosen) == self.batch_size,
+            f"indices: expected {self.batch_size}, got {len(chosen)}",
+        )
+        self._state.reorder(chosen)
+
+    def select(self, indices: Tensor | Iterable[int]) -> None:
+        """Keep the sequences ``indices``, in that order; any number of them, any repeated.
+
+        Contiguous: into new tensors; the old ones live until all is copied.
+
+        Raises:
+            ValueError: No index, or one out of range.
+        """
+        self._adopt(self._state.fork(self._indices(indices)))
+
+    def repeat_interleave(self, repeats: int) -> None:
+        """Let ``repeats`` sequences follow from each, side by side.
+
+        Raises:
+            ValueError: Not a positive number.
+        """
+        require(repeats > 0, f"repeats: expected a positive number, got {repeats}")
+        self.select([b for b in range(self.batch_size) for _ in range(repeats)])
+
+    def fork(self) -> Self:
+        """An independent cache with the same tokens.
+
+        Paged: both share blocks until one writes to them, in one stream. Contiguous: a copy.
+        """
+        return self._with(self._state.fork(list(range(self.batch_size))))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self.fork()
+
+    def _with(self, state: CacheState) -> Self:
+        new = type(self).__new__(type(self))
+        new.dtype = self.dtype
+        new._adopt(state)
+        return new
+
+    def _indices(self, indices: Tensor | Iterable[int]) -> list[int]:
+        chosen = indices.tolist() if isinstance(indices, Tensor) else list(indices)
+        require(bool(chosen), "indices: expected at least one")
+        for index in chosen:
+            require(
+                isinstance(index, int) and 0 <= index < self.batch_size,
+                f"indices: expected 0 to {self.batch_size - 1}, got {index}",
+            )
+        return chosen

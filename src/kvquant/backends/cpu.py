@@ -1,0 +1,25 @@
+"""The compiled CPU kernels: instruction set chosen at load, threads as torch has them set."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvquant import _native
+from kvquant.backends._compiled import Compiled
+from kvquant.ops import Backend
+
+__all__ = ["BACKEND"]
+
+
+class _Cpu(Compiled):
+    name = "cpu"
+
+    def queue(self, x: Tensor) -> tuple[int, int]:
+        return -1, torch.get_num_threads()
+
+    def unavailable(self, x: Tensor) -> str | None:
+        return None if _native.module else f"the extension is not there ({_native.error})"
+
+
+BACKEND: Backend = _Cpu().backend()

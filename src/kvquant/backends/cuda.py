@@ -1,0 +1,105 @@
+"""The compiled CUDA kernels: current stream, no synchronisation, capturable in a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvquant import _native
+from kvquant.backends._compiled import Compiled
+from kvquant.ops import Backend
+
+__all__ = ["BACKEND"]
+
+_MIN_CAPABILITY = (7, 5)
+_MIN_COUNTERS, _MIN_FLOATS = 1 << 16, 1 << 20
+# Private, hence guarded: 0.1 us against 1.5 us.
+_raw_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", lambda d: torch.cuda.current_stream(d).cuda_stream
+)
+
+
+class _Cuda(Compiled):
+    name = "cuda"
+
+    def __init__(self) -> None:
+        self._workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by device and stream
+
+    def queue(self, x: Tensor) -> tuple[int, int]:
+        device = x.get_device()
+        return device, _raw_stream(device)
+
+    def unavailable(self, x: Tensor) -> str | None:
+        return _unavailable(x.get_device())
+
+    def plan(self, query: Tensor, *shape: int) -> tuple[int, int, int]:
+        return _plan(query.dtype == torch.float32, _processors(query.get_device()), *shape)
+
+    def workspace(self, x: Tensor, floats: int, counters: int) -> tuple[int, int, Any]:
+        """Room for partial results, and counters that a kernel finds zero and leaves zero.
+
+        Launches on one stream follow one another, so they share. A captured launch may be
+        replayed on any stream: it gets its own.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            zeros, partials = _allocate(x, counters, floats)
+            return partials.data_ptr(), zeros.data_ptr(), (zeros, partials)
+        queue = self.queue(x)
+        kept = self._workspaces.get(queue)
+        if kept is None or kept[0].numel() < counters or kept[1].numel() < floats:
+            kept = _allocate(x, max(_MIN_COUNTERS, counters), max(_MIN_FLOATS, floats))
+            self._workspaces[queue] = kept
+        return kept[1].data_ptr(), kept[0].data_ptr(), kept
+
+
+def _allocate(x: Tensor, counters: int, floats: int) -> tuple[Tensor, Tensor]:
+    return (
+        torch.zeros(counters, dtype=torch.int32, device=x.device),
+        torch.empty(floats, dtype=torch.float32, device=x.device),
+    )
+
+
+@cache
+def _unavailable(device: int) -> str | None:
+    if _native.module is None:
+        return f"the extension is not there ({_native.error})"
+    info = _native.module.build_info()
+    if not info["cuda"]:
+        return "this build of kvquant has no CUDA kernels: install a wheel, or build with nvcc"
+    if info["cuda_error"]:
+        return f"the CUDA driver does not serve this build: {info['cuda_error']}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _MIN_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is below 7.5"
+    return None
+
+
+@cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    float32: bool,
+    multiprocessors: int,
+    batch: int,
+    tokens: int,
+    q_heads: int,
+    kv_heads: int,
+    k_dim: int,
+    v_dim: int,
+    capacity: int,
+) -> tuple[int, int, int]:
+    """Most splits of a sequence, floats of partial results, counters."""
+    plan: tuple[int, int, int] = _native.module.attention_plan(
+        batch, tokens, q_heads, kv_heads, k_dim, v_dim, float32, capacity, multiprocessors
+    )
+    return plan
+
+
+BACKEND: Backend = _Cuda().backend()

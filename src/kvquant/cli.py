@@ -1,0 +1,210 @@
+"""The command ``kvquant``: ``info`` needs torch alone, ``demo`` the extra ``kvquant[demo]``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kvquant
+from kvquant.backends import build_info
+
+__all__ = ["collect", "main"]
+
+_USAGE = "usage: kvquant info [--json FILE] | kvquant demo (pip install 'kvquant[demo]')"
+_EXTRA = "kvquant demo needs more packages ({missing} is missing): pip install 'kvquant[demo]'"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; ends the process with its exit status."""
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        import typer
+    except ImportError:
+        raise SystemExit(_plain(args)) from None
+    _app(typer)(args, prog_name="kvquant")
+
+
+def collect() -> dict[str, Any]:
+    """Versions, hardware, and which backends work (with the reason and the remedy if not)."""
+    built = build_info()
+    return {
+        "versions": {
+            "kvquant": kvquant.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "machine": f"{platform.system()} {platform.machine()}",
+        "extension": built,
+        "cpu": {"isa": built.get("cpu_isa"), "threads": torch.get_num_threads()},
+        "cuda": {
+            "torch": torch.version.cuda,
+            "runtime": _cuda_version(built.get("cuda_runtime")),
+            "driver": _cuda_version(built.get("cuda_driver")),
+            "archs": built.get("cuda_archs"),
+            "devices": _devices(),
+        },
+        "backends": {
+            "reference": _works("reference", "cpu", None, ""),
+            "cpu": _works("auto", "cpu", *_cpu_trouble(built)),
+            "cuda": _works("auto", "cuda", *_cuda_trouble(built)),
+        },
+    }
+
+
+def _devices() -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        return []
+    return [
+        {
+            "name": torch.cuda.get_device_name(index),
+            "compute_capability": "{}.{}".format(*torch.cuda.get_device_capability(index)),
+        }
+        for index in range(torch.cuda.device_count())
+    ]
+
+
+def _cuda_version(number: int | None) -> str | None:
+    return f"{number // 1000}.{number % 1000 // 10}" if number else None
+
+
+def _cpu_trouble(built: dict[str, Any]) -> tuple[str | None, str]:
+    """Why the compiled CPU kernels cannot work, and what to do."""
+    if "error" not in built:
+        return None, ""
+    return (
+        f"the compiled extension is not there: {built['error']}",
+        "install a wheel of kvquant for this Python, or build it: pip install . in its source",
+    )
+
+
+def _cuda_trouble(built: dict[str, Any]) -> tuple[str | None, str]:
+    """Why the CUDA kernels cannot work, and what to do."""
+    if "error" in built:
+        return _cpu_trouble(built)
+    if not built.get("cuda"):
+        return "built without CUDA", "build with KVQUANT_CUDA=ON where nvcc is, or take a wheel"
+    if not built.get("devices"):
+        error = built.get("cuda_error") or "no device"
+        needed = _cuda_version(built.get("cuda_runtime"))
+        return (
+            f"no GPU to be seen: {error}",
+            f"check nvidia-smi; the driver must support CUDA {needed} or a later minor version",
+        )
+    if not torch.version.cuda:
+        return "this torch is a CPU build", "install a CUDA build of torch"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU", "check that torch's CUDA build fits the driver"
+    return None, ""
+
+
+def _works(backend: str, device: str, trouble: str | None, advice: str) -> dict[str, Any]:
+    """Quantise a row for real, unless the reason why that cannot work is known."""
+    if trouble is None:
+        try:
+            x = torch.linspace(-1, 1, 64, device=device).view(1, 1, 1, 64)
+            with kvquant.use_backend(backend):
+                q, scale, zero = kvquant.quantize_cache_v(x)
+                error = (kvquant.dequantize_cache_torch(q, scale, zero) - x).abs().max().item()
+            if not error < 0.01:
+                trouble = f"wrong results (error {error:g})"
+        except (RuntimeError, ValueError, TypeError, OSError) as exception:
+            trouble = f"{type(exception).__name__}: {exception}"
+        if trouble is not None:
+            advice = "report this as a bug, with the output of kvquant info"
+    found: dict[str, Any] = {"works": trouble is None}
+    return found if trouble is None else {**found, "reason": trouble, "advice": advice}
+
+
+def _lines(info: dict[str, Any]) -> list[str]:
+    """The plain rendering, for a terminal without rich."""
+    cuda, cpu, versions = info["cuda"], info["cpu"], info["versions"]
+    built_for = cuda["archs"] or "nothing"
+    lines = [
+        f"kvquant     {versions['kvquant']} (python {versions['python']}, {info['machine']})",
+        f"torch       {versions['torch']} (CUDA {cuda['torch'] or 'none'})",
+        f"cpu         {cpu['isa'] or 'no compiled kernels'}, {cpu['threads']} threads",
+    ]
+    lines.append(
+        f"cuda        runtime {cuda['runtime'] or 'none'}, driver {cuda['driver'] or 'none'}, "
+        f"built for {built_for}"
+    )
+    for index, device in enumerate(cuda["devices"]):
+        lines.append(
+            f"gpu {index}       {device['name']}, compute capability {device['compute_capability']}"
+        )
+    for name, state in info["backends"].items():
+        text = "works" if state["works"] else f"does not work: {state['reason']}"
+        lines.append(f"{name:<11} {text}")
+        if not state["works"]:
+            lines.append(f"{'':<11} -> {state['advice']}")
+    return lines
+
+
+def _info(file: Path | None) -> None:
+    logging.getLogger("kvquant").setLevel(logging.ERROR)  # trying the reference would be reported
+    info = collect()
+    print("\n".join(_lines(info)))
+    if file is not None:
+        file.write_text(json.dumps(info, indent=2) + "\n")
+
+
+def _plain(args: list[str]) -> int | str:
+    """The command line without typer: ``info`` works; returns what to exit with."""
+    command, rest = (args[0] if args else "--help"), args[1:]
+    if command == "demo":
+        return _EXTRA.format(missing="typer")
+    if command == "info" and (not rest or (len(rest) == 2 and rest[0] == "--json")):
+        _info(Path(rest[1]) if rest else None)
+        return 0
+    if command in ("-h", "--help"):
+        print(_USAGE)
+        return 0
+    return _USAGE
+
+
+def _app(typer: Any) -> Any:
+    """The command line with typer."""
+    app = typer.Typer(no_args_is_help=True, add_completion=False, help=kvquant.__doc__)
+    json_option = typer.Option(None, "--json", metavar="FILE", help="Also write it as JSON.")
+    picture_option = typer.Option(Path("kvquant-demo.png"), help="Where to save the picture.")
+
+    def info(json_file: Path | None = json_option) -> None:
+        """Versions, hardware, and which backends work; if one does not, why and what to do."""
+        _info(json_file)
+
+    def demo(
+        key_bias: bool = typer.Option(
+            False, "--key-bias", help="Also measure with Qwen2-like key biases injected."
+        ),
+        context: int = typer.Option(2048, help="Tokens of the quality figures (2048 or 8192)."),
+        json_file: Path | None = json_option,
+        picture: Path = picture_option,
+        device: str | None = typer.Option(None, help="cpu or cuda; by default a GPU if any."),
+    ) -> None:
+        """A small language model on an 8-bit cache: answers, quality, bytes and speed."""
+        if context < 512:
+            raise typer.BadParameter("--context: expected at least 512")
+        try:
+            from kvquant.demo import AssetError, Options, run
+
+            options = Options(
+                context=context, key_bias=key_bias, device=device, json=json_file, picture=picture
+            )
+            try:
+                run(options)
+            except AssetError as error:
+                raise SystemExit(f"kvquant demo: {error}") from error
+        except ImportError as error:
+            missing = error.name or str(error)
+            raise SystemExit(_EXTRA.format(missing=missing)) from error
+
+    app.command()(info)
+    app.command()(demo)
+    return app

@@ -1,0 +1,137 @@
+"""Which implementation would serve a call, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvquant import backends, ops
+from kvquant._checks import require
+from kvquant.cache import QuantizedKVCache
+from kvquant.formats import CacheFormat
+from kvquant.storage import LayerStorage
+
+__all__ = ["Explanation", "explain"]
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What `explain` found; ``print`` shows it.
+
+    Attributes:
+        op: The operation, as `kvquant.ops` calls it.
+        backend: Who would serve it: "cuda", "cpu" or "reference".
+        reason: Why this one.
+        details: More to know about it, by name.
+    """
+
+    op: str
+    backend: str
+    reason: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend} ({self.reason})"]
+        lines += [f"  {name}: {value}" for name, value in self.details.items()]
+        return "\n".join(lines)
+
+
+def explain(
+    cache: QuantizedKVCache | None = None,
+    *,
+    op: str = "attention",
+    device: torch.device | str | int | None = None,
+    head_dim: int = 128,
+    v_head_dim: int | None = None,
+    dtype: torch.dtype = torch.float16,
+    format: CacheFormat | None = None,
+) -> Explanation:
+    """Say which implementation would serve an operation, on a cache or on tensors of this kind.
+
+    Args:
+        cache: Explain a call on this cache: its device, head_dims and format count.
+        op: "attention", "append_", "gather", "quantize", "dequantize", "qk_matmul" or "pv_matmul".
+        device: Of the tensors; torch's default device by default.
+        head_dim: Channels of a key.
+        v_head_dim: Channels of a value; ``head_dim`` by default.
+        dtype: Of the caller's tensors.
+        format: Of the cached rows.
+
+    Raises:
+        ValueError: An operation that there is not.
+    """
+    require(op in ops.OPS, f"op: expected one of {', '.join(ops.OPS)}, got {op!r}")
+    if cache is not None:
+        storage = cache.storage(0)
+        device, format = cache.device, cache.format
+        head_dim, v_head_dim = storage.k_data.shape[3], storage.v_data.shape[3]
+    v_dim = head_dim if v_head_dim is None else v_head_dim
+    fmt = format or CacheFormat()
+    target = torch.empty(0, device=device).device
+    backend, reason = ops.choose(op, _arguments(op, target, head_dim, v_dim, dtype, fmt))
+    details: dict[str, Any] = {"device": _device_name(target)}
+    if backend.name != "reference":
+        details.update(backends.build_info())
+    if op in ("attention", "append_", "gather"):
+        stored, plain = fmt.row_bytes(head_dim, v_dim), 2 * (head_dim + v_dim)
+        details["format"] = fmt
+        details["bytes of a token and head"] = f"{stored}, {plain / stored:.2f}x less than float16"
+    if cache is not None:
+        details["cache"] = repr(cache)
+    if cache is not None and op == "attention":
+        details["prompt"] = _prompt(cache)
+    return Explanation(op, backend.name, reason, details)
+
+
+def _prompt(cache: QuantizedKVCache) -> str:
+    """What `QuantizedKVCache.attend` does with a first prompt."""
+    if cache.max_length:
+        return "not empty: attend reads the 8-bit rows"
+    if cache.seq_starts is not None:
+        return "left-padded: a first prompt, too, is attended to through the 8-bit rows"
+    return (
+        "empty: a first dense prompt attends to its own keys and values as they are, by torch's "
+        "scaled_dot_product_attention (unless exact_prompt=False, return_lse, a window, softcap, "
+        "sinks or alibi)"
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}"
+    return str(device)
+
+
+def _arguments(
+    op: str, device: torch.device, head_dim: int, v_dim: int, dtype: torch.dtype, fmt: CacheFormat
+) -> tuple[Any, ...]:
+    """The smallest arguments of an operation: what a backend looks at to accept or refuse."""
+
+    def rows(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    if op in ("attention", "append_", "gather"):
+        storage = LayerStorage.allocate(1, 1, 16, head_dim, v_dim, format=fmt, device=device)
+        slabs = (
+            storage.k_data, storage.k_params, storage.k_mean, storage.v_data, storage.v_params
+        )  # fmt: skip
+        index = torch.zeros(1, 1, dtype=torch.int32, device=device)
+        kind = (fmt.mean_group, fmt.k_rotation(head_dim), fmt.v_rotation(v_dim))
+        if op == "gather":
+            return (*slabs, index, index[0], None, *kind, 1, dtype)
+        if op == "append_":
+            new = (rows(1, 1, 1, head_dim), rows(1, 1, 1, v_dim))
+            return (*new, *slabs, index, index[0], None, None, None, *kind, 1, False)
+        options = (1, head_dim**-0.5, True, 0, 0.0, False)
+        query = rows(1, 1, 1, head_dim)
+        return (query, *slabs, index, index[0], None, None, None, None, *kind, *options)
+    q = torch.empty(1, 1, 1, head_dim, dtype=torch.uint8, device=device)
+    pair = [torch.empty(1, 1, 1, 1, device=device) for _ in range(2)]
+    if op == "quantize":
+        return rows(1, 1, 1, head_dim), 0.0, 255.0, "token", 0
+    if op == "dequantize":
+        return (q, *pair, 0, dtype)
+    return (rows(1, 1, 1, head_dim if op == "qk_matmul" else 1), q, *pair, 0)

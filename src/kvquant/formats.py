@@ -1,0 +1,77 @@
+"""What a cached row looks like: bits, rotation, running mean, and the bytes they take."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+__all__ = ["CacheFormat", "rotation_length"]
+
+
+def rotation_length(head_dim: int) -> int:
+    """Length of the Hadamard blocks: the largest power of two that divides ``head_dim``."""
+    return head_dim & -head_dim
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheFormat:
+    """How rows of keys and values are stored.
+
+    A row ``x`` of ``head_dim`` channels is kept as uint8 codes ``q`` and two float16 numbers::
+
+        x ~ R.T @ (scale * q + offset + mean)
+
+    Args:
+        bits: Bits of a code. 8 is implemented.
+        key_rotation: Rotate keys by an orthonormal Hadamard matrix along ``head_dim``
+            (QuaRot, SpinQuant), block-diagonal where ``head_dim`` is no power of two.
+        key_mean: Tokens of a sequence that share one running key mean (a power of two from 16),
+            or None for no mean. The mean of a group is taken from the group before it.
+        value_rotation: Rotate values the same way.
+
+    Raises:
+        ValueError: An option outside the range above.
+    """
+
+    bits: int = 8
+    key_rotation: bool = True
+    key_mean: int | None = 256
+    value_rotation: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits != 8:
+            raise ValueError(f"bits: expected 8, got {self.bits!r}")
+        group = self.key_mean
+        if group is not None and (group < 16 or group & (group - 1)):
+            raise ValueError(f"key_mean: expected None or a power of two from 16, got {group!r}")
+
+    @classmethod
+    def plain(cls) -> CacheFormat:
+        """A scale and an offset a token and head and nothing else: Qwen's per-token form."""
+        return cls(key_rotation=False, key_mean=None, value_rotation=False)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether ``x = scale * q + offset`` holds without a rotation or a mean."""
+        return not (self.key_rotation or self.value_rotation) and self.key_mean is None
+
+    @property
+    def mean_group(self) -> int:
+        """Tokens that share a key mean, 0 without one: the kernels' encoding."""
+        return self.key_mean or 0
+
+    def k_rotation(self, head_dim: int) -> int:
+        """Length of the keys' Hadamard blocks, 1 without a rotation."""
+        return rotation_length(head_dim) if self.key_rotation else 1
+
+    def v_rotation(self, head_dim: int) -> int:
+        """Length of the values' Hadamard blocks, 1 without a rotation."""
+        return rotation_length(head_dim) if self.value_rotation else 1
+
+    def row_bytes(self, k_dim: int, v_dim: int) -> int:
+        """Bytes of one token of one head, key and value, means apart."""
+        return k_dim + 4 + v_dim + 4
+
+    def mean_slots(self, block_size: int) -> int:
+        """Mean vectors a block of ``block_size`` tokens holds, 0 without a mean."""
+        return max(1, math.ceil(block_size / self.key_mean)) if self.key_mean else 0

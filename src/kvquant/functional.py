@@ -1,0 +1,483 @@
+"""The operations with their arguments checked: nothing is written by a call that raises."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvquant import ops
+from kvquant._checks import (
+    check_affine,
+    check_block_table,
+    check_index,
+    check_no_grad,
+    check_packed,
+    check_rows,
+    check_slots,
+    check_storage,
+    check_table,
+    require,
+)
+from kvquant.storage import LayerStorage
+
+__all__ = [
+    "append_",
+    "attention",
+    "dequantize_cache_torch",
+    "gather",
+    "pv_matmul",
+    "qk_matmul",
+    "quantize_cache_v",
+]
+
+Granularity = Literal["token", "head", "channel"]
+
+
+def quantize_cache_v(
+    x: Tensor,
+    bits: int = 8,
+    qmax: int | Tensor | None = None,
+    qmin: int | Tensor | None = None,
+    *,
+    granularity: Granularity = "token",
+    group_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise keys or values to uint8 codes with ``x ~ scale * (q - zero)``.
+
+    Args:
+        x: ``(batch, heads, tokens, head_dim)``, float16, bfloat16 or float32, last dimension
+            contiguous.
+        bits: Bits of a code, at most 8.
+        qmax: Largest code, ``2**bits - 1`` by default.
+        qmin: Smallest code, 0 by default.
+        granularity: What shares a pair: the channels of a "token" and head, all of a "head", or a
+            "channel" over ``group_size`` tokens (KIVI's keys).
+        group_size: Tokens that share a pair with ``granularity="channel"``; None: all of them.
+
+    Returns:
+        ``q`` uint8 of x's shape, and float32 ``scale`` and ``zero`` of shape (b, h, s, 1) for
+        "token", (b, h, 1, 1) for "head", (b, h, ceil(s / group_size), d) for "channel". Where the
+        shared elements hold a NaN or exceed 65504, both are NaN.
+
+    Raises:
+        TypeError: A dtype that is not supported.
+        ValueError: A shape, stride or option that is not supported.
+    """
+    check_rows("x", x, 4, any_dim=True)
+    check_no_grad(x=x)
+    require(isinstance(bits, int) and 1 <= bits <= 8, f"bits: expected 1 to 8, got {bits!r}")
+    high = float(2**bits - 1 if qmax is None else qmax)
+    low = float(0 if qmin is None else qmin)
+    require(
+        0 <= low < high <= 255,
+        f"qmin, qmax: expected 0 <= qmin < qmax <= 255, got {low:g} and {high:g}",
+    )
+    require(
+        granularity in ("token", "head", "channel"),
+        f"granularity: expected 'token', 'head' or 'channel', got {granularity!r}",
+    )
+    if granularity != "channel":
+        require(group_size is None, f"group_size: only for 'channel', not {granularity!r}")
+    require(
+        group_size is None or group_size > 0,
+        f"group_size: expected a positive number, got {group_size}",
+    )
+    group = (group_size or max(1, x.shape[2])) if granularity == "channel" else 0
+    result: tuple[Tensor, Tensor, Tensor] = ops.call("quantize", x, low, high, granularity, group)
+    return result
+
+
+def dequantize_cache_torch(
+    q: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    dtype: torch.dtype | None = None,
+    *,
+    group_size: int | None = None,
+) -> Tensor:
+    """``scale * (q - zero)`` for every granularity of `quantize_cache_v`.
+
+    Args:
+        q: uint8 ``(batch, heads, tokens, head_dim)``.
+        scale: As returned by `quantize_cache_v`: its shape tells the granularity.
+        zero: Like ``scale``.
+        dtype: Of the result: float16, bfloat16 or float32; scale's by default.
+        group_size: As given to `quantize_cache_v`.
+
+    Raises:
+        TypeError: A dtype that is not supported.
+        ValueError: Shapes that do not belong together.
+    """
+    dtype = dtype or scale.dtype
+    group = check_affine("q", q, scale, zero, group_size)
+    require(
+        dtype in (torch.float16, torch.bfloat16, torch.float32),
+        f"dtype: expected float16, bfloat16 or float32, got {dtype}",
+        TypeError,
+    )
+    result: Tensor = ops.call("dequantize", q, scale.float(), zero.float(), group, dtype)
+    return result
+
+
+def qk_matmul(
+    query: Tensor, qk: Tensor, scale: Tensor, zero: Tensor, *, group_size: int | None = None
+) -> Tensor:
+    """Scores of queries against quantised keys, ``query @ dequantised(qk).mT``, without a scale.
+
+    Args:
+        query: ``(batch, q_heads, q_tokens, head_dim)``.
+        qk: uint8 ``(batch, kv_heads, tokens, head_dim)``; kv_heads divides q_heads.
+        scale: As returned by `quantize_cache_v`, any granularity.
+        zero: Like ``scale``.
+        group_size: As given to `quantize_cache_v`.
+
+    Returns:
+        ``(batch, q_heads, q_tokens, tokens)`` in the query's dtype, accumulated in float32.
+
+    Raises:
+        TypeError: A dtype that is not supported.
+        ValueError: Shapes that do not belong together.
+    """
+    group = check_affine("qk", qk, scale, zero, group_size)
+    _check_factor("query", query, qk, qk.shape[3])
+    result: Tensor = ops.call("qk_matmul", query, qk, scale.float(), zero.float(), group)
+    return result
+
+
+def pv_matmul(
+    probs: Tensor, qv: Tensor, scale: Tensor, zero: Tensor, *, group_size: int | None = None
+) -> Tensor:
+    """Attention probabilities times quantised values, ``probs @ dequantised(qv)``.
+
+    Args:
+        probs: ``(batch, q_heads, q_tokens, tokens)``.
+        qv: uint8 ``(batch, kv_heads, tokens, head_dim)``; kv_heads divides q_heads.
+        scale: As returned by `quantize_cache_v`, any granularity.
+        zero: Like ``scale``.
+        group_size: As given to `quantize_cache_v`.
+
+    Returns:
+        ``(batch, q_heads, q_tokens, head_dim)`` in probs' dtype, accumulated in float32.
+
+    Raises:
+        TypeError: A dtype that is not supported.
+        ValueError: Shapes that do not belong together.
+    """
+    group = check_affine("qv", qv, scale, zero, group_size)
+    _check_factor("probs", probs, qv, qv.shape[2])
+    result: Tensor = ops.call("pv_matmul", probs, qv, scale.float(), zero.float(), group)
+    return result
+
+
+def append_(
+    key: Tensor,
+    value: Tensor,
+    storage: LayerStorage,
+    *,
+    block_table: Tensor | None = None,
+    seq_lens: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    seq_starts: Tensor | None = None,
+    slot_mapping: Tensor | None = None,
+    max_seqlen: int | None = None,
+    advance: bool = False,
+) -> None:
+    """Quantise keys and values and scatter them into a layer's storage, in one launch.
+
+    Rows land behind ``seq_lens`` through the block table, or at ``slot_mapping``. Rows that the
+    storage has no place for are dropped on the device; on the host they are an error.
+
+    Args:
+        key: ``(batch, tokens, kv_heads, head_dim)``, or packed ``(total, kv_heads, head_dim)`` with
+            ``cu_seqlens``; float16, bfloat16 or float32, any strides, last dimension contiguous.
+        value: Likewise, its head_dim may differ.
+        storage: Where to write.
+        block_table: int32 ``(batch, max_blocks)``. Needed unless ``slot_mapping`` is given and the
+            format has no key mean.
+        seq_lens: int32 ``(batch,)``: tokens stored before the call. Needed like ``block_table``.
+        cu_seqlens: int32 ``(batch + 1,)``: where each sequence's packed rows begin.
+        seq_starts: int32 ``(batch,)``: tokens before it are padding (left out of key means).
+        slot_mapping: int64, one a row: ``block * block_size + row``, -1 to skip.
+        max_seqlen: Most packed rows of one sequence; by default their total.
+        advance: Add the new tokens to ``seq_lens``, in the same launch.
+
+    Raises:
+        TypeError: A dtype that is not supported.
+        ValueError: Arguments that do not fit together.
+        CacheFullError: Past the table's capacity, where the lengths are on the host.
+    """
+    packed = cu_seqlens is not None or (slot_mapping is not None and key.dim() == 3)
+    check_rows("key", key, 3 if packed else 4)
+    check_rows("value", value, 3 if packed else 4)
+    check_no_grad(key=key, value=value)
+    require(
+        key.shape[:-1] == value.shape[:-1] and key.dtype == value.dtype,
+        f"value: expected key's dtype and shape but for head_dim ({key.dtype}, "
+        f"{list(key.shape)}), got {value.dtype}, {list(value.shape)}",
+    )
+    check_storage(storage, key, key_dim=key.shape[-1], value_dim=value.shape[-1])
+    require(
+        key.shape[-2] == storage.k_data.shape[1],
+        f"key: {key.shape[-2]} heads, but the storage has {storage.k_data.shape[1]}",
+    )
+    rows = key.shape[0] if packed else key.shape[0] * key.shape[1]
+    by_table = slot_mapping is None or storage.format.key_mean is not None
+    if by_table:
+        require(
+            block_table is not None and seq_lens is not None,
+            "block_table, seq_lens: needed without a slot_mapping, and with a key mean",
+        )
+    new_tokens = rows if packed else key.shape[1]
+    if block_table is not None and seq_lens is not None:
+        batch = check_table(block_table)
+        if not packed:
+            require(
+                key.shape[0] == batch, f"key: batch {key.shape[0]}, but block_table has {batch}"
+            )
+        check_packed("cu_seqlens", cu_seqlens, batch, rows, key.device)
+        check_index("seq_starts", seq_starts, batch, key.device)
+        added: int | Tensor = new_tokens if cu_seqlens is None else cu_seqlens.diff()
+        check_block_table(
+            block_table, seq_lens, storage, key.device, added=added if by_table else 0
+        )
+        require(
+            not packed or cu_seqlens is not None,
+            "cu_seqlens: needed for packed rows with a block_table",
+        )
+    require(
+        not advance or (seq_lens is not None and slot_mapping is None),
+        "advance: needs seq_lens, and no slot_mapping",
+    )
+    check_slots(slot_mapping, rows, storage, key.device)
+    if block_table is None:  # the slots say it all
+        cu_seqlens = seq_starts = None
+    fmt = storage.format
+    ops.call(
+        "append_",
+        key,
+        value,
+        storage.k_data,
+        storage.k_params,
+        storage.k_mean,
+        storage.v_data,
+        storage.v_params,
+        block_table,
+        seq_lens,
+        cu_seqlens,
+        seq_starts,
+        slot_mapping,
+        fmt.mean_group,
+        fmt.k_rotation(key.shape[-1]),
+        fmt.v_rotation(value.shape[-1]),
+        new_tokens if max_seqlen is None else max_seqlen,
+        advance,
+    )
+
+
+def gather(
+    storage: LayerStorage,
+    *,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    seq_starts: Tensor | None = None,
+    tokens: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Dequantise a layer: the keys and values that attention sees.
+
+    Args:
+        storage: The layer.
+        block_table: int32 ``(batch, max_blocks)``.
+        seq_lens: int32 ``(batch,)``: stored tokens.
+        seq_starts: int32 ``(batch,)``: tokens before it are padding.
+        tokens: Rows of the result, the table's capacity by default.
+        dtype: Of the result: float16, bfloat16 or float32.
+
+    Returns:
+        key ``(batch, tokens, kv_heads, k_dim)`` and value ``(batch, tokens, kv_heads, v_dim)``;
+        rows outside ``[seq_starts, seq_lens)`` are zero.
+
+    Raises:
+        TypeError: A dtype that is not supported.
+        ValueError: Arguments that do not fit together.
+    """
+    check_storage(storage)
+    device = storage.k_data.device
+    check_index("seq_starts", seq_starts, check_table(block_table), device)
+    check_block_table(block_table, seq_lens, storage, device)
+    capacity = block_table.shape[1] * storage.block_size
+    tokens = capacity if tokens is None else tokens
+    require(0 <= tokens <= capacity, f"tokens: expected 0 to {capacity}, got {tokens}")
+    require(
+        dtype in (torch.float16, torch.bfloat16, torch.float32),
+        f"dtype: expected float16, bfloat16 or float32, got {dtype}",
+        TypeError,
+    )
+    fmt = storage.format
+    result: tuple[Tensor, Tensor] = ops.call(
+        "gather",
+        storage.k_data,
+        storage.k_params,
+        storage.k_mean,
+        storage.v_data,
+        storage.v_params,
+        block_table,
+        seq_lens,
+        seq_starts,
+        fmt.mean_group,
+        fmt.k_rotation(storage.k_data.shape[3]),
+        fmt.v_rotation(storage.v_data.shape[3]),
+        tokens,
+        dtype,
+    )
+    return result
+
+
+def attention(
+    query: Tensor,
+    storage: LayerStorage,
+    *,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    seq_starts: Tensor | None = None,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention straight on the 8-bit rows, flash-style (Dao et al.), split over tokens.
+
+    One contract for decode, speculative chunks and prefill over a history. Query token ``i`` of
+    ``n`` stands at position ``seq_len - n + i``. With ``key`` and ``value``, these are appended
+    first, and ``seq_lens`` is what was stored before them (it is not changed).
+
+    Args:
+        query: ``(batch, tokens, q_heads, head_dim)``, or packed ``(total, q_heads, head_dim)`` with
+            ``cu_seqlens_q``; float16, bfloat16 or float32, any strides, last dimension contiguous.
+        storage: The layer; its heads divide q_heads.
+        block_table: int32 ``(batch, max_blocks)``.
+        seq_lens: int32 ``(batch,)``: stored tokens, the queries' own among them unless ``key`` is
+            given.
+        cu_seqlens_q: int32 ``(batch + 1,)``: where each sequence's packed queries begin.
+        seq_starts: int32 ``(batch,)``: tokens before it are padding and never seen.
+        key: New keys, as in `append_`.
+        value: New values.
+        max_seqlen_q: Most packed queries of one sequence; by default their total.
+        softmax_scale: ``head_dim**-0.5`` by default.
+        causal: A query sees no token behind its own position.
+        sliding_window: A query at ``i`` sees tokens ``j > i - sliding_window``.
+        softcap: Scores become ``softcap * tanh(score / softcap)`` (Gemma 2).
+        sinks: float32 ``(q_heads,)``: a logit a head that joins the softmax with no value
+            (GPT-OSS).
+        alibi_slopes: float32 ``(q_heads,)``: scores lose ``slope * |i - j|``.
+        return_lse: Also return the log-sum-exp of the scores (and sinks).
+
+    Returns:
+        The output in query's dtype and shape (value's head_dim), zero where a query sees nothing;
+        with ``return_lse`` also float32 ``query.shape[:-1]``: the logarithm of the softmax's
+        denominator, the sink's part included; -inf where there is neither token nor sink.
+
+    Raises:
+        TypeError: A dtype that is not supported.
+        ValueError: Arguments that do not fit together.
+        CacheFullError: New keys past the capacity, where the lengths are on the host.
+    """
+    packed = cu_seqlens_q is not None
+    check_rows("query", query, 3 if packed else 4)
+    check_no_grad(query=query)
+    check_storage(storage, query, key_dim=query.shape[-1])
+    batch, heads, kv_heads = check_table(block_table), query.shape[-2], storage.k_data.shape[1]
+    require(
+        heads % kv_heads == 0,
+        f"query: {heads} heads are no multiple of the storage's {kv_heads} (got shape "
+        f"{list(query.shape)})",
+    )
+    require(
+        packed or query.shape[0] == batch,
+        f"query: batch {query.shape[0]}, but block_table has {batch}",
+    )
+    check_packed("cu_seqlens_q", cu_seqlens_q, batch, query.shape[0], query.device)
+    check_index("seq_starts", seq_starts, batch, query.device)
+    check_index("sinks", sinks, heads, query.device, torch.float32)
+    check_index("alibi_slopes", alibi_slopes, heads, query.device, torch.float32)
+    window = _option("sliding_window", sliding_window)
+    require(window == int(window), f"sliding_window: expected an integer, got {sliding_window}")
+    cap = _option("softcap", softcap)
+    scale = query.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    require(math.isfinite(scale), f"softmax_scale: expected a finite number, got {scale}")
+    require(
+        (key is None) == (value is None),
+        "key, value: expected both or neither",
+    )
+    if key is not None and value is not None:
+        append_(
+            key,
+            value,
+            storage,
+            block_table=block_table,
+            seq_lens=seq_lens,
+            cu_seqlens=cu_seqlens_q,
+            seq_starts=seq_starts,
+            max_seqlen=max_seqlen_q,
+        )
+        seq_lens = seq_lens + (key.shape[1] if cu_seqlens_q is None else cu_seqlens_q.diff())
+    else:
+        check_block_table(block_table, seq_lens, storage, query.device)
+    fmt = storage.format
+    tokens = query.shape[0] if packed else query.shape[1]
+    out, lse = ops.call(
+        "attention",
+        query,
+        storage.k_data,
+        storage.k_params,
+        storage.k_mean,
+        storage.v_data,
+        storage.v_params,
+        block_table,
+        seq_lens,
+        cu_seqlens_q,
+        seq_starts,
+        sinks,
+        alibi_slopes,
+        fmt.mean_group,
+        fmt.k_rotation(query.shape[-1]),
+        fmt.v_rotation(storage.v_data.shape[3]),
+        tokens if max_seqlen_q is None else max_seqlen_q,
+        scale,
+        causal,
+        int(window),
+        cap,
+        return_lse,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _option(name: str, number: float | None) -> float:
+    """The kernels' encoding of an optional positive number: 0 for None."""
+    if number is None:
+        return 0.0
+    require(
+        math.isfinite(number) and number > 0, f"{name}: expected a positive number, got {number}"
+    )
+    return float(number)
+
+
+def _check_factor(name: str, x: Tensor, q: Tensor, last: int) -> None:
+    check_rows(name, x, 4, any_dim=True)
+    check_no_grad(**{name: x})
+    require(
+        x.shape[0] == q.shape[0] and x.shape[1] % q.shape[1] == 0 and x.shape[3] == last,
+        f"{name}: expected shape [{q.shape[0]}, a multiple of {q.shape[1]}, any, {last}], got "
+        f"{list(x.shape)}",
+    )
+    require(x.device == q.device, f"{name}: on {x.device}, but the quantised tensor on {q.device}")

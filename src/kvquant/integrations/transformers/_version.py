@@ -1,0 +1,28 @@
+"""The one place that looks at which transformers is installed."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["CACHE_ARGUMENT", "MINIMUM"]
+
+MINIMUM = (4, 56)
+
+try:
+    import transformers
+except ImportError as missing:
+    raise ImportError(
+        "kvquant.integrations.transformers needs transformers 4.56 or newer: "
+        "pip install 'kvquant[transformers]'"
+    ) from missing
+
+_version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
+if _version < MINIMUM:
+    raise ImportError(
+        f"kvquant.integrations.transformers needs transformers 4.56 or newer, found "
+        f"{transformers.__version__}: pip install --upgrade transformers"
+    )
+
+#: What this transformers calls the cache in ``model(...)`` and ``model.generate(...)``: "cache"
+#: from 5.24 on (the old name still works there and warns), "past_key_values" before.
+CACHE_ARGUMENT = "cache" if _version >= (5, 24) else "past_key_values"

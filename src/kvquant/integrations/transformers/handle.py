@@ -1,0 +1,111 @@
+"""What ``update`` hands to the attention function: a tensor by type, a reference by content."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+if TYPE_CHECKING:
+    from kvquant.integrations.transformers.cache import KVQuantLayer
+
+__all__ = ["QuantizedHandle", "Snapshot", "handles", "warn_once"]
+
+logger = logging.getLogger("kvquant")
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Log a warning the first time it comes."""
+    if message not in _warned:
+        _warned.add(message)
+        logger.warning("%s", message)
+
+
+class Snapshot:
+    """A layer and how many of its tokens a pair of handles stands for.
+
+    Attributes:
+        layer: The cache's layer.
+        length: Tokens a sequence, the newest among them.
+    """
+
+    __slots__ = ("_dense", "layer", "length")
+
+    def __init__(self, layer: KVQuantLayer, length: int) -> None:
+        self.layer = layer
+        self.length = length
+        self._dense: tuple[Tensor, Tensor] | None = None
+
+    def dequantize(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, ``(batch, kv_heads, length, head_dim)``; made once, freed with self."""
+        if self._dense is None:
+            self._dense = self.layer.dequantize(self.length)
+        return self._dense
+
+
+class QuantizedHandle(Tensor):
+    """Keys or values in the 8-bit cache, to anyone else a tensor (batch, kv_heads, tokens, dim).
+
+    The attention function "kvquant" takes `snapshot` and reads the 8-bit rows. Any other function
+    that touches the handle gets the dequantised rows: correct, slow, and reported once.
+    """
+
+    snapshot: Snapshot
+    is_value: bool
+
+    @staticmethod
+    def __new__(
+        cls, snapshot: Snapshot, is_value: bool, shape: tuple[int, ...], like: Tensor
+    ) -> QuantizedHandle:
+        """A handle of ``shape`` with the dtype and device of ``like``."""
+        handle: QuantizedHandle = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=like.dtype, device=like.device, requires_grad=False
+        )
+        handle.snapshot = snapshot
+        handle.is_value = is_value
+        return handle
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Shape, dtype and device: printing must not dequantise."""
+        kind = "value" if self.is_value else "key"
+        return f"QuantizedHandle({kind}, {tuple(self.shape)}, {self.dtype}, {self.device})"
+
+    def dequantize(self) -> Tensor:
+        """The rows in the handle's dtype."""
+        return self.snapshot.dequantize()[self.is_value]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run ``func`` on the dequantised rows."""
+        warn_once(
+            "an attention function other than 'kvquant' reads a dequantised copy of the 8-bit "
+            "cache: correct but slow. Load the model with attn_implementation='kvquant'"
+        )
+
+        def plain(x: Any) -> Any:
+            return x.dequantize() if isinstance(x, QuantizedHandle) else x
+
+        return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
+
+
+def handles(
+    layer: KVQuantLayer, length: int, key: Tensor, value: Tensor
+) -> tuple[QuantizedHandle, QuantizedHandle]:
+    """A pair for ``length`` tokens of ``layer``, in the dtypes of the new rows."""
+    snapshot = Snapshot(layer, length)
+    batch, heads = key.shape[:2]
+    return (
+        QuantizedHandle(snapshot, False, (batch, heads, length, key.shape[-1]), key),
+        QuantizedHandle(snapshot, True, (batch, heads, length, value.shape[-1]), value),
+    )

@@ -1,0 +1,121 @@
+"""One layer's tensors: codes, parameters and means, in blocks of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvquant.formats import CacheFormat
+
+__all__ = ["LayerStorage"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStorage:
+    """The 8-bit rows of one layer, in blocks of tokens.
+
+    The rows of one (block, head) are contiguous and 16-byte aligned; blocks and heads may lie
+    anywhere in a larger buffer. A contiguous cache is one block a sequence.
+
+    Attributes:
+        k_data: uint8, ``(num_blocks, kv_heads, block_size, k_dim)``.
+        k_params: float16, ``(num_blocks, kv_heads, block_size, 2)``: (scale, offset).
+        k_mean: float16, ``(num_blocks, kv_heads, max(1, block_size / group), k_dim)``, or None.
+        v_data: uint8, ``(num_blocks, kv_heads, block_size, v_dim)``.
+        v_params: float16, ``(num_blocks, kv_heads, block_size, 2)``.
+        format: What the rows mean.
+
+    Raises:
+        TypeError: A tensor of another dtype.
+        ValueError: Shapes, strides or devices that do not belong together.
+    """
+
+    k_data: Tensor
+    k_params: Tensor
+    k_mean: Tensor | None
+    v_data: Tensor
+    v_params: Tensor
+    format: CacheFormat
+
+    def __post_init__(self) -> None:
+        if self.k_data.dim() != 4:
+            raise ValueError(f"k_data: expected 4 dimensions, got shape {list(self.k_data.shape)}")
+        blocks, heads, size, k_dim = self.k_data.shape
+        slots = self.format.mean_slots(size)
+        if (self.k_mean is None) != (slots == 0):
+            raise ValueError(f"k_mean: does not go with {self.format}")
+        widths = {
+            "k_data": (size, k_dim),
+            "k_params": (size, 2),
+            "k_mean": (slots, k_dim),
+            "v_data": (size, self.v_data.shape[-1]),
+            "v_params": (size, 2),
+        }
+        for name, x in self.tensors.items():
+            dtype = torch.uint8 if name.endswith("data") else torch.float16
+            if x.dtype != dtype:
+                raise TypeError(f"{name}: expected {dtype}, got {x.dtype}")
+            if x.shape != (blocks, heads, *widths[name]):
+                raise ValueError(
+                    f"{name}: expected shape {[blocks, heads, *widths[name]]}, got {list(x.shape)}"
+                )
+            if x.device != self.k_data.device:
+                raise ValueError(f"{name}: on {x.device}, but k_data on {self.k_data.device}")
+            steps = [step * x.element_size() for step in x.stride()[:2]]
+            if x.stride()[2:] != (x.shape[3], 1) or any(
+                step % 16 for step in (*steps, x.storage_offset() * x.element_size())
+            ):
+                raise ValueError(
+                    f"{name}: the rows of a block and head must be contiguous and 16-byte aligned, "
+                    f"got strides {list(x.stride())}"
+                )
+
+    @classmethod
+    def allocate(
+        cls,
+        num_blocks: int,
+        kv_heads: int,
+        block_size: int,
+        k_dim: int,
+        v_dim: int | None = None,
+        *,
+        format: CacheFormat | None = None,
+        device: torch.device | str | None = None,
+    ) -> LayerStorage:
+        """Unwritten storage for ``num_blocks`` blocks of ``block_size`` tokens."""
+        fmt = format or CacheFormat()
+        v_dim = k_dim if v_dim is None else v_dim
+
+        def rows(width: int, dtype: torch.dtype, length: int = block_size) -> Tensor:
+            return torch.empty(num_blocks, kv_heads, length, width, dtype=dtype, device=device)
+
+        slots = fmt.mean_slots(block_size)
+        return cls(
+            k_data=rows(k_dim, torch.uint8),
+            k_params=rows(2, torch.float16),
+            k_mean=rows(k_dim, torch.float16, slots) if slots else None,
+            v_data=rows(v_dim, torch.uint8),
+            v_params=rows(2, torch.float16),
+            format=fmt,
+        )
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, without an absent mean."""
+        named = {name: getattr(self, name) for name in _TENSORS}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self.k_data.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+_TENSORS = ("k_data", "k_params", "k_mean", "v_data", "v_params")

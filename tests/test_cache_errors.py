@@ -1,0 +1,195 @@
+"""A call that fails changes nothing: bad arguments, no room, no memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvquant import CacheFullError, LayerStorage, QuantizedKVCache, ops
+from modelled import (
+    DIM,
+    HEADS,
+    KINDS,
+    V_DIM,
+    Unchanged,
+    append_dense,
+    assert_same,
+    make,
+    rows,
+)
+
+K = torch.randn(3, 2, HEADS, DIM)
+V = torch.randn(3, 2, HEADS, V_DIM)
+Q = torch.randn(3, 2, 2 * HEADS, DIM)
+CU = torch.tensor([0, 1, 2, 4], dtype=torch.int32)
+BAD_APPENDS = {
+    "not a tensor": (TypeError, "key: expected a tensor", ([1.0], V), {}),
+    "dtype": (TypeError, "key: expected float16", (K.long(), V), {}),
+    "dims": (ValueError, "key: expected 4 dimensions", (K[0], V[0]), {}),
+    "packed dims": (ValueError, "key: expected 3 dimensions", (K, V), {"cu_seqlens": CU}),
+    "batch": (ValueError, "key: batch 2, but the cache has 3", (K[:2], V[:2]), {}),
+    "heads": (ValueError, "key: 1 heads", (K[:, :, :1], V[:, :, :1]), {}),
+    "head_dim": (ValueError, "head_dim: 16 given", (K[..., :16], V), {}),
+    "value's head_dim": (ValueError, "value: head_dim 32", (K, K), {}),
+    "value's tokens": (ValueError, "value: expected key's", (K, V[:, :1]), {}),
+    "value's dtype": (ValueError, "value: expected key's", (K, V.half()), {}),
+    "stride": (
+        ValueError,
+        "key: the last dimension must be contiguous",
+        (K.mT.contiguous().mT, V),
+        {},
+    ),
+    "grad": (ValueError, "key: requires grad", (K.clone().requires_grad_(), V), {}),
+    "cu dtype": (
+        TypeError,
+        "cu_seqlens: expected torch.int32",
+        (K[0].repeat(2, 1, 1), V[0].repeat(2, 1, 1)),
+        {"cu_seqlens": CU.long()},
+    ),
+    "cu length": (ValueError, "cu_seqlens: expected a", (K[0], V[0]), {"cu_seqlens": CU[:2]}),
+    "cu past the rows": (ValueError, "cu_seqlens: expected offs", (K[0], V[0]), {"cu_seqlens": CU}),
+    "max_seqlen": (
+        ValueError,
+        "max_seqlen: 1, but",
+        (K[:2].flatten(0, 1), V[:2].flatten(0, 1)),
+        {"cu_seqlens": CU, "max_seqlen": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_APPENDS)
+@pytest.mark.parametrize("kind", ["contiguous", "paged16"])
+def test_bad_appends(kind, case):
+    error, message, arguments, options = BAD_APPENDS[case]
+    cache = make(kind)
+    append_dense([cache], None, 20)
+    with Unchanged(cache), pytest.raises(error, match=message):
+        cache.append(0, *arguments, **options)
+    with Unchanged(cache), pytest.raises(ValueError, match="layer: expected 0 to 1, got 2"):
+        cache.append(2, K, V)
+
+
+BAD_ATTENDS = {
+    "query heads": (ValueError, "query: 3 heads", (Q[:, :, :3], K, V), {}),
+    "query dtype": (TypeError, "query: expected float16", (Q.int(), K, V), {}),
+    "query batch": (ValueError, "query: batch 1", (Q[:1], K, V), {}),
+    "query head_dim": (ValueError, "head_dim: 16 given", (Q[..., :16], K, V), {}),
+    "value missing": (ValueError, "key, value: expected both", (Q, K), {}),
+    "window": (ValueError, "sliding_window: expected a pos", (Q, K, V), {"sliding_window": 0}),
+    "softcap": (ValueError, "softcap: expected a positive", (Q, K, V), {"softcap": -1.0}),
+    "scale": (ValueError, "softmax_scale: expected a fin", (Q, K, V), {"softmax_scale": torch.inf}),
+    "sinks": (ValueError, "sinks: expected a contiguous", (Q, K, V), {"sinks": torch.ones(3)}),
+    "slopes": (
+        TypeError,
+        "alibi_slopes: expected torch.float32",
+        (Q, K, V),
+        {"alibi_slopes": torch.ones(4).half()},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ATTENDS)
+@pytest.mark.parametrize("kind", ["contiguous", "paged16"])
+def test_bad_attends(kind, case):
+    error, message, arguments, options = BAD_ATTENDS[case]
+    cache = make(kind)
+    append_dense([cache], None, 20)
+    cache.attend(0, Q)  # what looks like an accepted call is still checked
+    with Unchanged(cache), pytest.raises(error, match=message):
+        cache.attend(0, *arguments, **options)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged16", "paged64"])
+def test_full(kind):
+    cache = make(kind)
+    append_dense([cache], None, cache.capacity - 1)
+    with Unchanged(cache), pytest.raises(CacheFullError, match=f"takes {cache.capacity}"):
+        cache.append(0, K, V)
+    with Unchanged(cache), pytest.raises(CacheFullError):
+        cache.append(0, K[0], V[0], cu_seqlens=torch.tensor([0, 2, 2, 2], dtype=torch.int32))
+    with Unchanged(cache), pytest.raises(CacheFullError):
+        cache.attend(1, Q, K, V)
+    with Unchanged(cache), pytest.raises(CacheFullError):
+        cache.reserve(cache.capacity + 1)
+    append_dense([cache], None, 1)
+    assert cache.max_length == cache.capacity
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["cached", "exact"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_that_fails_takes_its_tokens_back(kind, packed, exact, monkeypatch):
+    cache, twin = make(kind), make(kind)
+    if not exact:
+        torch.manual_seed(1)
+        append_dense([cache, twin], None, 20)
+
+    def fail(*_, **__):
+        raise MemoryError("none left")
+
+    query, key, value, cu = Q, K, V, None
+    if packed:
+        query, key, value, cu = (*(x[:2].flatten(0, 1) for x in (Q, K, V)), CU)
+    with ops.use_backend("reference"):
+        broken = {**ops._backends["reference"].implementations, "attention": fail}
+        with monkeypatch.context() as patch:
+            reference = ops._backends["reference"]
+            patch.setitem(
+                ops._backends,
+                "reference",
+                ops.Backend("reference", broken, reference.refuses),
+            )
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", fail)
+            with Unchanged(cache), pytest.raises(MemoryError):
+                cache.attend(0, query, key, value, cu_seqlens_q=cu)
+        cache.append(0, key, value, cu_seqlens=cu)
+        twin.append(0, key, value, cu_seqlens=cu)
+        assert_same(cache, twin)
+
+
+@pytest.mark.parametrize("kind", ["growing", "paged-growing"])
+def test_growth_that_fails(kind, monkeypatch):
+    cache = make(kind)
+    append_dense([cache], None, 20)
+    key, value = rows(3, 600)
+
+    def fail(*_, **__):
+        raise MemoryError("none left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerStorage, "allocate", fail)
+        with Unchanged(cache), pytest.raises(MemoryError):
+            cache.append(0, key, value)
+    cache.append(0, key, value)
+    assert cache.seq_lens.tolist() == [620] * 3
+
+
+def test_growth_is_layer_by_layer_and_bounded():
+    cache = make("growing", format=None)
+    append_dense([cache], None, 2000)
+    size = cache.storage(0).block_size
+    assert size == 2000
+    cache.append(0, *rows(3, 1))
+    assert cache.storage(0).block_size == 2000 + 256
+    assert cache.storage(1).block_size == 2000
+
+
+BAD_CACHES = [
+    ({"head_dim": 40}, "head_dim: 40 is not a multiple of 16"),
+    ({"v_head_dim": 8}, "v_head_dim: 8"),
+    ({"num_layers": 0}, "num_layers: expected a positive"),
+    ({"batch_size": 0}, "batch_size: expected a positive"),
+    ({"max_seq_len": 0}, "max_seq_len: expected a positive"),
+    ({"block_size": 24}, "block_size: expected None or a power of two"),
+    ({"block_size": 8}, "block_size: expected None or a power of two"),
+    ({"num_blocks": 4}, "num_blocks: only with a block_size"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_CACHES, ids=lambda x: str(x)[:24])
+def test_bad_caches(options, message):
+    arguments = {"num_layers": 1, "batch_size": 1, "num_kv_heads": 1, "head_dim": 64, **options}
+    with pytest.raises(ValueError, match=message):
+        QuantizedKVCache(**arguments)
+    with pytest.raises(TypeError, match="dtype: expected"):
+        QuantizedKVCache(1, 1, 1, 64, dtype=torch.int8)

@@ -1,0 +1,64 @@
+"""Which implementation serves a call, told before it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from kvquant import CacheFormat, QuantizedKVCache, explain, ops, use_backend
+from modelled import append_dense, make
+
+
+@pytest.mark.parametrize("op", ops.OPS)
+def test_every_operation(op, device):
+    found = explain(op=op, device=device)
+    assert found.op == op
+    assert found.backend in ("cpu", "cuda", "reference")
+    text = str(found)
+    assert text.startswith(f"{op}: {found.backend} (")
+    assert all(name in text for name in found.details)
+    with use_backend("reference"):
+        forced = explain(op=op, device=device)
+    assert forced.backend == "reference"
+    assert "forced" in forced.reason
+
+
+def test_it_tells_what_would_happen(backend, device):
+    cache = make("contiguous", device=device)
+    chosen, reason = ops.choose("quantize", (torch.empty(1, 1, 1, 16, device=device),))
+    found = explain(cache)
+    assert (found.backend, found.reason) == (chosen.name, reason)
+    assert (backend == "reference") == (found.backend == "reference")
+
+
+def test_a_refused_call(native):
+    found = explain(device=native, head_dim=512)
+    assert found.backend == "reference"
+    assert "512" in found.reason
+
+
+def test_prompts():
+    cache = make("paged16")
+    assert cache.__repr__() in explain(cache).details["cache"]
+    assert explain(cache).details["prompt"].startswith("empty: a first dense prompt")
+    cache.set_seq_starts(torch.zeros(3, dtype=torch.int32))
+    assert explain(cache).details["prompt"].startswith("left-padded")
+    append_dense([cache], None, 3)
+    assert explain(cache).details["prompt"].startswith("not empty")
+    assert "prompt" not in explain(cache, op="gather").details
+
+
+def test_the_bytes():
+    found = explain(head_dim=128, device="cpu", format=CacheFormat.plain())
+    assert found.details["bytes of a token and head"] == "264, 1.94x less than float16"
+    found = explain(QuantizedKVCache(1, 1, 1, 64, v_head_dim=128), op="append_")
+    assert found.details["bytes of a token and head"].startswith("200,")
+
+
+def test_an_unknown_operation():
+    with pytest.raises(ValueError, match="op: expected one of quantize"):
+        explain(op="multiply")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        explain(device="cpu").op = "x"

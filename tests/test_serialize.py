@@ -1,0 +1,306 @@
+"""Caches as files, state dicts and Qwen's triples: round trips, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from kvquant import CacheFormat, CacheFullError, QuantizedKVCache
+from modelled import (
+    DIM,
+    HEADS,
+    KINDS,
+    LAYERS,
+    V_DIM,
+    Rows,
+    Unchanged,
+    append_dense,
+    append_ragged,
+    assert_same,
+    make,
+)
+from support import same_bits
+
+files = pytest.importorskip("safetensors.torch")
+
+FORMATS = {
+    "default": CacheFormat(),
+    "means": CacheFormat(key_mean=64, value_rotation=True),
+    "plain": CacheFormat.plain(),
+}
+
+
+def filled(kind: str, device: str = "cpu", **options) -> tuple[QuantizedKVCache, Rows]:
+    cache, model = make(kind, device=device, **options), Rows(3)
+    append_dense([cache], model, 70)
+    append_ragged([cache], model, [10, 0, 31])
+    return cache, model
+
+
+# ------------------------------------------------------------------------------------- state dicts
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("target", KINDS)
+@pytest.mark.parametrize("source", ["contiguous", "paged16"])
+def test_state_dict_is_the_same_in_every_layout(source, target, fmt, device):
+    cache, model = filled(source, device, format=FORMATS[fmt])
+    cache.set_seq_starts(torch.tensor([1, 0, 2], dtype=torch.int32, device=device))
+    other = make(target, device=device, format=FORMATS[fmt])
+    append_dense([other], None, 5)
+    other.load_state_dict(cache.state_dict())
+    assert_same(other, cache)
+    assert other.seq_starts.tolist() == [1, 0, 2]
+    for one in (cache, other):
+        one.set_seq_starts(None)
+    model.check(other)
+    append_dense([cache, other], model, 40)
+    assert_same(other, cache)
+    model.check(other)
+
+
+def test_rows_that_are_nowhere_are_zero():
+    cache, _ = filled("paged16")
+    state = cache.state_dict()
+    assert state["layers.0.k_data"].shape == (3, HEADS, 101, DIM)
+    assert not state["layers.0.k_data"][1, :, 70:].any()
+    assert not state["layers.1.v_params"][0, :, 80:].any()
+
+
+BAD_STATES = {
+    "missing": (ValueError, "layers.1.v_data: missing", lambda s: s.pop("layers.1.v_data")),
+    "no lengths": (ValueError, "seq_lens: missing", lambda s: s.pop("seq_lens")),
+    "unknown": (ValueError, "unexpected tensors: more", lambda s: s.update(more=torch.ones(1))),
+    "dtype": (
+        TypeError,
+        "layers.0.k_params: expected torch.float16",
+        lambda s: s.update({"layers.0.k_params": s["layers.0.k_params"].float()}),
+    ),
+    "shape": (
+        ValueError,
+        "layers.0.k_data: expected shape",
+        lambda s: s.update({"layers.0.k_data": s["layers.0.k_data"][:, :, 1:]}),
+    ),
+    "lengths": (ValueError, "negative length", lambda s: s["seq_lens"].fill_(-1)),
+    "other lengths": (ValueError, "expected shape", lambda s: s["seq_lens"].add_(1)),
+    "format": (ValueError, "format: expected", lambda s: s["format"].fill_(0)),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STATES)
+def test_bad_state_dicts(case):
+    error, message, spoil = BAD_STATES[case]
+    cache, _ = filled("contiguous")
+    state = filled("paged16")[0].state_dict()
+    spoil(state)
+    with Unchanged(cache), pytest.raises(error, match=message):
+        cache.load_state_dict(state)
+
+
+def test_a_state_dict_that_does_not_fit():
+    cache = make("paged16", max_seq_len=64)
+    append_dense([cache], None, 10)
+    with Unchanged(cache), pytest.raises(CacheFullError):
+        cache.load_state_dict(filled("paged16")[0].state_dict())
+    with Unchanged(cache), pytest.raises(ValueError, match="seq_lens: expected shape"):
+        cache.load_state_dict(make("paged16", batch=2).state_dict())
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_save_and_load(kind, fmt, device, tmp_path):
+    cache, model = filled(kind, device, format=FORMATS[fmt], dtype=torch.bfloat16)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = QuantizedKVCache.load(tmp_path / "cache.safetensors", device=device)
+    assert_same(loaded, cache)
+    assert loaded.format == FORMATS[fmt]
+    assert loaded.device == cache.device
+    assert loaded.capacity == cache.capacity
+    assert loaded.block_size == cache.block_size
+    assert loaded.dequantize(0)[0].dtype == torch.bfloat16
+    append_dense([cache, loaded], model, 20)
+    assert_same(loaded, cache)
+    model.check(loaded)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache.safetensors"]
+
+
+@pytest.fixture
+def path(tmp_path):
+    cache, _ = filled("contiguous")
+    cache.save(tmp_path / "cache.safetensors")
+    return tmp_path / "cache.safetensors"
+
+
+def refused(path, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as info:
+        QuantizedKVCache.load(path)
+    assert str(path) in str(info.value)
+
+
+@pytest.mark.parametrize("part", [0.0, 1e-5, 0.001, 0.01, 0.3, 0.9, 0.99999])
+def test_a_file_that_is_cut_off(path, part):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(part * len(content))])
+    refused(path, "cut off, or no safetensors file")
+
+
+def rewrite(path, header=None, tensors=None, metadata=None) -> None:
+    with files.safe_open(path, framework="pt") as file:
+        old = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        fields = file.metadata()
+    spoiled = {**json.loads(fields["cache"]), **(header or {})}
+    fields["cache"] = json.dumps({key: x for key, x in spoiled.items() if x != "drop"})
+    files.save_file({**old, **(tensors or {})}, path, {**fields, **(metadata or {})})
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"version": 2}, "file version 2, but this kvquant reads 1"),
+        ({"version": "drop"}, "the header does not hold together"),
+        ({"format": {"bits": 4}}, "bits: expected 8, got 4"),
+        ({"format": {"colour": 1}}, "the header does not hold together"),
+        ({"format": 8}, "the header does not hold together"),
+        ({"dtype": "int8"}, "the header does not hold together"),
+        ({"colour": 1}, "colour"),
+        ({"head_dim": 48}, "expected shape"),
+        ({"head_dim": "64"}, "not supported between"),
+        ({"batch_size": 10**12}, "seq_lens: expected shape"),
+        ({"num_layers": 3}, "seq_lens: expected shape"),
+        ({"num_layers": "drop"}, "num_layers"),
+        ({"max_seq_len": 50}, "takes 64"),
+        ({"block_size": 24}, "block_size: expected None or a power of two"),
+    ],
+    ids=str,
+)
+def test_headers_that_lie(path, header, message):
+    rewrite(path, header)
+    refused(path, message)
+
+
+def test_other_files(path, tmp_path):
+    rewrite(path, metadata={"magic": "other"})
+    refused(path, "not a file of kvquant's")
+    rewrite(path, metadata={"magic": "kvquant", "cache": "{"})
+    refused(path, "the header does not hold together")
+    rows = {"x": torch.zeros(3)}
+    files.save_file(rows, tmp_path / "foreign.safetensors")
+    refused(tmp_path / "foreign.safetensors", "not a file of kvquant's")
+    (tmp_path / "text").write_text("what is this? " * 100)
+    refused(tmp_path / "text", "cut off, or no safetensors file")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        QuantizedKVCache.load(tmp_path / "nowhere")
+
+
+def test_tensors_that_lie(path):
+    rewrite(path, tensors={"layers.0.k_data": torch.zeros(3, dtype=torch.uint8)})
+    refused(path, "layers.0.k_data: expected shape")
+
+
+def test_a_save_that_fails_leaves_the_old_file(path, monkeypatch):
+    content = path.read_bytes()
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(files, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        filled("paged16")[0].save(path)
+    assert path.read_bytes() == content
+    assert len(list(path.parent.iterdir())) == 1
+
+
+def test_without_safetensors(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match="pip install safetensors"):
+        make("contiguous").save(path)
+    with pytest.raises(ImportError, match="pip install safetensors"):
+        QuantizedKVCache.load(path)
+
+
+# ----------------------------------------------------------------------------------- Qwen's triples
+
+
+@pytest.mark.parametrize("target", [None, 16], ids=["contiguous", "paged16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_past_round_trip(kind, target, device):
+    cache = make(kind, device=device, format=CacheFormat.plain())
+    append_dense([cache], None, 37)
+    cache.reorder([1, 1, 2])
+    past = [cache.layer_past(layer) for layer in range(LAYERS)]
+    for (qk, ks, kz), (qv, vs, vz) in past:
+        assert qk.shape == (3, HEADS, 37, DIM)
+        assert qv.shape == (3, HEADS, 37, V_DIM)
+        assert qk.dtype == qv.dtype == torch.uint8
+        for x in (ks, kz, vs, vz):
+            assert x.shape == (3, HEADS, 37, 1)
+            assert x.dtype == torch.float32
+    key, value = cache.dequantize(1, torch.float32)
+    (qk, ks, kz), (qv, vs, vz) = past[1]
+    torch.testing.assert_close((ks * (qk - kz)).transpose(1, 2), key, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close((vs * (qv - vz)).transpose(1, 2), value, atol=1e-5, rtol=1e-5)
+    back = QuantizedKVCache.from_layer_past(past, block_size=target)
+    assert_same(back, cache)
+    append_dense([back, cache], None, 3)
+    assert_same(back, cache)
+
+
+def test_layer_past_with_rows_that_are_not_finite():
+    cache = make("contiguous", format=CacheFormat.plain())
+    key, value = torch.randn(3, 5, HEADS, DIM), torch.randn(3, 5, HEADS, V_DIM)
+    key[0, 2, 1, 3] = torch.nan
+    key[1, 1] = 0.0
+    value[2, 0, 0] = 7.25
+    for layer in range(LAYERS):
+        cache.append(layer, key, value)
+    back = QuantizedKVCache.from_layer_past([cache.layer_past(i) for i in range(LAYERS)])
+    for name, tensor in cache.state_dict().items():
+        assert same_bits(back.state_dict()[name], tensor), name
+
+
+def test_a_scale_of_a_whole_head():
+    q = torch.randint(0, 256, (2, HEADS, 9, DIM), dtype=torch.uint8)
+    scale, zero = torch.full((2, HEADS, 1, 1), 0.25), torch.full((2, HEADS, 1, 1), 128.0)
+    cache = QuantizedKVCache.from_layer_past([((q, scale, zero), (q, scale, zero))])
+    key, _ = cache.dequantize(0, torch.float32)
+    assert torch.equal(key.transpose(1, 2), 0.25 * (q.float() - 128))
+
+
+def triple(*shape: int, scale: float = 1.0):
+    b, h, s, d = shape
+    ones = torch.full((b, h, s, 1), scale)
+    return torch.zeros(b, h, s, d, dtype=torch.uint8), ones, ones
+
+
+GOOD = triple(1, 2, 3, 16)
+
+
+@pytest.mark.parametrize(
+    ("past", "error", "message"),
+    [
+        ([], ValueError, "past: expected at least one layer"),
+        ([(GOOD, triple(1, 2, 4, 16))], ValueError, r"past\[0\]: v: expected shape"),
+        ([(GOOD, GOOD), (triple(1, 2, 3, 32), GOOD)], ValueError, r"past\[1\]: k: expected shape"),
+        ([((GOOD[0].float(), *GOOD[1:]), GOOD)], TypeError, "k: q: expected torch.uint8"),
+        ([((GOOD[0], GOOD[1][0], GOOD[2]), GOOD)], ValueError, "scale, zero: expected shape"),
+        ([(triple(1, 2, 3, 16, scale=1e6), GOOD)], ValueError, "beyond float16"),
+    ],
+    ids=lambda x: x[:24] if isinstance(x, str) else "",
+)  # fmt: skip
+def test_bad_layer_pasts(past, error, message):
+    with pytest.raises(error, match=message):
+        QuantizedKVCache.from_layer_past(past)
+
+
+def test_layer_past_needs_a_plain_format_and_one_length():
+    with pytest.raises(ValueError, match=r"CacheFormat.plain\(\)"):
+        make("contiguous").layer_past(0)
+    cache, _ = filled("contiguous", format=CacheFormat.plain())
+    with pytest.raises(ValueError, match=r"one length, got \[80, 70, 101\]"):
+        cache.layer_past(0)
