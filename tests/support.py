@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -188,3 +190,15 @@ def foreign(storage: kvquant.LayerStorage) -> kvquant.LayerStorage:
         view = buffer[..., 16 + begin : 16 + begin + width].view(tensor.dtype)
         views[name] = view.unflatten(-1, tensor.shape[2:]).copy_(tensor)
     return replace(storage, **views)
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Within it, an operation that waits for the CUDA device is an error."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that the mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

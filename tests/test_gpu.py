@@ -22,6 +22,7 @@ from support import (
     filled_cache,
     foreign,
     index,
+    no_waiting,
     snapshot,
 )
 
@@ -143,14 +144,11 @@ def test_no_call_waits_for_the_device(cuda):
     rows = torch.randn(2, 1, 2, 64, device=cuda, dtype=BF16)
     for _ in range(2):
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             append_(rows, rows, cache.storage, **where)
             attention(query, cache.storage, **where)
             attention(query, cache.storage, **where, key=rows, value=rows)
             gather(cache.storage, **where)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("block", [None, 16])

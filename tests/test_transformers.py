@@ -19,6 +19,7 @@ from kvquant.integrations.transformers import (  # noqa: E402
     QuantizedHandle,
     handle,
 )
+from support import no_waiting  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
@@ -308,8 +309,7 @@ def test_decoding_never_waits_for_the_device(cuda: str) -> None:
     logits(model, cache, ids, attention_mask=mask)
     positions = torch.full((2, 1), 20, device=cuda)
     step = {"attention_mask": torch.cat([mask, mask[:, :1].clone().fill_(1)], 1)}
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         model(
             input_ids=ids[:, :1],
             use_cache=True,
@@ -317,8 +317,6 @@ def test_decoding_never_waits_for_the_device(cuda: str) -> None:
             **{CACHE_ARGUMENT: cache},
             **step,
         )
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_errors_name_what_is_wrong(device: str) -> None:

@@ -136,8 +136,13 @@ class Step {
     attention.out.data = pointer<void>(out);
     attention.partial = pointer<float>(partial);
     attention.splits = layer.splits;
-    KVQUANT_RUN(append, append, device, queue);
-    KVQUANT_RUN(attention, attention, device, queue);
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = KVQUANT_ON(append, append, device, queue);
+      if (status.code == Status::kOk) status = KVQUANT_ON(attention, attention, device, queue);
+    }
+    check(status, "attend");
   }
 
  private:

@@ -32,7 +32,7 @@ constexpr int stage_bytes(int head_dim) {
 }
 // Shared memory besides the ring, rounded up: query, result and merge rows, items, row states.
 constexpr int fixed_bytes(int head_dim, int rows, bool float32) {
-  return (float32 ? 16 : rows) * (head_dim + kQueryPad) * 2 + rows * head_dim * 4 +
+  return ((float32 ? 16 : rows) + rows) * (head_dim + kQueryPad) * 2 + rows * head_dim * 4 +
          kAttentionWarps * 4 * (std::min(head_dim, 128) + 4) * 4 +
          rows * (kAttentionWarps + 1) * 16 + 512;
 }

@@ -139,6 +139,8 @@ struct AttentionTraits {
 template <class Traits>
 struct QueryShared {
   __half rows[Traits::kSharedRows][Traits::kDim + kQueryPad];
+  // What fp16 left of the rows. Means are large where keys have a bias: their products take both.
+  __half rest[Traits::kRows][Traits::kDim + kQueryPad];
 };
 
 // This warp's query rows on their way from memory: what a block asks for first.
@@ -167,7 +169,8 @@ struct RawQuery {
   }
 };
 
-// Of a row as rounded: (sum, power of two that it was divided by).
+// Of a row as rounded: its sum, and what its products are multiplied by (the power of two that it
+// was divided by, softmax_scale, log2(e)). So a float16 row that is not rotated is exact.
 struct RowScale {
   float sum, gain;
 };
@@ -178,7 +181,6 @@ __device__ __forceinline__ void prepare_query(const AttentionParams& p, const Ra
                                               QueryShared<Traits>& shared, RowScale* scales) {
   constexpr int kCount = Traits::kDim / 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-  const float scale = p.softmax_scale * kLog2e;
 #pragma unroll
   for (int i = 0; i < RawQuery<Traits>::kPerWarp; ++i) {
     const int row = warp + i * kAttentionWarps;
@@ -188,10 +190,7 @@ __device__ __forceinline__ void prepare_query(const AttentionParams& p, const Ra
     if (p.cache.k_rotation > 1) rotate_warp(x, p.cache.k_rotation);
     float most = 0.f;
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      x[k] *= scale;
-      most = fmaxf(most, fabsf(x[k]));
-    }
+    for (int k = 0; k < kCount; ++k) most = fmaxf(most, fabsf(x[k]));
     most = warp_max(most);
     // The power of two below the largest: its exponent alone.
     const uint32_t exponent = int8::float_to_bits(most) & 0x7f800000u;
@@ -205,26 +204,27 @@ __device__ __forceinline__ void prepare_query(const AttentionParams& p, const Ra
       const __half high = __float2half_rn(y);
       shared.rows[row][32 * k + lane] = high;
       sum += __half2float(high);
+      const __half low = __float2half_rn(y - __half2float(high));
+      shared.rest[row][32 * k + lane] = low;
       if constexpr (Traits::kSplit) {
-        const __half low = __float2half_rn(y - __half2float(high));
         shared.rows[row + 8][32 * k + lane] = low;
         sum += __half2float(low);
       }
     }
     sum = warp_sum(sum);
-    if (lane == 0) scales[row] = {sum, gain};
+    if (lane == 0) scales[row] = {sum, gain * p.softmax_scale * kLog2e};
   }
 }
 
 // A fragment of k-step w: channels as a lane's 16-byte piece of a key has them.
-template <class Traits>
-__device__ __forceinline__ void read_fragment(const QueryShared<Traits>& shared, int fragment,
+template <int kRows, int kWidth>
+__device__ __forceinline__ void read_fragment(const __half (&rows)[kRows][kWidth], int fragment,
                                               int w, int g, int t, uint32_t (&a)[4]) {
   const int c = w / 4 * 64 + t * 16 + w % 4 * 4;
-  const uint2 low = *reinterpret_cast<const uint2*>(&shared.rows[16 * fragment + g][c]);
+  const uint2 low = *reinterpret_cast<const uint2*>(&rows[16 * fragment + g][c]);
   a[0] = low.x, a[2] = low.y;
-  if constexpr (Traits::kSharedRows >= 16) {
-    const uint2 high = *reinterpret_cast<const uint2*>(&shared.rows[16 * fragment + g + 8][c]);
+  if constexpr (kRows >= 16) {
+    const uint2 high = *reinterpret_cast<const uint2*>(&rows[16 * fragment + g + 8][c]);
     a[1] = high.x, a[3] = high.y;
   } else {
     a[1] = a[3] = 0;
@@ -251,7 +251,7 @@ struct Query {
 #pragma unroll
       for (int w = 0; w < kKept; ++w) {
         uint32_t a[4];
-        read_fragment(from, 0, w, g, t, a);
+        read_fragment(from.rows, 0, w, g, t, a);
         kept[w][0] = a[0], kept[w][1] = a[2];
         if constexpr (kWidth == 4) kept[w][2] = a[1], kept[w][3] = a[3];
       }
@@ -259,7 +259,7 @@ struct Query {
   }
   __device__ __forceinline__ void fragment(int f, int w, uint32_t (&a)[4]) const {
     if constexpr (!kInRegisters) {
-      read_fragment(*shared, f, w, g, t, a);
+      read_fragment(shared->rows, f, w, g, t, a);
     } else {
       a[0] = kept[w][0], a[2] = kept[w][1];
       if constexpr (kWidth == 4) {

@@ -9,7 +9,7 @@
 //   Tokens within 16: n-tile j, column c is token 4 (c >> 1) + (c & 1) + 2 j, so that a lane's four
 //          scores are neighbours and their params one 16-byte read.
 //
-// With q' = R q softmax_scale log2(e), the score of a token is
+// With q' = R q, the score of a token is softmax_scale log2(e) times
 //   scale (q'.(1024 + q_t) - 1024 sum(q')) + offset sum(q') + q'.mean
 // For values the bias of 1024 is taken out of the accumulators every kFlush tokens: the tensor
 // core's adder truncates, and a bias left in them grows with the split (measured relative error
@@ -45,31 +45,32 @@ struct Accumulator {
   float value_gain = 1.f;  // power of two that keeps p' in fp16's range whatever V's scale
 };
 
-// q' . mean for rows g + 8 r: the mean is every column of the product.
+// q' . mean for rows g + 8 r, with what fp16 left of q': the mean is every column of the product.
 template <class Traits>
 __device__ __forceinline__ void dot_mean(const Stage<Traits::kDim>& stage,
                                          const Query<Traits>& query,
                                          float (&dots)[Traits::kRowSets]) {
-  float c[Traits::kFragments][4] = {};
+  constexpr int kFragments = (Traits::kRows + 15) / 16;
+  float c[kFragments][4] = {};
 #pragma unroll
   for (int s = 0; s < Traits::kDim / 64; ++s) {
     const uint4 mean[2] = {stage.mean[s * 8 + query.t * 2], stage.mean[s * 8 + query.t * 2 + 1]};
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       const uint4& u = mean[w / 2];
+      const uint32_t b0 = w % 2 ? u.z : u.x, b1 = w % 2 ? u.w : u.y;
 #pragma unroll
-      for (int f = 0; f < Traits::kFragments; ++f) {
-        uint32_t a[4];
+      for (int f = 0; f < kFragments; ++f) {
+        uint32_t a[4], rest[4];
         query.fragment(f, s * 4 + w, a);
-        mma_16816(c[f], a, w % 2 ? u.z : u.x, w % 2 ? u.w : u.y);
+        read_fragment(query.shared->rest, f, s * 4 + w, query.g, query.t, rest);
+        mma_16816(c[f], a, b0, b1);
+        mma_16816(c[f], rest, b0, b1);
       }
     }
   }
 #pragma unroll
-  for (int r = 0; r < Traits::kRowSets; ++r) {
-    dots[r] = c[r / 2][2 * (r % 2)];
-    if constexpr (Traits::kSplit) dots[r] += c[0][2];
-  }
+  for (int r = 0; r < Traits::kRowSets; ++r) dots[r] = c[r / 2][2 * (r % 2)];
 }
 
 // Scores of the tile's tokens: rows g + 8 r, tokens 4t .. 4t + 3, log2 units.

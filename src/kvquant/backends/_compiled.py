@@ -101,10 +101,11 @@ class CompiledStep:
             out = torch.empty_like(query)
         else:
             out = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-        partials, counters, _alive = self._compiled.workspace(query, bound[5], bound[6])
+        queue = self._compiled.queue(query)
+        partials, counters, _alive = self._compiled.workspace(queue, bound[5], bound[6])
         self._native.run(
             bound[4], query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), partials,
-            counters, *self._compiled.queue(query),
+            counters, *queue,
         )  # fmt: skip
         return out
 
@@ -153,7 +154,7 @@ class Compiled(ABC):
         """
         return 1, 0, 0
 
-    def workspace(self, x: Tensor, floats: int, counters: int) -> tuple[int, int, Any]:
+    def workspace(self, queue: tuple[int, int], floats: int, counters: int) -> tuple[int, int, Any]:
         """Addresses of partial results and of zeroed counters, and what keeps them alive."""
         return 0, 0, None
 
@@ -272,7 +273,7 @@ class Compiled(ABC):
     ) -> None:
         if not key.numel():
             return
-        _, counter, _alive = self.workspace(key, 0, 1) if advance else (0, 0, None)
+        _, counter, _alive = self.workspace(self.queue(key), 0, 1) if advance else (0, 0, None)
         if block_table is None:  # by slots alone: one sequence of all rows, or dense ones
             table = (0, 0, 1 if key.dim() == 3 else key.shape[0], 0)
         else:
@@ -351,7 +352,7 @@ class Compiled(ABC):
             query, batch, max_tokens, lead[-1], kv_heads, query.shape[-1], v_dim,
             max_blocks * block_size,
         )  # fmt: skip
-        partials, counters, _alive = self.workspace(query, floats, counts)
+        partials, counters, _alive = self.workspace(self.queue(query), floats, counts)
         _native.module.attention(
             _view(k_data, k_params, k_mean, v_data, v_params, mean_group, k_rotation, v_rotation),
             block_table.data_ptr(), block_table.stride(0), batch, max_blocks, seq_lens.data_ptr(),
