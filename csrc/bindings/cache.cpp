@@ -122,8 +122,13 @@ class Step {
     attention_.softcap = softcap;
   }
 
-  void run(const Layer& layer, uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out,
-           uintptr_t partial, uintptr_t counters, int device, uintptr_t queue) const {
+  // False, and nothing done, if the stream is being captured and `shared` says that the scratch is
+  // not this launch's own.
+  bool run(const Layer& layer, uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out,
+           uintptr_t partial, uintptr_t counters, bool shared, int device, uintptr_t queue) const {
+#ifdef KVQUANT_WITH_CUDA
+    if (device >= 0 && shared && cuda::is_capturing(pointer<void>(queue))) return false;
+#endif
     AppendParams append = append_;
     AttentionParams attention = attention_;
     append.cache = attention.cache = layer.cache;
@@ -143,6 +148,7 @@ class Step {
       if (status.code == Status::kOk) status = KVQUANT_ON(attention, attention, device, queue);
     }
     check(status, "attend");
+    return true;
   }
 
  private:

@@ -20,6 +20,7 @@ Status dequantize(const DequantizeParams& params, Launch launch);
 Status qk_matmul(const MatmulParams& params, Launch launch);
 Status pv_matmul(const MatmulParams& params, Launch launch);
 
+bool is_capturing(void* stream);
 int device_count(const char** error);  // 0 and the reason where there is no driver or GPU
 int runtime_version();
 int driver_version();

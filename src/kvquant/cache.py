@@ -160,17 +160,12 @@ class QuantizedKVCache(CacheSequences):
         if cu_seqlens_q is None and sinks is None and alibi_slopes is None and not return_lse:
             seen = (look(query), look(key), look(value), softmax_scale, causal, sliding_window,
                     softcap, forced())  # fmt: skip
-            if (
-                self._step is not None
-                and key is not None
-                and value is not None
-                and seen == self._step[0]
-                and 0 <= layer < len(self._state.lens)
-                and self._state.room[layer] >= query.shape[1]
-                and (self._state.high[layer] or query.shape[1] < 2 or not exact_prompt)
-                and is_plain(query)
-            ):
-                return self._take_step(self._step[1], layer, query, key, value)
+            known, state = self._step, self._state
+            if known is not None and seen == known[0] and 0 <= layer < len(state.lens):
+                tokens, room = query.shape[1], state.room[layer]
+                exact = exact_prompt and tokens > 1 and not state.high[layer]
+                if room >= tokens and not exact and is_plain(query):
+                    return self._take_step(known[1], layer, query, key, value)
         self._accept(layer, query, key, value, cu_seqlens_q)
         scale = self._scale if softmax_scale is None else finite("softmax_scale", softmax_scale)
         window = 0 if sliding_window is None else int(positive("sliding_window", sliding_window))
@@ -220,7 +215,12 @@ class QuantizedKVCache(CacheSequences):
         return (out, lse) if return_lse else out
 
     def _take_step(
-        self, step: Callable[..., Tensor], layer: int, query: Tensor, key: Tensor, value: Tensor
+        self,
+        step: Callable[..., Tensor],
+        layer: int,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
     ) -> Tensor:
         """Append and attend as the last call did, with other tensors that look like its own."""
         state, tokens = self._state, query.shape[1]

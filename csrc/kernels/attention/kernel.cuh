@@ -164,9 +164,7 @@ struct Walk {
       out = after(out);
       --pending;
       fill();
-      if ((token - item.begin) % kFlush >= kFlush - kStep) flush(acc, t);
     }
-    flush(acc, t);
   }
 };
 
@@ -178,7 +176,8 @@ __device__ __forceinline__ void merge_warps(AttentionShared<Traits>& shared,
   const int warp = threadIdx.x / 32;
 #pragma unroll
   for (int r = 0; r < Traits::kRowSets; ++r) {
-    float sum = acc.rows[r].sum, offsets = acc.rows[r].offsets;
+    float sum = acc.rows[r].sum;
+    float offsets = fmaf(128.f / acc.value_gain, acc.rows[r].weights, acc.rows[r].offsets);
 #pragma unroll
     for (int step = 1; step < 4; step <<= 1) {
       sum += __shfl_xor_sync(kFullWarp, sum, step);

@@ -11,17 +11,16 @@
 //
 // With q' = R q, the score of a token is softmax_scale log2(e) times
 //   scale (q'.(1024 + q_t) - 1024 sum(q')) + offset sum(q') + q'.mean
-// For values the bias of 1024 is taken out of the accumulators every kFlush tokens: the tensor
-// core's adder truncates, and a bias left in them grows with the split (measured relative error
-// 3e-3 after 1k tokens of a warp, 2.6e-2 after 16k; 5e-4 so).
+// For values the bias does not stay: it becomes q - 128, which is exact. The tensor core's adder
+// truncates, and with a bias of 1024 in the accumulators the error grows with the split and has one
+// sign in all channels, which a rotation of the values gathers in one (measured: 4e-3 of the
+// largest output at head_dim 256; corrections every 512 tokens left 5e-4 without a rotation).
 #pragma once
 
 #include "kernels/attention/ring.cuh"
 
 namespace kvquant::cuda {
 
-constexpr int kFlush = 512;         // tokens of a block between corrections of the accumulators
-constexpr float kCenter = 1152.f;   // 1024 + 128: accumulators hold sums of q - 128
 constexpr float kLazyGrowth = 6.f;  // log2: the running maximum follows only beyond it
 constexpr float kScaleHeadroom = 256.f;
 
@@ -33,13 +32,14 @@ __device__ __forceinline__ uint32_t word_of(const uint4& u, int i) {
 struct RowState {
   float max = kNoScore;  // log2 units, lazy
   float sum = 0.f;       // of p
-  float weights = 0.f;   // of p' since the last correction, p' = p * v_scale * value_gain in fp16
-  float offsets = 0.f;   // of p * v_offset, and 128 p' / value_gain
+  float weights = 0.f;   // of p' = p * v_scale * value_gain, as rounded to fp16
+  float offsets = 0.f;   // of p * v_offset
 };
 
 template <class Traits>
 struct Accumulator {
-  // m-tiles of 16 channels; c[0], c[1]: channel g, queries 2t, 2t + 1; c[2], c[3]: the next channel
+  // of p' (q - 128). m-tiles of 16 channels; c[0], c[1]: channel g, queries 2t, 2t + 1; c[2], c[3]:
+  // the next channel
   float c[Traits::kDim / 16][Traits::kOutTiles][4] = {};
   RowState rows[Traits::kRowSets];
   float value_gain = 1.f;  // power of two that keeps p' in fp16's range whatever V's scale
@@ -109,29 +109,6 @@ __device__ __forceinline__ void score_tile(const Stage<Traits::kDim>& stage,
       if constexpr (Traits::kSplit) dot += c[0][i / 2][2 + i % 2];
       score[r][i] = gain * fmaf(affine.x, dot + bias, fmaf(affine.y, sum, dots[r]));
     }
-  }
-}
-
-// Takes the bias out of the accumulators, so that they stay small.
-template <class Traits>
-__device__ __forceinline__ void flush(Accumulator<Traits>& acc, int t) {
-#pragma unroll
-  for (int r = 0; r < Traits::kRowSets; ++r) {
-    RowState& row = acc.rows[r];
-    if constexpr (!Traits::kSplit) {
-      float all = row.weights;
-      all += __shfl_xor_sync(kFullWarp, all, 1);
-      all += __shfl_xor_sync(kFullWarp, all, 2);
-      const float z0 = kCenter * __shfl_sync(kFullWarp, all, t * 8);
-      const float z1 = kCenter * __shfl_sync(kFullWarp, all, t * 8 + 4);
-#pragma unroll
-      for (int i = 0; i < Traits::kDim / 16; ++i) {
-        acc.c[i][r][0] -= z0, acc.c[i][r][1] -= z1;
-        acc.c[i][r][2] -= z0, acc.c[i][r][3] -= z1;
-      }
-    }
-    row.offsets = fmaf(128.f / acc.value_gain, row.weights, row.offsets);
-    row.weights = 0.f;
   }
 }
 
@@ -224,12 +201,10 @@ __device__ __forceinline__ void add_values(Accumulator<Traits>& acc,
     uint32_t a[2][4] = {
         {codes_low(low01), codes_high(low01), codes_low(low23), codes_high(low23)},
         {codes_low(high01), codes_high(high01), codes_low(high23), codes_high(high23)}};
-    if constexpr (Traits::kSplit) {  // exact: q - 128, nothing to flush
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        uint32_t& x = a[i / 4][i % 4];
-        asm("sub.f16x2 %0, %0, %1;" : "+r"(x) : "r"(0x64806480u));
-      }
+    for (int i = 0; i < 8; ++i) {
+      uint32_t& x = a[i / 4][i % 4];
+      asm("sub.f16x2 %0, %0, %1;" : "+r"(x) : "r"(0x64806480u));
     }
 #pragma unroll
     for (int n = 0; n < Traits::kOutTiles; ++n) {

@@ -75,6 +75,7 @@ class CompiledStep:
             heads, softmax_scale, causal, sliding_window, softcap,
         )  # fmt: skip
         self._bound: dict[int, tuple[Any, ...]] = {}
+        self._kept: tuple[Any, ...] | None = None  # queue, sizes and addresses of a workspace
 
     def __call__(
         self,
@@ -101,12 +102,21 @@ class CompiledStep:
             out = torch.empty_like(query)
         else:
             out = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-        queue = self._compiled.queue(query)
-        partials, counters, _alive = self._compiled.workspace(queue, bound[5], bound[6])
-        self._native.run(
-            bound[4], query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), partials,
-            counters, *queue,
-        )  # fmt: skip
+        device, stream = queue = self._compiled.queue(query)
+        native, floats, counters = bound[4:]
+        call = (native, query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr())
+        kept = self._kept
+        if (
+            kept is None
+            or kept[0] != queue
+            or kept[1] < floats
+            or kept[2] < counters
+            or not self._native.run(*call, kept[3], kept[4], True, device, stream)
+        ):
+            workspace = self._compiled.workspace(queue, floats, counters)
+            self._native.run(*call, workspace[0], workspace[1], False, device, stream)
+            if not self._compiled.is_capturing():
+                self._kept = (queue, floats, counters, *workspace)
         return out
 
     def _bind(
@@ -153,6 +163,10 @@ class Compiled(ABC):
         ``shape``: batch, tokens, q_heads, kv_heads, k_dim, v_dim, capacity.
         """
         return 1, 0, 0
+
+    def is_capturing(self) -> bool:
+        """Whether launches are being captured in a graph."""
+        return False
 
     def workspace(self, queue: tuple[int, int], floats: int, counters: int) -> tuple[int, int, Any]:
         """Addresses of partial results and of zeroed counters, and what keeps them alive."""
