@@ -62,9 +62,7 @@ KVQUANT_INLINE void pv_block(const float* w, int w_stride, const E* const* tile,
                              int channel, const float* decay, float* out, int out_stride) {
   Vec sum[kRows][kVecs];
   for (int r = 0; r < kRows; ++r) {
-    for (int i = 0; i < kVecs; ++i) {
-      sum[r][i] = Vec::load(out + r * out_stride + channel + i * kWidth) * Vec::set(decay[r]);
-    }
+    for (int i = 0; i < kVecs; ++i) sum[r][i] = zero();
   }
   for (int t = 0; t < tokens; ++t) {
     Vec v[kVecs];
@@ -74,8 +72,12 @@ KVQUANT_INLINE void pv_block(const float* w, int w_stride, const E* const* tile,
       for (int i = 0; i < kVecs; ++i) sum[r][i] = fma(weight, v[i], sum[r][i]);
     }
   }
+  // A tile's sum starts from zero: terms added one by one to the long running sum would lose more.
   for (int r = 0; r < kRows; ++r) {
-    for (int i = 0; i < kVecs; ++i) sum[r][i].store(out + r * out_stride + channel + i * kWidth);
+    for (int i = 0; i < kVecs; ++i) {
+      float* const to = out + r * out_stride + channel + i * kWidth;
+      fma(Vec::load(to), Vec::set(decay[r]), sum[r][i]).store(to);
+    }
   }
 }
 

@@ -176,8 +176,7 @@ __device__ __forceinline__ void merge_warps(AttentionShared<Traits>& shared,
   const int warp = threadIdx.x / 32;
 #pragma unroll
   for (int r = 0; r < Traits::kRowSets; ++r) {
-    float sum = acc.rows[r].sum;
-    float offsets = fmaf(128.f / acc.value_gain, acc.rows[r].weights, acc.rows[r].offsets);
+    float sum = acc.rows[r].sum, offsets = acc.rows[r].offsets;
 #pragma unroll
     for (int step = 1; step < 4; step <<= 1) {
       sum += __shfl_xor_sync(kFullWarp, sum, step);
@@ -367,13 +366,15 @@ __global__ void __launch_bounds__(kAttentionThreads, Traits::kMinBlocks)
   auto& shared = *reinterpret_cast<AttentionShared<Traits>*>(memory);
   const bool leads = threadIdx.x == 0, drawing = gridDim.x < total;
   int* const counter = p.counters + total / p.splits;
+  int drawn = leads && drawing ? atomicAdd(counter, 1) : 0;  // on its way until the next draw
   const auto draw = [&](Item& item) {
     item.there = false;
     while (drawing && !item.there) {
-      const int drawn = atomicAdd(counter, 1);
+      const int index = drawn + int(gridDim.x);
       if (drawn == total - 1) *counter = 0;
-      if (drawn + int(gridDim.x) >= total) return;
-      item.there = make_item(p, drawn + gridDim.x, row_tiles, Traits::kRows, item);
+      if (index >= total) return;
+      drawn = atomicAdd(counter, 1);
+      item.there = make_item(p, index, row_tiles, Traits::kRows, item);
     }
   };
   if (leads) {
