@@ -47,9 +47,7 @@ struct Source {
     if (slot < 0 || block >= p.cache.num_blocks) return {-1, 0};
     return {int(block), slot - block * p.cache.block_size};
   }
-  uint16_t* mean_at(int64_t token) const {
-    return mean_of(p.cache, p.seqs, sequence, head, token);
-  }
+  uint16_t* mean_at(int64_t token) const { return mean_of(p.cache, p.seqs, sequence, head, token); }
 };
 
 Range range_of(const float* x, int dim) {

@@ -10,7 +10,7 @@
 
 namespace kvquant::cpu::KVQUANT_ISA {
 
-constexpr int kTileRows = 32;   // query rows that share a tile of keys
+constexpr int kTileRows = 32;    // query rows that share a tile of keys
 constexpr int kTileTokens = 64;  // 64 rows of codes of 128 channels are 8 KB, K and V half of L1
 constexpr int kSplitTokens = 1024, kMaxSplits = 64;
 // More query rows than this keep all threads busy without splits in parallel, and the memory for
@@ -25,10 +25,10 @@ KVQUANT_INLINE int split_tokens(int length) {
 struct RowTile {
   int sequence, head, share;
   CallRows call;
-  int first, count;       // query rows
-  int start, length;      // the sequence's keys
-  int64_t position;       // of the call's token 0
-  int begin, end;         // keys that any of the rows sees; none: begin == end
+  int first, count;   // query rows
+  int start, length;  // the sequence's keys
+  int64_t position;   // of the call's token 0
+  int begin, end;     // keys that any of the rows sees; none: begin == end
 
   KVQUANT_INLINE RowTile(const AttentionParams& p, int sequence, int head, int tile)
       : sequence(sequence),
@@ -36,8 +36,8 @@ struct RowTile {
         share(p.q_heads / p.cache.kv_heads),
         call(call_rows(p.seqs, sequence)),
         first(tile * kTileRows),
-        count(int(most<int64_t>(
-            0, least<int64_t>(kTileRows, int64_t(call.count) * share - first)))),
+        count(
+            int(most<int64_t>(0, least<int64_t>(kTileRows, int64_t(call.count) * share - first)))),
         start(first_token(p.seqs, sequence)),
         length(stored_tokens(p.cache, p.seqs, sequence)),
         position(int64_t(length) - call.count),
@@ -100,7 +100,7 @@ struct Query {
   alignas(64) float mean[kTileRows];            // row . mean of the group
   float sum[kTileRows];                         // of the row
   float slope[kTileRows];
-  int begin[kTileRows], end[kTileRows];         // keys that the row sees
+  int begin[kTileRows], end[kTileRows];  // keys that the row sees
 
   KVQUANT_INLINE void load(const AttentionParams& p, const RowTile& tile) {
     const int dim = p.cache.k_dim;
@@ -142,7 +142,7 @@ struct TileRows {
     const uint32_t *k_params, *v_params;  // null: no such rows
   };
 
-  const uint8_t *k[kTileTokens], *v[kTileTokens];
+  const Centered *k[kTileTokens], *v[kTileTokens];
   // Index within the tile; far below where there is no row, so that no query row sees it.
   alignas(64) float index[kTileTokens];
   Run runs[kTileTokens];
@@ -151,7 +151,7 @@ struct TileRows {
   // Tokens [first, first + tokens), a multiple of 16, of which [begin, end) may be read.
   KVQUANT_INLINE void find(const CacheView& cache, const Sequences& seqs, const RowTile& tile,
                            int first, int tokens, int begin, int end) {
-    alignas(64) static constexpr uint8_t kNoRow[kMaxDim] = {};
+    alignas(64) static constexpr Centered kNoRow[kMaxDim] = {};
     run_count = 0, count = tokens;
     for (int t = 0, run; t < tokens; t += run) {
       const int token = first + t;
@@ -165,12 +165,12 @@ struct TileRows {
         run = int(least<int64_t>(least(end - token, tokens - t), cache.block_size - at.row));
       }
       const bool some = at.block >= 0;
-      const uint8_t *k_row = kNoRow, *v_row = kNoRow;
+      const Centered *k_row = kNoRow, *v_row = kNoRow;
       Run& to = runs[run_count++];
       to = {t, run, nullptr, nullptr};
       if (some) {
-        k_row = rows_of<uint8_t>(cache.k_data, at.block, tile.head) + at.row * cache.k_dim;
-        v_row = rows_of<uint8_t>(cache.v_data, at.block, tile.head) + at.row * cache.v_dim;
+        k_row = rows_of<Centered>(cache.k_data, at.block, tile.head) + at.row * cache.k_dim;
+        v_row = rows_of<Centered>(cache.v_data, at.block, tile.head) + at.row * cache.v_dim;
         to.k_params = rows_of<uint32_t>(cache.k_params, at.block, tile.head) + at.row;
         to.v_params = rows_of<uint32_t>(cache.v_params, at.block, tile.head) + at.row;
       }
@@ -189,15 +189,16 @@ struct TileRows {
       __builtin_prefetch(runs[i].v_params);
     }
   }
-  static KVQUANT_INLINE void prefetch_rows(const uint8_t* const* rows, int count, int dim) {
+  static KVQUANT_INLINE void prefetch_rows(const Centered* const* rows, int count, int dim) {
     for (int t = 0; t < count; ++t) {
       for (int c = 0; c < dim; c += 64) __builtin_prefetch(rows[t] + c);
     }
   }
 
-  // (scale, offset) of the tile's tokens; zero where there is no row.
-  KVQUANT_INLINE void load_params(float* k_scale, float* k_offset, float* v_scale,
-                                  float* v_offset) const {
+  // Scale and middle of the tile's tokens, x = scale * (q - 128) + middle; zero where there is no
+  // row.
+  KVQUANT_INLINE void load_params(float* k_scale, float* k_middle, float* v_scale,
+                                  float* v_middle) const {
     alignas(64) uint32_t ks[kTileTokens], vs[kTileTokens];
     for (int i = 0; i < run_count; ++i) {
       const Run& run = runs[i];
@@ -213,9 +214,9 @@ struct TileRows {
     for (int t = 0; t < count; t += kWidth) {
       Vec scale, offset;
       load_pairs(ks + t, scale, offset);
-      scale.store(k_scale + t), offset.store(k_offset + t);
+      scale.store(k_scale + t), fma(scale, Vec::set(128.f), offset).store(k_middle + t);
       load_pairs(vs + t, scale, offset);
-      scale.store(v_scale + t), offset.store(v_offset + t);
+      scale.store(v_scale + t), fma(scale, Vec::set(128.f), offset).store(v_middle + t);
     }
   }
 };

@@ -3,6 +3,7 @@
 //   score_t = scale_t * (q' . codes_t) + offset_t * sum(q') + q' . mean_group   q': rotated, scaled
 //   out     = R^T (sum_t p_t * scale_t * codes_t + sum_t p_t * offset_t) / sum_t p_t
 #include "cpu/attention.h"
+
 #include "cpu/isa.h"
 #include "cpu/tile.h"
 
@@ -19,14 +20,14 @@ struct Workspace {
   Softmax split, total;
   TileRows tiles[2];  // the one at hand and the next
   alignas(64) float scores[kTileRows * kTileTokens];
-  alignas(64) float k_scale[kTileTokens], k_offset[kTileTokens];
-  alignas(64) float v_scale[kTileTokens], v_offset[kTileTokens];
+  alignas(64) float k_scale[kTileTokens], k_middle[kTileTokens];
+  alignas(64) float v_scale[kTileTokens], v_middle[kTileTokens];
   alignas(64) float decay[kTileRows];
   alignas(64) float converted[kTileTokens * kMaxDim];
   const float* converted_rows[kTileTokens];
 };
 
-void convert_tile(Workspace& w, const uint8_t* const* rows, int tokens, int dim) {
+void convert_tile(Workspace& w, const Centered* const* rows, int tokens, int dim) {
   for (int t = 0; t < tokens; ++t) {
     float* const to = w.converted + t * dim;
     for (int c = 0; c < dim; c += kWidth) Vec::load(rows[t] + c).store(to + c);
@@ -47,7 +48,7 @@ KVQUANT_INLINE float score_row(const AttentionParams& p, const Workspace& w, con
   Vec top = Vec::set(-kInfinity);
   for (int t = 0; t < tile.count; t += kWidth) {
     const Vec index = Vec::load(tile.index + t);
-    Vec s = fma(Vec::load(w.k_offset + t), sum, mean);
+    Vec s = fma(Vec::load(w.k_middle + t), sum, mean);
     s = fma(Vec::load(w.k_scale + t), Vec::load(scores + t), s);
     if constexpr (!kPlain) {
       if (p.softcap > 0.f) s = cap * tanh(s / cap);
@@ -72,7 +73,7 @@ KVQUANT_INLINE void weigh_row(Workspace& w, const TileRows& tile, int r, int fir
     const Mask seen = both(begin <= index, index < end);
     const Vec e = select(seen, exp(Vec::load(scores + t) - base), zero());
     weight = weight + e;
-    shift = shift + select(seen, e * Vec::load(w.v_offset + t), zero());
+    shift = shift + select(seen, e * Vec::load(w.v_middle + t), zero());
     select(seen, e * Vec::load(w.v_scale + t), zero()).store(scores + t);
   }
   Softmax& split = w.split;
@@ -87,14 +88,13 @@ KVQUANT_INLINE void weigh_row(Workspace& w, const TileRows& tile, int r, int fir
 KVQUANT_INLINE void add_tile(const AttentionParams& p, const RowTile& rows, int first,
                              const TileRows& tile, const TileRows* next, Workspace& w) {
   const int k_dim = p.cache.k_dim, v_dim = p.cache.v_dim, count = tile.count;
-  tile.load_params(w.k_scale, w.k_offset, w.v_scale, w.v_offset);
+  tile.load_params(w.k_scale, w.k_middle, w.v_scale, w.v_middle);
   if (next && next->run_count == 1) next = nullptr;
   if (next) next->prefetch_params();
   const bool convert = rows.count >= kConvertRows;
   if (convert) {
     convert_tile(w, tile.k, count, k_dim);
-    qk_tile(w.query.rows, k_dim, rows.count, w.converted_rows, count, k_dim, w.scores,
-            kTileTokens);
+    qk_tile(w.query.rows, k_dim, rows.count, w.converted_rows, count, k_dim, w.scores, kTileTokens);
   } else {
     for (int t = 0; t < count; t += 16) {
       if (next && t < next->count) {
@@ -115,8 +115,8 @@ KVQUANT_INLINE void add_tile(const AttentionParams& p, const RowTile& rows, int 
   }
   if (convert) {
     convert_tile(w, tile.v, count, v_dim);
-    pv_tile(w.scores, kTileTokens, rows.count, w.converted_rows, count, v_dim, w.decay,
-            w.split.out, v_dim);
+    pv_tile(w.scores, kTileTokens, rows.count, w.converted_rows, count, v_dim, w.decay, w.split.out,
+            v_dim);
   } else {
     pv_tile(w.scores, kTileTokens, rows.count, tile.v, count, v_dim, w.decay, w.split.out, v_dim);
   }
@@ -141,9 +141,9 @@ void add_split(const AttentionParams& p, const RowTile& rows, int split, Workspa
   for (int first = begin / step * step; first < end; at ^= 1) {
     if (cache.group && first / cache.group != group) {
       group = first / cache.group;
-      w.query.dot_mean(rows.count, cache.k_dim,
-                       mean_of(cache, p.seqs, rows.sequence, rows.head,
-                               int64_t(group) * cache.group));
+      w.query.dot_mean(
+          rows.count, cache.k_dim,
+          mean_of(cache, p.seqs, rows.sequence, rows.head, int64_t(group) * cache.group));
     }
     const bool more = end - first > step;
     if (more) find(w.tiles[at ^ 1], first + step);
@@ -173,8 +173,7 @@ void finish(const AttentionParams& p, const RowTile& rows, Workspace& w) {
     }
     rotate(out, dim, p.cache.v_rotation);
     store_row(p.out.data,
-              row_offset(p.out, p.seqs, rows.call, rows.sequence, token) +
-                  head * p.out.head_stride,
+              row_offset(p.out, p.seqs, rows.call, rows.sequence, token) + head * p.out.head_stride,
               p.dtype, dim, out);
     if (p.lse) {
       p.lse[(rows.call.first + token) * p.q_heads + head] =

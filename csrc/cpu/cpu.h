@@ -6,7 +6,7 @@
 
 namespace kvquant::cpu {
 
-const char* isa();               // "avx512", "avx2" or "portable": what the calls below run
+const char* isa();                 // "avx512", "avx2" or "portable": what the calls below run
 bool force_isa(const char* name);  // false if this machine or build lacks it
 
 Status append(const AppendParams& params, int threads);

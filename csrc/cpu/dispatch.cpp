@@ -82,15 +82,11 @@ bool force_isa(const char* name) {
   return found;
 }
 
-Status append(const AppendParams& params, int threads) {
-  return kernels().append(params, threads);
-}
+Status append(const AppendParams& params, int threads) { return kernels().append(params, threads); }
 Status attention(const AttentionParams& params, int threads) {
   return kernels().attention(params, threads);
 }
-Status gather(const GatherParams& params, int threads) {
-  return kernels().gather(params, threads);
-}
+Status gather(const GatherParams& params, int threads) { return kernels().gather(params, threads); }
 Status quantize(const QuantizeParams& params, int threads) {
   return kernels().quantize(params, threads);
 }

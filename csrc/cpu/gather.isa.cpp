@@ -17,10 +17,9 @@ void gather_row(const GatherParams& p, int sequence, int head, bool is_key, int6
     for (int c = 0; c < dim; c += kWidth) zero().store(x + c);
     return;
   }
-  const uint16_t* mean =
-      is_key && cache.group
-          ? mean_of(cache, p.seqs, sequence, head, token / cache.group * cache.group)
-          : nullptr;
+  const uint16_t* mean = is_key && cache.group ? mean_of(cache, p.seqs, sequence, head,
+                                                         token / cache.group * cache.group)
+                                               : nullptr;
   const Slab& data = is_key ? cache.k_data : cache.v_data;
   const Slab& params = is_key ? cache.k_params : cache.v_params;
   decode_row(rows_of<uint8_t>(data, at.block, head) + at.row * dim,

@@ -44,9 +44,7 @@ struct Item {
              p.dtype, count, to);
   }
   // Index of out's row r.
-  int64_t out_row(int r) const {
-    return (batch * p.heads + head * share) * p.rows + first + r;
-  }
+  int64_t out_row(int r) const { return (batch * p.heads + head * share) * p.rows + first + r; }
   int64_t pair_of(int token) const {
     return pairs + token / p.affine.group * p.affine.group_stride;
   }
@@ -141,8 +139,7 @@ void qk_run(const Item& item, int token, int tokens, Workspace& w) {
     }
   }
   for (int r = 0; r < item.rows; ++r) {
-    store_row(p.out, item.out_row(r) * p.tokens + token, p.dtype, tokens,
-              w.out + r * kTileTokens);
+    store_row(p.out, item.out_row(r) * p.tokens + token, p.dtype, tokens, w.out + r * kTileTokens);
   }
 }
 
@@ -179,9 +176,9 @@ void pv_run(const Item& item, int begin, int end, int c, int count, Workspace& w
     const Vec constant = Vec::set(w.constant[r]);
     for (int i = 0; i < width; i += kWidth) {
       const Vec sum = Vec::load(w.sum + r * width + i);
-      const Vec part = a.channel_stride ? Vec::load(w.scale + i) *
-                                              (sum - Vec::load(w.zero_point + i) * constant)
-                                        : sum - constant;
+      const Vec part = a.channel_stride
+                           ? Vec::load(w.scale + i) * (sum - Vec::load(w.zero_point + i) * constant)
+                           : sum - constant;
       float* const out = w.out + r * width + i;
       (Vec::load(out) + part).store(out);
     }
@@ -218,22 +215,21 @@ Status qk_matmul(const MatmulParams& p, int threads) {
 }
 
 Status pv_matmul(const MatmulParams& p, int threads) {
-  return for_items(p, threads, ceil_div(p.dim, kPiece),
-                   [&](const Item& item, int part, Workspace& w) {
-                     const int c = part * kPiece, count = least(kPiece, p.dim - c);
-                     const int width = round_up(count, 16);
-                     for (int i = 0; i < item.rows * width; i += kWidth) zero().store(w.out + i);
-                     for (int r = 0; r < item.rows; ++r) w.unit[r] = 1.f;
-                     for (int token = 0; token < p.tokens;) {
-                       const int end = item.run_end(token, p.tokens);
-                       pv_run(item, token, end, c, count, w);
-                       token = end;
-                     }
-                     for (int r = 0; r < item.rows; ++r) {
-                       store_row(p.out, item.out_row(r) * p.dim + c, p.dtype, count,
-                                 w.out + r * width);
-                     }
-                   });
+  return for_items(
+      p, threads, ceil_div(p.dim, kPiece), [&](const Item& item, int part, Workspace& w) {
+        const int c = part * kPiece, count = least(kPiece, p.dim - c);
+        const int width = round_up(count, 16);
+        for (int i = 0; i < item.rows * width; i += kWidth) zero().store(w.out + i);
+        for (int r = 0; r < item.rows; ++r) w.unit[r] = 1.f;
+        for (int token = 0; token < p.tokens;) {
+          const int end = item.run_end(token, p.tokens);
+          pv_run(item, token, end, c, count, w);
+          token = end;
+        }
+        for (int r = 0; r < item.rows; ++r) {
+          store_row(p.out, item.out_row(r) * p.dim + c, p.dtype, count, w.out + r * width);
+        }
+      });
 }
 
 }  // namespace kvquant::cpu::KVQUANT_ISA

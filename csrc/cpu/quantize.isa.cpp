@@ -24,8 +24,8 @@ KVQUANT_INLINE Pairs make_pairs(Vec low, Vec high, Mask finite, float qmin, floa
 KVQUANT_INLINE Pairs make_pair(const Range& range, float qmin, float qmax) {
   const Vec one = Vec::set(1.f);
   const Mask finite = (range.finite() ? zero() : one) < one;
-  return make_pairs(Vec::set(reduce_min(range.low)), Vec::set(reduce_max(range.high)), finite,
-                    qmin, qmax);
+  return make_pairs(Vec::set(reduce_min(range.low)), Vec::set(reduce_max(range.high)), finite, qmin,
+                    qmax);
 }
 KVQUANT_INLINE Vec code_of(Vec x, const Pairs& pairs, float qmin, float qmax) {
   return clamp(round(x * pairs.inverse + pairs.zero), qmin, qmax);  // a NaN becomes qmin
@@ -38,13 +38,11 @@ struct Source {
   // Channels [c, c + count) of a token, and zeros up to a whole vector.
   KVQUANT_INLINE void load(int token, int c, int count, float* x) const {
     if (count % kWidth) zero().store(x + count / kWidth * kWidth);
-    const int64_t offset = head / p.heads * p.batch_stride + head % p.heads * p.head_stride +
-                           token * p.token_stride;
+    const int64_t offset =
+        head / p.heads * p.batch_stride + head % p.heads * p.head_stride + token * p.token_stride;
     load_row(p.x, offset + c, p.dtype, count, x);
   }
-  KVQUANT_INLINE uint8_t* codes(int token) const {
-    return p.q + (head * p.tokens + token) * p.dim;
-  }
+  KVQUANT_INLINE uint8_t* codes(int token) const { return p.q + (head * p.tokens + token) * p.dim; }
 };
 
 // One pair for tokens [begin, end) of a head.
@@ -133,9 +131,8 @@ Status quantize(const QuantizeParams& p, int threads) {
       const int c = int(item % pieces) * kPiece;
       const int64_t row = item / pieces, begin = row % groups * p.group;
       quantize_channels({p, row / groups}, int(begin),
-                        int(least<int64_t>(p.tokens, begin + p.group)), c,
-                        least(kPiece, p.dim - c), p.scale + row * p.dim + c,
-                        p.zero + row * p.dim + c);
+                        int(least<int64_t>(p.tokens, begin + p.group)), c, least(kPiece, p.dim - c),
+                        p.scale + row * p.dim + c, p.zero + row * p.dim + c);
     });
   }
   return Status::ok();

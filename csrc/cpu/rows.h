@@ -16,9 +16,9 @@ constexpr int kMaxDim = 256;
 // Calls f(i) for every i in [0, count) on at most `threads` threads.
 template <class F>
 KVQUANT_INLINE void parallel(int threads, int64_t count, const F& f) {
-  run_parallel(threads, count,
-               [](void* context, int64_t i) { (*static_cast<const F*>(context))(i); },
-               const_cast<F*>(&f));
+  run_parallel(
+      threads, count, [](void* context, int64_t i) { (*static_cast<const F*>(context))(i); },
+      const_cast<F*>(&f));
 }
 
 // Threads worth their waking: one for every `grain` elements.

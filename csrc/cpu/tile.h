@@ -82,8 +82,8 @@ KVQUANT_INLINE void pv_block(const float* w, int w_stride, const E* const* tile,
 }
 
 template <int kRows, class E>
-KVQUANT_INLINE void pv_rows(const float* w, int w_stride, const E* const* tile, int tokens,
-                            int dim, const float* decay, float* out, int out_stride) {
+KVQUANT_INLINE void pv_rows(const float* w, int w_stride, const E* const* tile, int tokens, int dim,
+                            const float* decay, float* out, int out_stride) {
   int c = 0;
   for (; c + kPvVecs * kWidth <= dim; c += kPvVecs * kWidth) {
     pv_block<kRows, kPvVecs>(w, w_stride, tile, tokens, c, decay, out, out_stride);
@@ -99,8 +99,8 @@ KVQUANT_INLINE void pv_tile(const float* w, int w_stride, int rows, const E* con
                             int tokens, int dim, const float* decay, float* out, int out_stride) {
   int r = 0;
   for (; r + kPvRows <= rows; r += kPvRows) {
-    pv_rows<kPvRows>(w + r * w_stride, w_stride, tile, tokens, dim, decay + r,
-                     out + r * out_stride, out_stride);
+    pv_rows<kPvRows>(w + r * w_stride, w_stride, tile, tokens, dim, decay + r, out + r * out_stride,
+                     out_stride);
   }
   const float* rest = w + r * w_stride;
   float* const to = out + r * out_stride;

@@ -17,6 +17,12 @@
 #endif
 #define KVQUANT_INLINE inline __attribute__((always_inline))
 
+namespace kvquant::cpu {
+// A code as seen from the middle of its row: loaded as q - 128, exactly. Sums of such terms lose
+// less to rounding than sums of 0 .. 255.
+enum class Centered : uint8_t {};
+}  // namespace kvquant::cpu
+
 #if defined(KVQUANT_ISA_AVX512)
 #include "cpu/vec_avx512.h"
 #elif defined(KVQUANT_ISA_AVX2)

@@ -19,6 +19,11 @@ struct Vec {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes))};
   }
+  static KVQUANT_INLINE Vec load(const Centered* p) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    const __m128i centered = _mm_xor_si128(bytes, _mm_set1_epi8(-128));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(centered))};
+  }
   static KVQUANT_INLINE Vec load_half(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
@@ -39,9 +44,9 @@ struct Vec {
     const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     const __m256i kept = _mm256_srli_epi32(_mm256_blendv_epi8(near, quiet, nan), 16);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                     _mm_packus_epi32(_mm256_castsi256_si128(kept),
-                                      _mm256_extracti128_si256(kept, 1)));
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(p),
+        _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1)));
   }
   // Low bytes of the values, rounded half to even.
   KVQUANT_INLINE void store_codes(uint8_t* p) const {

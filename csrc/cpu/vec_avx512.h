@@ -22,6 +22,11 @@ struct Vec {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))};
   }
+  static KVQUANT_INLINE Vec load(const Centered* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m128i centered = _mm_xor_si128(bytes, _mm_set1_epi8(-128));
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(centered))};
+  }
   static KVQUANT_INLINE Vec load_half(const uint16_t* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
@@ -103,8 +108,10 @@ KVQUANT_INLINE Vec butterfly(Vec x) {
   } else {
     other = _mm512_shuffle_f32x4(x.v, x.v, 0x4e);
   }
-  constexpr __mmask16 kUpper =
-      kStep == 1 ? 0xaaaa : kStep == 2 ? 0xcccc : kStep == 4 ? 0xf0f0 : 0xff00;
+  constexpr __mmask16 kUpper = kStep == 1   ? 0xaaaa
+                               : kStep == 2 ? 0xcccc
+                               : kStep == 4 ? 0xf0f0
+                                            : 0xff00;
   return {_mm512_mask_sub_ps(_mm512_add_ps(x.v, other), kUpper, other, x.v)};
 }
 

@@ -59,9 +59,13 @@ struct Vec {
   static KVQUANT_INLINE Vec load(const uint8_t* p) {
     return {Floats{float(p[0]), float(p[1]), float(p[2]), float(p[3])}};
   }
+  static KVQUANT_INLINE Vec load(const Centered* p) {
+    return {Floats{float(int(p[0]) - 128), float(int(p[1]) - 128), float(int(p[2]) - 128),
+                   float(int(p[3]) - 128)}};
+  }
   static KVQUANT_INLINE Vec load_half(const uint16_t* p) {
-    return {Floats{int8::half_to_float(p[0]), int8::half_to_float(p[1]),
-                   int8::half_to_float(p[2]), int8::half_to_float(p[3])}};
+    return {Floats{int8::half_to_float(p[0]), int8::half_to_float(p[1]), int8::half_to_float(p[2]),
+                   int8::half_to_float(p[3])}};
   }
   static KVQUANT_INLINE Vec load_bf16(const uint16_t* p) {
     return {floats(Ints{int32_t(uint32_t(p[0]) << 16), int32_t(uint32_t(p[1]) << 16),
