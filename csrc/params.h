@@ -24,7 +24,7 @@ struct Slab {
 struct CacheView {
   Slab k_data, v_data;      // uint8   [num_blocks, kv_heads, block_size, head_dim]
   Slab k_params, v_params;  // float16 [num_blocks, kv_heads, block_size, 2]: (scale, offset)
-  Slab k_mean;  // float16 [num_blocks, kv_heads, max(1, block_size / group), k_dim]; null: no mean
+  Slab k_mean;  // float16 [num_blocks, kv_heads, ceil(block_size / group), k_dim]; null: no mean
   int32_t num_blocks, kv_heads;
   int32_t block_size;              // any length if a sequence has one block, else a power of two
   int32_t k_dim, v_dim;            // multiples of 16, at most 256

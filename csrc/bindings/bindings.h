@@ -37,19 +37,19 @@ inline void check(Status status, const char* op) {
 #endif
 
 // One op's Status on the device that a call names.
-#define KVQUANT_ON(op, params, device, queue)  \
+#define KVQUANT_ON(op, params, device, queue) \
   ((device) < 0 ? cpu::op(params, int(queue)) \
                 : KVQUANT_CUDA_OR_REFUSE(cuda::op(params, {device, pointer<void>(queue)})))
 
 // Runs one op without the GIL.
-#define KVQUANT_RUN(op, params, device, queue)          \
-  do {                                                  \
-    Status status;                                      \
-    {                                                   \
-      py::gil_scoped_release release;                   \
-      status = KVQUANT_ON(op, params, device, queue);   \
-    }                                                   \
-    check(status, #op);                                 \
+#define KVQUANT_RUN(op, params, device, queue)        \
+  do {                                                \
+    Status status;                                    \
+    {                                                 \
+      py::gil_scoped_release release;                 \
+      status = KVQUANT_ON(op, params, device, queue); \
+    }                                                 \
+    check(status, #op);                               \
   } while (false)
 
 }  // namespace kvquant::bindings

@@ -176,8 +176,8 @@ void define_cache(py::module_& m) {
       .def(py::init<const CacheView&, uintptr_t, int64_t, int, int, uintptr_t, uintptr_t, int,
                     int>());
   py::class_<Step>(m, "Step")
-      .def(py::init<py::tuple, py::tuple, py::tuple, py::tuple, int, int, float, bool, int,
-                    float>())
+      .def(
+          py::init<py::tuple, py::tuple, py::tuple, py::tuple, int, int, float, bool, int, float>())
       .def("run", &Step::run);
   m.def("append", &append);
   m.def("attention", &attention);

@@ -22,7 +22,7 @@ class LayerStorage:
     Attributes:
         k_data: uint8, ``(num_blocks, kv_heads, block_size, k_dim)``.
         k_params: float16, ``(num_blocks, kv_heads, block_size, 2)``: (scale, offset).
-        k_mean: float16, ``(num_blocks, kv_heads, max(1, block_size / group), k_dim)``, or None.
+        k_mean: float16, ``(num_blocks, kv_heads, ceil(block_size / group), k_dim)``, or None.
         v_data: uint8, ``(num_blocks, kv_heads, block_size, v_dim)``.
         v_params: float16, ``(num_blocks, kv_heads, block_size, 2)``.
         format: What the rows mean.

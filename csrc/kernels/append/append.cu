@@ -183,13 +183,10 @@ __device__ void group_mean(const Source<T>& src, int start, int end, MeanScratch
   }
   __syncthreads();
   for (int c = threadIdx.x; c < src.dim; c += kThreads) {
-    if (opens) {
-      const __half rounded = __float2half_rn(fminf(fmaxf(mean[c], -int8::kMaxAbs), int8::kMaxAbs));
-      if (slot) slot[c] = rounded;
-      mean[c] = __half2float(rounded);
-    } else {
-      mean[c] = slot ? __half2float(slot[c]) : 0.f;
+    if (opens && slot) {
+      slot[c] = __float2half_rn(fminf(fmaxf(mean[c], -int8::kMaxAbs), int8::kMaxAbs));
     }
+    mean[c] = slot ? __half2float(slot[c]) : 0.f;  // as readers will find it
   }
   __syncthreads();
 }
