@@ -71,11 +71,10 @@ bench: $(state)/package $(state)/test  ## benchmarks, each beside its peer and i
 	$(py) -m benchmarks $(ARGS)
 
 .PHONY: sanitize
-sanitize: $(state)/package $(state)/test  ## GPU tests under compute-sanitizer
-	for tool in memcheck racecheck; do \
+sanitize: $(state)/package $(state)/test  ## every CUDA kernel under compute-sanitizer
+	for tool in memcheck racecheck synccheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	    $(py) -m pytest -m 'gpu and not slow' --timeout 1800 \
-	    $(or $(ARGS),-k 'not reference and (foreign or slots or strides or wild or advance)'); \
+	    $(py) tools/sanitize.py $(ARGS); \
 	done
 
 .PHONY: docs

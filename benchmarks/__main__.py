@@ -1,11 +1,13 @@
 """`python -m benchmarks decode --json FILE`, and so on; without a name: each in turn."""
 
+import torch
 import typer
 
-from benchmarks import decode, overhead, rows
+from benchmarks import cpu, decode, overhead, rows
 
 app = typer.Typer(add_completion=False)
-PROGRAMS = {"decode": decode.main, "rows": rows.main, "overhead": overhead.main}
+ON_GPU = {"decode": decode.main, "rows": rows.main, "overhead": overhead.main}
+PROGRAMS = {"cpu": cpu.main, **ON_GPU}
 for name, program in PROGRAMS.items():
     app.command(name)(program)
 
@@ -14,7 +16,8 @@ for name, program in PROGRAMS.items():
 def run_all(context: typer.Context) -> None:
     """Measure kvquant beside its peers."""
     if context.invoked_subcommand is None:
-        for program in PROGRAMS.values():
+        cpu.main()
+        for program in ON_GPU.values() if torch.cuda.is_available() else ():
             program()
 
 

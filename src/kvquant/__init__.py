@@ -5,16 +5,14 @@ from kvquant.cache import QuantizedKVCache
 from kvquant.errors import CacheFullError
 from kvquant.explain import Explanation, explain
 from kvquant.formats import CacheFormat
-from kvquant.functional import (
-    append_,
-    attention,
+from kvquant.functional import append_, attention, gather
+from kvquant.ops import use_backend
+from kvquant.plain import (
     dequantize_cache_torch,
-    gather,
     pv_matmul,
     qk_matmul,
     quantize_cache_v,
 )
-from kvquant.ops import use_backend
 from kvquant.storage import LayerStorage
 
 __version__ = "0.1.0"

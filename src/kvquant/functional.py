@@ -1,16 +1,14 @@
-"""The operations with their arguments checked: nothing is written by a call that raises."""
+"""The operations on a cache, their arguments checked: a call that raises writes nothing."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kvquant import ops
 from kvquant._checks import (
-    check_affine,
     check_block_table,
     check_index,
     check_no_grad,
@@ -26,150 +24,8 @@ from kvquant.storage import LayerStorage
 __all__ = [
     "append_",
     "attention",
-    "dequantize_cache_torch",
     "gather",
-    "pv_matmul",
-    "qk_matmul",
-    "quantize_cache_v",
 ]
-
-Granularity = Literal["token", "head", "channel"]
-
-
-def quantize_cache_v(
-    x: Tensor,
-    bits: int = 8,
-    qmax: int | Tensor | None = None,
-    qmin: int | Tensor | None = None,
-    *,
-    granularity: Granularity = "token",
-    group_size: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise keys or values to uint8 codes with ``x ~ scale * (q - zero)``.
-
-    Args:
-        x: ``(batch, heads, tokens, head_dim)``, float16, bfloat16 or float32, last dimension
-            contiguous.
-        bits: Bits of a code, at most 8.
-        qmax: Largest code, ``2**bits - 1`` by default.
-        qmin: Smallest code, 0 by default.
-        granularity: What shares a pair: the channels of a "token" and head, all of a "head", or a
-            "channel" over ``group_size`` tokens (KIVI's keys).
-        group_size: Tokens that share a pair with ``granularity="channel"``; None: all of them.
-
-    Returns:
-        ``q`` uint8 of x's shape, and float32 ``scale`` and ``zero`` of shape (b, h, s, 1) for
-        "token", (b, h, 1, 1) for "head", (b, h, ceil(s / group_size), d) for "channel". Where the
-        shared elements hold a NaN or exceed 65504, both are NaN.
-
-    Raises:
-        TypeError: A dtype that is not supported.
-        ValueError: A shape, stride or option that is not supported.
-    """
-    check_rows("x", x, 4, any_dim=True)
-    check_no_grad(x=x)
-    require(isinstance(bits, int) and 1 <= bits <= 8, f"bits: expected 1 to 8, got {bits!r}")
-    high = float(2**bits - 1 if qmax is None else qmax)
-    low = float(0 if qmin is None else qmin)
-    require(
-        0 <= low < high <= 255,
-        f"qmin, qmax: expected 0 <= qmin < qmax <= 255, got {low:g} and {high:g}",
-    )
-    require(
-        granularity in ("token", "head", "channel"),
-        f"granularity: expected 'token', 'head' or 'channel', got {granularity!r}",
-    )
-    if granularity != "channel":
-        require(group_size is None, f"group_size: only for 'channel', not {granularity!r}")
-    require(
-        group_size is None or group_size > 0,
-        f"group_size: expected a positive number, got {group_size}",
-    )
-    group = (group_size or max(1, x.shape[2])) if granularity == "channel" else 0
-    result: tuple[Tensor, Tensor, Tensor] = ops.call("quantize", x, low, high, granularity, group)
-    return result
-
-
-def dequantize_cache_torch(
-    q: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    dtype: torch.dtype | None = None,
-    *,
-    group_size: int | None = None,
-) -> Tensor:
-    """``scale * (q - zero)`` for every granularity of `quantize_cache_v`.
-
-    Args:
-        q: uint8 ``(batch, heads, tokens, head_dim)``.
-        scale: As returned by `quantize_cache_v`: its shape tells the granularity.
-        zero: Like ``scale``.
-        dtype: Of the result: float16, bfloat16 or float32; scale's by default.
-        group_size: As given to `quantize_cache_v`.
-
-    Raises:
-        TypeError: A dtype that is not supported.
-        ValueError: Shapes that do not belong together.
-    """
-    dtype = dtype or scale.dtype
-    group = check_affine("q", q, scale, zero, group_size)
-    require(
-        dtype in (torch.float16, torch.bfloat16, torch.float32),
-        f"dtype: expected float16, bfloat16 or float32, got {dtype}",
-        TypeError,
-    )
-    result: Tensor = ops.call("dequantize", q, scale.float(), zero.float(), group, dtype)
-    return result
-
-
-def qk_matmul(
-    query: Tensor, qk: Tensor, scale: Tensor, zero: Tensor, *, group_size: int | None = None
-) -> Tensor:
-    """Scores of queries against quantised keys, ``query @ dequantised(qk).mT``, without a scale.
-
-    Args:
-        query: ``(batch, q_heads, q_tokens, head_dim)``.
-        qk: uint8 ``(batch, kv_heads, tokens, head_dim)``; kv_heads divides q_heads.
-        scale: As returned by `quantize_cache_v`, any granularity.
-        zero: Like ``scale``.
-        group_size: As given to `quantize_cache_v`.
-
-    Returns:
-        ``(batch, q_heads, q_tokens, tokens)`` in the query's dtype, accumulated in float32.
-
-    Raises:
-        TypeError: A dtype that is not supported.
-        ValueError: Shapes that do not belong together.
-    """
-    group = check_affine("qk", qk, scale, zero, group_size)
-    _check_factor("query", query, qk, qk.shape[3])
-    result: Tensor = ops.call("qk_matmul", query, qk, scale.float(), zero.float(), group)
-    return result
-
-
-def pv_matmul(
-    probs: Tensor, qv: Tensor, scale: Tensor, zero: Tensor, *, group_size: int | None = None
-) -> Tensor:
-    """Attention probabilities times quantised values, ``probs @ dequantised(qv)``.
-
-    Args:
-        probs: ``(batch, q_heads, q_tokens, tokens)``.
-        qv: uint8 ``(batch, kv_heads, tokens, head_dim)``; kv_heads divides q_heads.
-        scale: As returned by `quantize_cache_v`, any granularity.
-        zero: Like ``scale``.
-        group_size: As given to `quantize_cache_v`.
-
-    Returns:
-        ``(batch, q_heads, q_tokens, head_dim)`` in probs' dtype, accumulated in float32.
-
-    Raises:
-        TypeError: A dtype that is not supported.
-        ValueError: Shapes that do not belong together.
-    """
-    group = check_affine("qv", qv, scale, zero, group_size)
-    _check_factor("probs", probs, qv, qv.shape[2])
-    result: Tensor = ops.call("pv_matmul", probs, qv, scale.float(), zero.float(), group)
-    return result
 
 
 def append_(
@@ -470,14 +326,3 @@ def _option(name: str, number: float | None) -> float:
         math.isfinite(number) and number > 0, f"{name}: expected a positive number, got {number}"
     )
     return float(number)
-
-
-def _check_factor(name: str, x: Tensor, q: Tensor, last: int) -> None:
-    check_rows(name, x, 4, any_dim=True)
-    check_no_grad(**{name: x})
-    require(
-        x.shape[0] == q.shape[0] and x.shape[1] % q.shape[1] == 0 and x.shape[3] == last,
-        f"{name}: expected shape [{q.shape[0]}, a multiple of {q.shape[1]}, any, {last}], got "
-        f"{list(x.shape)}",
-    )
-    require(x.device == q.device, f"{name}: on {x.device}, but the quantised tensor on {q.device}")

@@ -1,0 +1,134 @@
+"""Every kernel on small inputs, for compute-sanitizer: no other kernels run but copies.
+
+Inputs are made on the CPU; results are compared with those of the torch reference there.
+`make sanitize` runs it under each tool; `--device cpu` checks the program itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import typer
+from torch import Tensor
+
+import kvquant
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-4}
+Move = Callable[[Any], Any]
+
+
+def both(run: Callable[[Move], list[Tensor]], device: str, what: str, tolerance: float) -> None:
+    """Run a case on the device and on the CPU's reference; compare."""
+    torch.manual_seed(0)
+    ours = run(lambda x: x.to(device) if isinstance(x, Tensor) else x)
+    torch.manual_seed(0)
+    with kvquant.use_backend("reference"):
+        reference = run(lambda x: x)
+    for mine, expected in zip(ours, reference, strict=True):
+        a, b = mine.cpu().double(), expected.double()
+        error = (a - b).norm() / b.norm().clamp_min(1e-9)
+        if not error <= tolerance:
+            raise SystemExit(
+                f"{what}: relative error {error:.2e}, expected {tolerance:.0e} at most"
+            )
+    print(what, flush=True)
+
+
+def cache_case(
+    move: Move,
+    dims: tuple[int, int],
+    heads: tuple[int, int],
+    tokens: int,
+    dtype: torch.dtype,
+    block: int,
+    format: kvquant.CacheFormat,
+    options: dict[str, Any],
+) -> list[Tensor]:
+    """Append a ragged prompt and a dense step, then attend and gather."""
+    lens, kv_heads = (300, 17), heads[1]
+    blocks = -(-(max(lens) + tokens) // block)
+    table = move(torch.randperm(2 * blocks, dtype=torch.int32).view(2, blocks))
+    storage = kvquant.LayerStorage.allocate(
+        2 * blocks, kv_heads, block, *dims, format=format, device=table.device
+    )
+    seq_lens = move(torch.zeros(2, dtype=torch.int32))
+    edges = move(torch.tensor([0, lens[0], sum(lens)], dtype=torch.int32))
+    where = {"block_table": table, "seq_lens": seq_lens, "advance": True}
+    for shape, more in (
+        ((sum(lens), kv_heads), {"cu_seqlens": edges, "max_seqlen": lens[0]}),
+        ((2, tokens, kv_heads), {}),
+    ):
+        key, value = (move(torch.randn(*shape, dim).to(dtype)) for dim in dims)
+        kvquant.append_(key, value, storage, **where, **more)
+    query = move(torch.randn(2, tokens, heads[0], dims[0]).to(dtype))
+    where = {"block_table": table, "seq_lens": seq_lens}
+    out, lse = kvquant.attention(
+        query, storage, **where, **{k: move(v) for k, v in options.items()}, return_lse=True
+    )
+    return [out, lse, *kvquant.gather(storage, **where, dtype=dtype)]
+
+
+def cache_cases(device: str) -> Iterator[None]:
+    """Instances by head_dim, rows and dtype; layouts and features in turn."""
+    formats = itertools.cycle(
+        [
+            kvquant.CacheFormat(),
+            kvquant.CacheFormat(key_mean=16, value_rotation=True),
+            kvquant.CacheFormat.plain(),
+        ]
+    )
+    blocks = itertools.cycle([16, 512, 64])
+    options = itertools.cycle(
+        [
+            {},
+            {"sliding_window": 100, "softcap": 20.0},
+            {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0]), "causal": False},
+            {"alibi_slopes": torch.tensor([0.1, 0.02, 0.3, 0.05])},
+        ]
+    )
+    for dims, tokens, dtype in itertools.product(
+        [(64, 64), (128, 128), (192, 80), (16, 256)], [1, 4, 20], DTYPES
+    ):
+        arguments = (dims, (4, 2), tokens, dtype, next(blocks), next(formats), next(options))
+        name = f"attention {dims} {tokens} tokens {dtype} {arguments[4]}"
+        both(lambda move, a=arguments: cache_case(move, *a), device, name, TOLERANCE[dtype])
+        yield
+
+
+def plain_case(move: Move, dim: int, dtype: torch.dtype, granularity: str) -> list[Tensor]:
+    """Quantise, dequantise and both matmuls."""
+    group = 32 if granularity == "channel" else None
+    x = move(torch.randn(2, 3, 70, dim).to(dtype))
+    q, scale, zero = kvquant.quantize_cache_v(x, granularity=granularity, group_size=group)
+    scores = kvquant.qk_matmul(
+        move(torch.randn(2, 6, 4, dim).to(dtype)), q, scale, zero, group_size=group
+    )
+    probs = move(torch.rand(2, 6, 4, 70).to(dtype))
+    return [
+        q, scale, zero, scores,
+        kvquant.dequantize_cache_torch(q, scale, zero, dtype, group_size=group),
+        kvquant.pv_matmul(probs, q, scale, zero, group_size=group),
+    ]  # fmt: skip
+
+
+def main(device: str = "cuda") -> None:
+    """Run all cases; exit with an error at the first that differs."""
+    for dim, dtype, granularity in itertools.product(
+        (128, 40), DTYPES, ("token", "head", "channel")
+    ):
+        name = f"plain {dim} {dtype} {granularity}"
+        both(
+            lambda move, a=(dim, dtype, granularity): plain_case(move, *a),
+            device, name, TOLERANCE[dtype],
+        )  # fmt: skip
+    for _ in cache_cases(device):
+        pass
+    print("all cases agree")
+
+
+if __name__ == "__main__":
+    typer.run(main)
