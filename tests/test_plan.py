@@ -1,4 +1,4 @@
-"""How an attention call is cut into pieces on a GPU: a pure function, so any machine can test it."""
+"""How an attention call is cut into pieces on a GPU: a pure function, tested on any machine."""
 
 from __future__ import annotations
 
