@@ -40,7 +40,7 @@ demo: $(state)/package $(state)/demo  ## a small language model on an 8-bit cach
 
 .PHONY: test
 test: $(state)/package $(state)/test  ## every test that this machine can run
-	$(py) -m pytest $(ARGS)
+	$(py) -m pytest -n auto $(ARGS)
 
 .PHONY: lint
 lint: $(state)/lint  ## check style, types and layers; changes nothing
