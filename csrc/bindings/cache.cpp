@@ -162,9 +162,10 @@ class Step {
 
 // (splits, floats of partial results, counters) that an attention call needs on a CUDA device.
 py::tuple attention_plan(int batch, int tokens, int q_heads, int kv_heads, int k_dim, int v_dim,
-                         bool float32, int capacity, int multiprocessors) {
-  const cuda::AttentionPlan plan = cuda::plan_attention(batch, tokens, q_heads, kv_heads, k_dim,
-                                                        v_dim, float32, capacity, multiprocessors);
+                         bool float32, int capacity, int multiprocessors, int shared_limit) {
+  const cuda::AttentionPlan plan =
+      cuda::plan_attention(batch, tokens, q_heads, kv_heads, k_dim, v_dim, float32, capacity,
+                           multiprocessors, shared_limit);
   return py::make_tuple(plan.splits, plan.partial_floats, plan.counters);
 }
 

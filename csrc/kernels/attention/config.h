@@ -30,18 +30,22 @@ constexpr int min_blocks(int head_dim, int rows, bool float32) {
 constexpr int stage_bytes(int head_dim) {
   return kAttentionWarps * ((2 * head_dim + 8) * kTile + 2 * head_dim);
 }
+// Rows that are merged over the warps at once. Four of them do not leave room for a stage of 256
+// channels where a block may have 99 KB (sm_86, 89, 120).
+constexpr int merge_rows(int head_dim) { return head_dim > 128 ? 2 : 4; }
+
 // Shared memory besides the ring, rounded up: query, result and merge rows, items, row states.
 constexpr int fixed_bytes(int head_dim, int rows, bool float32) {
   return ((float32 ? 16 : rows) + rows) * (head_dim + kQueryPad) * 2 + rows * head_dim * 4 +
-         kAttentionWarps * 4 * (std::min(head_dim, 128) + 4) * 4 +
-         rows * (kAttentionWarps + 1) * 16 + 512;
+         kAttentionWarps * merge_rows(head_dim) * (std::min(head_dim, 128) + 4) * 4 +
+         rows * (kAttentionWarps + 1) * 16 + 256;
 }
 
 struct AttentionPlan {
   int head_dim;   // of the instance: a multiple of 64 that covers both head_dims
   int rows;       // of a block
   int row_tiles;  // of a sequence and KV head
-  int splits;     // most blocks along the tokens
+  int splits;     // most blocks along the tokens; 0: no instance fits shared memory
   int64_t partial_floats, counters;
 };
 
@@ -65,14 +69,30 @@ inline int choose_splits(int64_t units, int64_t slots, int capacity) {
   return best;
 }
 
-// capacity: most tokens of a sequence.
+// Stages of the ring that shared memory allows: `limit` bytes a block, `total` a multiprocessor.
+inline int choose_stages(int head_dim, int rows, bool float32, int limit, int total) {
+  const int kept = limit > 64 << 10 ? 1024 : 0;  // by the driver, of a block, from sm_80 on
+  const int fixed = fixed_bytes(head_dim, rows, float32) + kept;
+  for (int blocks = min_blocks(head_dim, rows, float32); blocks >= 1; --blocks) {
+    const int stages = (std::min(limit + kept, total / blocks) - fixed) / stage_bytes(head_dim);
+    if (stages >= 2 || blocks == 1) return std::min(kMaxStages, stages);
+  }
+  return 0;
+}
+
+// capacity: most tokens of a sequence; shared_limit: bytes of shared memory a block may have.
 inline AttentionPlan plan_attention(int batch, int tokens, int q_heads, int kv_heads, int k_dim,
-                                    int v_dim, bool float32, int capacity, int multiprocessors) {
+                                    int v_dim, bool float32, int capacity, int multiprocessors,
+                                    int shared_limit) {
   AttentionPlan plan{};
   const int64_t query_rows = std::max<int64_t>(1, int64_t(tokens) * (q_heads / kv_heads));
   plan.head_dim = (std::max(k_dim, v_dim) + 63) / 64 * 64;
   const int most_rows = float32 ? 8 : max_rows(plan.head_dim);
   for (plan.rows = 8; plan.rows < most_rows && plan.rows < query_rows; plan.rows *= 2) {
+  }
+  while (choose_stages(plan.head_dim, plan.rows, float32, shared_limit, shared_limit + 1024) < 1) {
+    if (plan.rows == 8) return plan;  // splits 0: head_dim 192 and 256 with 64 KB (sm_75)
+    plan.rows /= 2;
   }
   plan.row_tiles = int((query_rows + plan.rows - 1) / plan.rows);
   const int64_t units = std::max<int64_t>(1, int64_t(batch) * kv_heads * plan.row_tiles);
@@ -82,17 +102,6 @@ inline AttentionPlan plan_attention(int batch, int tokens, int q_heads, int kv_h
   plan.partial_floats =
       plan.splits > 1 ? units * plan.splits * partial_floats(plan.head_dim, plan.rows) : 0;
   return plan;
-}
-
-// Stages of the ring that shared memory allows: `limit` bytes a block, `total` a multiprocessor.
-inline int choose_stages(int head_dim, int rows, bool float32, int limit, int total) {
-  const int fixed =
-      fixed_bytes(head_dim, rows, float32) + 1024;  // what the driver keeps of a block
-  for (int blocks = min_blocks(head_dim, rows, float32); blocks >= 1; --blocks) {
-    const int stages = (std::min(limit + 1024, total / blocks) - fixed) / stage_bytes(head_dim);
-    if (stages >= 2 || blocks == 1) return std::min(kMaxStages, stages);
-  }
-  return 0;
 }
 
 }  // namespace kvquant::cuda

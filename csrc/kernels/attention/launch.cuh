@@ -15,6 +15,8 @@ struct Residency {
 };
 template <class Traits>
 Residency find_residency(int device) {
+  static_assert(sizeof(AttentionShared<Traits>) - stage_bytes(Traits::kDim) <=
+                fixed_bytes(Traits::kDim, Traits::kRows, Traits::kSplit));
   int limit = 0, total = 0, multiprocessors = 0, blocks = 0;
   cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   cudaDeviceGetAttribute(&total, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);

@@ -9,6 +9,7 @@ namespace kvquant::cuda {
 template <class Traits>
 struct AttentionShared {
   static constexpr int kMergeWidth = Traits::kDim < 128 ? Traits::kDim : 128;
+  static constexpr int kMergeRows = merge_rows(Traits::kDim);
   QueryShared<Traits> query;
   alignas(16) float result[Traits::kRows][Traits::kDim];
   float4 row[kAttentionWarps][Traits::kRows];  // (max, sum, offsets, 1 / value gain) of a warp
@@ -17,7 +18,7 @@ struct AttentionShared {
   Item items[2];                // at hand and next
   bool last;
   union {
-    alignas(16) float merge[kAttentionWarps][4][kMergeWidth + 4];
+    alignas(16) float merge[kAttentionWarps][kMergeRows][kMergeWidth + 4];
     float weights[kMaxSplits][8];
   };
   alignas(16) Stage<Traits::kDim> ring[kAttentionWarps];  // goes on behind the struct
@@ -28,6 +29,7 @@ template <class Traits>
 __device__ __forceinline__ void merge_warps(AttentionShared<Traits>& shared,
                                             const Accumulator<Traits>& acc, int g, int t) {
   constexpr int kMergeWidth = AttentionShared<Traits>::kMergeWidth;
+  constexpr int kMergeRows = AttentionShared<Traits>::kMergeRows;
   const int warp = threadIdx.x / 32;
 #pragma unroll
   for (int r = 0; r < Traits::kRowSets; ++r) {
@@ -45,7 +47,8 @@ __device__ __forceinline__ void merge_warps(AttentionShared<Traits>& shared,
 #pragma unroll
   for (int r = 0; r < Traits::kRowSets; ++r) {
 #pragma unroll
-    for (int q = 0; q < 2; ++q) {  // even and odd rows: half the room
+    for (int round = 0; round < 8 / kMergeRows; ++round) {
+      const int q = round % 2, first = round / 2 * kMergeRows;  // rows 2 t + q, t from first on
 #pragma unroll
       for (int base = 0; base < Traits::kDim; base += kMergeWidth) {
         __syncthreads();  // the last round was read
@@ -59,13 +62,15 @@ __device__ __forceinline__ void merge_warps(AttentionShared<Traits>& shared,
             x.x += acc.c[2 * w][1][q], x.y += acc.c[2 * w][1][q + 2];
             x.z += acc.c[2 * w + 1][1][q], x.w += acc.c[2 * w + 1][1][q + 2];
           }
-          *reinterpret_cast<float4*>(&shared.merge[warp][t][c]) = x;
+          if (kMergeRows == 4 || t / kMergeRows == first / kMergeRows) {
+            *reinterpret_cast<float4*>(&shared.merge[warp][t % kMergeRows][c]) = x;
+          }
         }
         __syncthreads();
         constexpr int kPieces = kMergeWidth / 4;
-        const int quarter = threadIdx.x / kPieces, c = int(threadIdx.x % kPieces) * 4;
-        const int row = 8 * r + 2 * quarter + q;
-        if (quarter >= 4 || base + c >= Traits::kDim) continue;
+        const int place = threadIdx.x / kPieces, c = int(threadIdx.x % kPieces) * 4;
+        const int row = 8 * r + 2 * (first + place) + q;
+        if (place >= kMergeRows || base + c >= Traits::kDim) continue;
         float max = kNoScore, sum = 0.f;
         float4 out = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
@@ -74,7 +79,7 @@ __device__ __forceinline__ void merge_warps(AttentionShared<Traits>& shared,
         for (int w = 0; w < kAttentionWarps; ++w) {
           const float4 state = shared.row[w][row];
           const float weight = exp2_approx(state.x - max);
-          const float4 x = *reinterpret_cast<const float4*>(&shared.merge[w][quarter][c]);
+          const float4 x = *reinterpret_cast<const float4*>(&shared.merge[w][place][c]);
           sum = fmaf(weight, state.y, sum);
           out.x = fmaf(weight, fmaf(x.x, state.w, state.z), out.x);
           out.y = fmaf(weight, fmaf(x.y, state.w, state.z), out.y);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -40,8 +40,16 @@ class _Cuda(Compiled):
     def unavailable(self, x: Tensor) -> str | None:
         return _unavailable(x.get_device())
 
+    def refuses(self, op: str, args: Sequence[Any]) -> str | None:
+        reason = super().refuses(op, args)
+        if reason is None and op == "attention" and _resources(args[0].get_device())[1] < 99 << 10:
+            dim = max(args[0].shape[-1], args[4].shape[-1])
+            if dim > 128:
+                return f"head_dim {dim} is over 128, too large for this GPU's shared memory"
+        return reason
+
     def plan(self, query: Tensor, *shape: int) -> tuple[int, int, int]:
-        return _plan(query.dtype == torch.float32, _processors(query.get_device()), *shape)
+        return _plan(query.dtype == torch.float32, *_resources(query.get_device()), *shape)
 
     def workspace(self, queue: tuple[int, int], floats: int, counters: int) -> tuple[int, int, Any]:
         """Room for partial results, and counters that a kernel finds zero and leaves zero.
@@ -82,14 +90,19 @@ def _unavailable(device: int) -> str | None:
 
 
 @cache
-def _processors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _resources(device: int) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory that a block may have."""
+    properties = torch.cuda.get_device_properties(device)
+    # Torch has told the second since 2.5; before it, what every GPU from sm_80 on has.
+    shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
+    return properties.multi_processor_count, shared if properties.major >= 8 else 64 << 10
 
 
 @lru_cache(maxsize=4096)
 def _plan(
     float32: bool,
     multiprocessors: int,
+    shared_limit: int,
     batch: int,
     tokens: int,
     q_heads: int,
@@ -100,7 +113,16 @@ def _plan(
 ) -> tuple[int, int, int]:
     """Most splits of a sequence, floats of partial results, counters."""
     plan: tuple[int, int, int] = _native.module.attention_plan(
-        batch, tokens, q_heads, kv_heads, k_dim, v_dim, float32, capacity, multiprocessors
+        batch,
+        tokens,
+        q_heads,
+        kv_heads,
+        k_dim,
+        v_dim,
+        float32,
+        capacity,
+        multiprocessors,
+        shared_limit,
     )
     return plan
 
