@@ -96,7 +96,7 @@ class Report:
         self.facts = {
             "device": torch.cuda.get_device_name()
             if torch.cuda.is_available()
-            else platform.processor(),
+            else f"CPU ({platform.machine()})",
             "torch": torch.__version__,
             "kvquant": kvquant.__version__,
             **facts,
