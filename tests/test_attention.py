@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import kvquant
 from attending import check_attention
 from support import DTYPES, FORMATS, LAYOUTS, RAGGED, filled_cache
 
@@ -135,3 +136,16 @@ def test_any_shape(
     lens, queries, starts = zip(*sizes, strict=True)
     options = {"causal": causal, "sliding_window": window, "softcap": softcap}
     run(Case(dtype, heads, dims, layout, fmt, queries, lens, starts, options), device)
+
+
+def test_a_nan_is_not_hidden_by_a_sink(backend, device):
+    cache = filled_cache((1,), dtype=DTYPES["fp16"], kv_heads=1, k_dim=64, device=device)
+    query = torch.full((1, 1, 1, 64), torch.nan, dtype=DTYPES["fp16"], device=device)
+    out = kvquant.attention(
+        query,
+        cache.storage,
+        block_table=cache.table,
+        seq_lens=cache.lens,
+        sinks=torch.zeros(1, device=device),
+    )
+    assert out.isnan().all()

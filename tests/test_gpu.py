@@ -9,7 +9,14 @@ import torch
 
 from appending import assert_same_rows
 from attending import attend, check_attention
-from kvquant import append_, attention, gather, quantize_cache_v, use_backend
+from kvquant import (
+    QuantizedKVCache,
+    append_,
+    attention,
+    gather,
+    quantize_cache_v,
+    use_backend,
+)
 from support import (
     BF16,
     DTYPES,
@@ -224,3 +231,21 @@ def test_a_second_device():
     check_attention(cache, list(query))
     with use_backend("reference"):
         torch.testing.assert_close(out, dense(cache, query), atol=1e-2, rtol=1e-2)
+
+
+def test_a_captured_step_does_not_lend_its_scratch(cuda):
+    """Eager steps go on where a graph was captured, before the graph has ever run."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    caches = [QuantizedKVCache(1, 1, 2, 64, max_seq_len=4096, device=cuda) for _ in range(2)]
+    rows = torch.randn(3, 1, 1, 8, 64, device=cuda, dtype=FP16)
+    with torch.cuda.stream(stream):
+        for cache in caches:
+            for row in rows[:2]:
+                cache.attend(0, row, row[..., :2, :], row[..., :2, :])
+        with torch.cuda.graph(graph, stream=stream):
+            caches[1].attend(0, rows[0], rows[0][..., :2, :], rows[0][..., :2, :])
+        found = caches[0].attend(0, rows[2], rows[2][..., :2, :], rows[2][..., :2, :])
+    torch.cuda.synchronize()
+    assert caches[0].seq_lens.tolist() == [3]
+    whole = caches[0].attend(0, rows[2])
+    assert torch.equal(found, whole)

@@ -21,6 +21,7 @@ Status qk_matmul(const MatmulParams& params, Launch launch);
 Status pv_matmul(const MatmulParams& params, Launch launch);
 
 bool is_capturing(void* stream);
+int shared_memory_limit(int device);   // bytes a block may have, 0: no such device
 int device_count(const char** error);  // 0 and the reason where there is no driver or GPU
 int runtime_version();
 int driver_version();

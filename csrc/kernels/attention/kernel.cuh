@@ -74,7 +74,8 @@ struct Walk {
     if (asked->whole >= 0) return asked->whole;
     return block_of(p.cache, p.seqs, asked->rows.sequence, at >> paging.shift);
   }
-  // The mean of the group of the tile to ask for; null without means, or where its block is lost.
+  // The mean of the group of the tile to ask for; null, which counts as zero, without means or
+  // where its block is lost.
   __device__ __forceinline__ const __half* find_mean() const {
     if (!p.cache.group) return nullptr;
     const int start = coming & -p.cache.group;
@@ -98,7 +99,7 @@ struct Walk {
         continue;
       }
       const __half* mean = coming_block < 0 ? nullptr : find_mean();
-      const bool there = coming_block >= 0 && (mean || !p.cache.group);
+      const bool there = coming_block >= 0;
       if (there) {
         fill_stage(ring[in * kAttentionWarps], p.cache, asked->rows.head, coming_block,
                    coming & paging.mask, mean);

@@ -11,17 +11,12 @@ Status attention(const AttentionParams& p, Launch launch) {
   const CacheView& cache = p.cache;
   if (p.seqs.batch == 0 || p.seqs.tokens == 0) return Status::ok();
   const DeviceGuard guard(launch.device);
-  int shared_limit = 0;
-  cudaError_t error = guard.error();
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                   launch.device);
-  }
-  if (error != cudaSuccess) return to_status(error);
+  if (guard.error() != cudaSuccess) return to_status(guard.error());
   // The caller sized splits and scratch from the same plan; here it gives the instance's shape.
-  const AttentionPlan plan = plan_attention(p.seqs.batch, p.seqs.tokens, p.q_heads, cache.kv_heads,
-                                            cache.k_dim, cache.v_dim, p.dtype == Dtype::kFloat32,
-                                            p.seqs.max_blocks * cache.block_size, 1, shared_limit);
+  const AttentionPlan plan =
+      plan_attention(p.seqs.batch, p.seqs.tokens, p.q_heads, cache.kv_heads, cache.k_dim,
+                     cache.v_dim, p.dtype == Dtype::kFloat32, p.seqs.max_blocks * cache.block_size,
+                     1, shared_memory_limit(launch.device));
   if (plan.splits == 0)
     return Status::unsupported("head_dim too large for this GPU's shared memory");
   if ((plan.counters - 1) * p.splits > INT32_MAX) {

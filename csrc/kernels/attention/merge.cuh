@@ -190,10 +190,11 @@ __device__ __forceinline__ void finish_rows(const AttentionParams& p, const RowT
     if (p.sinks) {
       const float sink = p.sinks[rows.head_of(row)] * kLog2e, most = fmaxf(max, sink);
       if (weight > 0.f) weight = exp2_approx(max - most);
-      sum = fmaf(sum, weight, exp2_approx(sink - most));
+      sum = fmaf(sum, weight, sink == most ? 1.f : exp2_approx(sink - most));
       max = most;
     }
-    const float factor = weight == 0.f ? 0.f : weight / sum;
+    // A NaN may have no maximum to weigh it against a sink.
+    const float factor = isnan(sum) ? sum : weight == 0.f ? 0.f : weight / sum;
     float x[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {

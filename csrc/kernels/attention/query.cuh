@@ -69,7 +69,7 @@ struct RowTile {
   __device__ int head_of(int row) const { return head * share + (first + row) % share; }
   __device__ int position_of(int row) const { return position + token_of(row); }
   __device__ int first_seen(const AttentionParams& p, int at) const {
-    return p.sliding_window ? max(start, at - p.sliding_window + 1) : start;
+    return p.sliding_window ? max(start, max(at, 0) - p.sliding_window + 1) : start;
   }
   __device__ int seen_end(const AttentionParams& p, int at) const {
     return p.causal ? max(0, min(length, at + 1)) : length;

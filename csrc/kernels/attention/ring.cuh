@@ -83,9 +83,11 @@ __device__ __forceinline__ void fill_stage(Stage<kDim>& stage, const CacheView& 
     const uint8_t* params = rows_of<uint8_t>(slab, block, head) + int64_t(row) * 4;
     copy16_async(&stage.k_params[lane], params + (lane & 3) * 16, true);  // v_params lie behind
   }
-  if (mean && lane < kDim / 8) {
-    const bool there = lane * 8 < cache.k_dim;
-    copy16_async(&stage.mean[lane], mean + (there ? lane * 8 : 0), there);
+  if (cache.group && lane < kDim / 8) {
+    const bool there = mean && lane * 8 < cache.k_dim;
+    const void* from = k;  // any address, where there is nothing to copy
+    if (there) from = mean + lane * 8;
+    copy16_async(&stage.mean[lane], from, there);
   }
 }
 

@@ -40,7 +40,7 @@ __device__ __forceinline__ int stored_tokens(const CacheView& cache, const Seque
   return int(max(int64_t(0), min(int64_t(length), capacity)));
 }
 __device__ __forceinline__ int first_token(const Sequences& seqs, int sequence) {
-  return seqs.seq_starts ? max(0, seqs.seq_starts[sequence]) : 0;
+  return seqs.seq_starts ? min(max(0, seqs.seq_starts[sequence]), 1 << 30) : 0;
 }
 
 // The call's rows of a sequence: the first one, and how many.

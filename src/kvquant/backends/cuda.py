@@ -51,6 +51,9 @@ class _Cuda(Compiled):
     def plan(self, query: Tensor, *shape: int) -> tuple[int, int, int]:
         return _plan(query.dtype == torch.float32, *_resources(query.get_device()), *shape)
 
+    def is_capturing(self) -> bool:
+        return _is_capturing()
+
     def workspace(self, queue: tuple[int, int], floats: int, counters: int) -> tuple[int, int, Any]:
         """Room for partial results, and counters that a kernel finds zero and leaves zero.
 
@@ -93,9 +96,7 @@ def _unavailable(device: int) -> str | None:
 def _resources(device: int) -> tuple[int, int]:
     """Multiprocessors, and bytes of shared memory that a block may have."""
     properties = torch.cuda.get_device_properties(device)
-    # Torch has told the second since 2.5; before it, what every GPU from sm_80 on has.
-    shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
-    return properties.multi_processor_count, shared if properties.major >= 8 else 64 << 10
+    return properties.multi_processor_count, _native.module.shared_memory_limit(device)
 
 
 @lru_cache(maxsize=4096)
