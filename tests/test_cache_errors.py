@@ -193,3 +193,27 @@ def test_bad_caches(options, message):
         QuantizedKVCache(**arguments)
     with pytest.raises(TypeError, match="dtype: expected"):
         QuantizedKVCache(1, 1, 1, 64, dtype=torch.int8)
+
+
+def test_crop_beyond_int32_is_all_or_nothing() -> None:
+    for block_size in (None, 16):
+        cache = QuantizedKVCache(1, 2, 2, 64, dtype=torch.float32, block_size=block_size)
+        rows = torch.randn(2, 20, 2, 64)
+        cache.append(0, rows, rows)
+        cache.crop(2**63 - 1)
+        assert cache.seq_lens.tolist() == [20, 20]
+        cache.crop(-(2**63) + 1)
+        assert cache.seq_lens.tolist() == [0, 0]
+        assert cache.max_length == 0
+
+
+def test_a_mask_is_no_list_of_indices() -> None:
+    cache = QuantizedKVCache(1, 2, 2, 64, dtype=torch.float32)
+    rows = torch.randn(2, 20, 2, 64)
+    cache.append(0, rows, rows)
+    with pytest.raises(
+        ValueError, match=r"indices: expected a vector of integers, got torch\.bool"
+    ):
+        cache.select(torch.tensor([False, True]))
+    with pytest.raises(ValueError, match=r"sliding_window: expected an integer, got 0\.5"):
+        cache.attend(0, rows[:, :1], sliding_window=0.5)

@@ -336,3 +336,19 @@ def test_errors_name_what_is_wrong(device: str) -> None:
     config.is_encoder_decoder = True
     with pytest.raises(ValueError, match="encoder-decoder"):
         KVQuantCache(config)
+
+
+def test_a_failed_forward_leaves_the_cache_as_it_was() -> None:
+    model = make("llama", "cpu")
+    ids = ids_of(1, 12, "cpu")
+    cache = KVQuantCache(model.config)
+    model.requires_grad_(True)
+    with torch.enable_grad(), pytest.raises(ValueError, match=r"torch\.no_grad"):
+        model(input_ids=ids, use_cache=True, **{CACHE_ARGUMENT: cache})
+    assert cache.get_seq_length() == 0
+    with torch.no_grad():
+        again = model(input_ids=ids, use_cache=True, **{CACHE_ARGUMENT: cache}).logits
+        fresh = model(
+            input_ids=ids, use_cache=True, **{CACHE_ARGUMENT: KVQuantCache(model.config)}
+        ).logits
+    assert torch.equal(again, fresh)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ __all__ = [
     "check_slots",
     "check_storage",
     "check_table",
+    "check_window",
     "require",
 ]
 
@@ -102,15 +105,28 @@ def check_index(
 
 
 def check_packed(
-    name: str, cu_seqlens: Tensor | None, batch: int, rows: int, device: torch.device
+    name: str,
+    cu_seqlens: Tensor | None,
+    batch: int,
+    rows: int,
+    device: torch.device,
+    most: int | None = None,
 ) -> None:
-    """Where each sequence's packed rows begin; on the host also that they are among the rows."""
+    """Where each sequence's packed rows begin; on the host also that they are among the rows.
+
+    ``most``: what the caller says the longest sequence has.
+    """
+    label = name.replace("cu_seqlens", "max_seqlen")
+    require(most is None or most >= 0, f"{label}: expected none or more, got {most}")
     check_index(name, cu_seqlens, batch + 1, device)
     if cu_seqlens is None or device.type != "cpu" or torch.compiler.is_compiling():
         return
     edges = cu_seqlens.tolist()
     if edges != sorted(edges) or edges[0] < 0 or edges[-1] > rows:
         raise ValueError(f"{name}: expected rising numbers from 0 to {rows}, got {edges}")
+    longest = max(end - begin for begin, end in pairwise(edges))
+    if most is not None and longest > most:
+        raise ValueError(f"{label}: {most}, but a sequence has {longest} rows")
 
 
 def check_table(block_table: Tensor) -> int:
@@ -214,3 +230,14 @@ def check_affine(name: str, q: Tensor, scale: Tensor, zero: Tensor, group_size: 
             f"{list(zero.shape)}"
         )
     return shapes[tuple(scale.shape)]
+
+
+def check_window(sliding_window: float | None) -> int:
+    """The kernels' encoding of a window: 0 for none; one beyond int32 is none that matters."""
+    if sliding_window is None:
+        return 0
+    if not 0 < sliding_window < float("inf"):
+        raise ValueError(f"sliding_window: expected a positive number, got {sliding_window}")
+    if sliding_window != int(sliding_window):
+        raise ValueError(f"sliding_window: expected an integer, got {sliding_window}")
+    return min(int(sliding_window), 2**31 - 1)

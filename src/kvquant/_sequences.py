@@ -259,6 +259,14 @@ class CacheSequences:
         return new
 
     def _indices(self, indices: Tensor | Iterable[int]) -> list[int]:
+        if isinstance(indices, Tensor):
+            require(
+                indices.dim() == 1
+                and not indices.is_floating_point()
+                and indices.dtype != torch.bool,
+                f"indices: expected a vector of integers, got {indices.dtype}, shape "
+                f"{list(indices.shape)}",
+            )
         chosen = indices.tolist() if isinstance(indices, Tensor) else list(indices)
         require(bool(chosen), "indices: expected at least one")
         for index in chosen:

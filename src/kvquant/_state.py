@@ -252,6 +252,7 @@ class CacheState:
 
     def crop(self, length: int) -> None:
         """Keep ``length`` tokens of each sequence, or remove ``-length``."""
+        length = max(-(2**31) + 1, min(length, 2**31 - 1))  # lengths are int32
         if self.config.block_size is not None and self.inexact:
             self.settle()
         if length < 0:

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from kvquant import _serialize, functional
 from kvquant._calls import check_call, finite, look, positive, ragged
-from kvquant._checks import check_index
+from kvquant._checks import check_index, check_window
 from kvquant._prompt import exact_attention
 from kvquant._sequences import CacheSequences
 from kvquant._serialize import LayerPast
@@ -168,7 +168,7 @@ class QuantizedKVCache(CacheSequences):
                     return self._take_step(known[1], layer, query, key, value)
         self._accept(layer, query, key, value, cu_seqlens_q)
         scale = self._scale if softmax_scale is None else finite("softmax_scale", softmax_scale)
-        window = 0 if sliding_window is None else int(positive("sliding_window", sliding_window))
+        window = check_window(sliding_window)
         cap = 0.0 if softcap is None else positive("softcap", softcap)
         if sinks is not None or alibi_slopes is not None:
             check_index("sinks", sinks, query.shape[-2], self.device, torch.float32)

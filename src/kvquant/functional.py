@@ -17,6 +17,7 @@ from kvquant._checks import (
     check_slots,
     check_storage,
     check_table,
+    check_window,
     require,
 )
 from kvquant.storage import LayerStorage
@@ -93,7 +94,7 @@ def append_(
             require(
                 key.shape[0] == batch, f"key: batch {key.shape[0]}, but block_table has {batch}"
             )
-        check_packed("cu_seqlens", cu_seqlens, batch, rows, key.device)
+        check_packed("cu_seqlens", cu_seqlens, batch, rows, key.device, max_seqlen)
         check_index("seq_starts", seq_starts, batch, key.device)
         added: int | Tensor = new_tokens if cu_seqlens is None else cu_seqlens.diff()
         check_block_table(
@@ -262,12 +263,11 @@ def attention(
         packed or query.shape[0] == batch,
         f"query: batch {query.shape[0]}, but block_table has {batch}",
     )
-    check_packed("cu_seqlens_q", cu_seqlens_q, batch, query.shape[0], query.device)
+    check_packed("cu_seqlens_q", cu_seqlens_q, batch, query.shape[0], query.device, max_seqlen_q)
     check_index("seq_starts", seq_starts, batch, query.device)
     check_index("sinks", sinks, heads, query.device, torch.float32)
     check_index("alibi_slopes", alibi_slopes, heads, query.device, torch.float32)
-    window = _option("sliding_window", sliding_window)
-    require(window == int(window), f"sliding_window: expected an integer, got {sliding_window}")
+    window = check_window(sliding_window)
     cap = _option("softcap", softcap)
     scale = query.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     require(math.isfinite(scale), f"softmax_scale: expected a finite number, got {scale}")
@@ -311,7 +311,7 @@ def attention(
         tokens if max_seqlen_q is None else max_seqlen_q,
         scale,
         causal,
-        int(window),
+        window,
         cap,
         return_lse,
     )

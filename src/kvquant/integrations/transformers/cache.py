@@ -183,21 +183,30 @@ class KVQuantLayer(CacheLayerMixin):
             window = None  # it hides nothing yet
         if sinks is not None and (self._sinks is None or self._sinks[0] is not sinks):
             self._sinks = (sinks, sinks.detach().float().contiguous())
-        out = self.storage.attend(
-            0,
-            query.transpose(1, 2),
-            None if key is None else key.transpose(1, 2),
-            None if value is None else value.transpose(1, 2),
-            softmax_scale=scaling,
-            causal=causal,
-            sliding_window=window,
-            softcap=softcap,
-            sinks=None if sinks is None or self._sinks is None else self._sinks[1],
-            exact_prompt=self.exact_prompt,
-        )
+        try:
+            out = self.storage.attend(
+                0,
+                query.transpose(1, 2),
+                None if key is None else key.transpose(1, 2),
+                None if value is None else value.transpose(1, 2),
+                softmax_scale=scaling,
+                causal=causal,
+                sliding_window=window,
+                softcap=softcap,
+                sinks=None if sinks is None or self._sinks is None else self._sinks[1],
+                exact_prompt=self.exact_prompt,
+            )
+        except BaseException:
+            self._drop_pending()  # a failed forward leaves this layer as it was
+            raise
         self._pending = None
         assert isinstance(out, Tensor)
         return out
+
+    def _drop_pending(self) -> None:
+        if self._pending is not None:
+            self.length -= self._pending[0].shape[-2]
+            self._pending = None
 
     def flush(self) -> None:
         """Store rows that no attention has taken."""
