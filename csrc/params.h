@@ -81,7 +81,7 @@ struct AttentionParams {
   const float* alibi_slopes;  // [q_heads] score -= slope * |i - j|; null: none
   // CUDA: room for the splits' partial results, see kernels/attention/config.h
   float* partial;
-  int32_t* counters;  // zeros, left zero: one a (sequence, KV head, row tile), and one
+  int32_t* counters;  // zeros, left zero: one a (sequence, KV head, row tile), one a sequence
   int32_t splits;     // most splits of a sequence
 };
 

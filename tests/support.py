@@ -157,9 +157,15 @@ def empty_cache(
     )
 
 
-def filled_cache(lens: Sequence[int], *, dtype: torch.dtype = BF16, **options: Any) -> Cache:
+def filled_cache(
+    lens: Sequence[int],
+    *,
+    room: Sequence[int] | None = None,
+    dtype: torch.dtype = BF16,
+    **options: Any,
+) -> Cache:
     """`empty_cache` with random keys and values of these lengths appended in one call."""
-    cache = empty_cache(lens, **options)
+    cache = empty_cache(room or lens, **options)
     heads, k_dim = cache.storage.k_data.shape[1], cache.storage.k_data.shape[3]
     v_dim = cache.storage.v_data.shape[3]
     keys = [random_rows(n, heads, k_dim, dtype=dtype, device=cache.device) for n in lens]

@@ -144,8 +144,13 @@ class Step {
     Status status;
     {
       py::gil_scoped_release release;
-      status = KVQUANT_ON(append, append, device, queue);
-      if (status.code == Status::kOk) status = KVQUANT_ON(attention, attention, device, queue);
+      if (device < 0) {
+        status = cpu::append(append, int(queue));
+        if (status.code == Status::kOk) status = cpu::attention(attention, int(queue));
+      } else {
+        status =
+            KVQUANT_CUDA_OR_REFUSE(cuda::attend(append, attention, {device, pointer<void>(queue)}));
+      }
     }
     check(status, "attend");
     return true;
@@ -162,10 +167,11 @@ class Step {
 
 // (splits, floats of partial results, counters) that an attention call needs on a CUDA device.
 py::tuple attention_plan(int batch, int tokens, int q_heads, int kv_heads, int k_dim, int v_dim,
-                         bool float32, int capacity, int multiprocessors, int shared_limit) {
+                         bool float32, int capacity, int multiprocessors) {
   const cuda::AttentionPlan plan =
-      cuda::plan_attention(batch, tokens, q_heads, kv_heads, k_dim, v_dim, float32, capacity,
-                           multiprocessors, shared_limit);
+      cuda::plan_attention(cuda::shape_attention(batch, tokens, q_heads, kv_heads, k_dim, v_dim,
+                                                 float32, multiprocessors),
+                           batch, capacity);
   return py::make_tuple(plan.splits, plan.partial_floats, plan.counters);
 }
 

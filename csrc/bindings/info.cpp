@@ -32,7 +32,6 @@ py::dict build_info() {
 void define_info(py::module_& m) {
   m.def("build_info", &build_info);
 #ifdef KVQUANT_WITH_CUDA
-  m.def("shared_memory_limit", &cuda::shared_memory_limit);
 #endif
   m.def("force_cpu_isa", &cpu::force_isa);
 }

@@ -16,6 +16,7 @@
 #include <cstring>
 
 #ifdef __CUDACC__
+#include <cuda_fp16.h>
 #define KVQUANT_HD __host__ __device__ __forceinline__
 #else
 // Always: an out-of-line copy compiled for AVX-512 could be the one that the linker keeps for all.
@@ -41,16 +42,24 @@ KVQUANT_HD uint32_t float_to_bits(float f) {
 }
 
 KVQUANT_HD float half_to_float(uint16_t h) {
+#ifdef __CUDA_ARCH__
+  return __half2float(__ushort_as_half(h));
+#else
   const uint32_t sign = uint32_t(h & 0x8000) << 16, mag = h & 0x7fff;
   if (mag >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (mag & 0x3ff) << 13);
   const float scaled = bits_to_float(mag << 13) * 5.192296858534828e33f;  // 2^112
   return bits_to_float(sign | float_to_bits(scaled));
+#endif
 }
 
 // The largest fp16 <= x. x beyond the range becomes -inf or the largest finite.
 KVQUANT_HD uint16_t half_round_down(float x) {
-  const uint32_t bits = float_to_bits(x), sign = bits >> 31, mag = bits & 0x7fffffff;
+  const uint32_t bits = float_to_bits(x), mag = bits & 0x7fffffff;
   if (mag > 0x7f800000) return kNaN;
+#ifdef __CUDA_ARCH__
+  return __half_as_ushort(__float2half_rd(x));
+#else
+  const uint32_t sign = bits >> 31;
   uint32_t half, rest;
   if (mag >= 0x477fe001) {  // beyond 65504
     half = 0x7bff, rest = 1;
@@ -61,6 +70,7 @@ KVQUANT_HD uint16_t half_round_down(float x) {
     half = (mag - 0x38000000) >> 13, rest = mag & 0x1fff;
   }
   return uint16_t(sign ? 0x8000 | (half + (rest != 0)) : half);
+#endif
 }
 KVQUANT_HD uint16_t half_round_up(float x) { return half_round_down(-x) ^ 0x8000; }
 

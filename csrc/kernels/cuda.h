@@ -14,6 +14,8 @@ struct Launch {
 
 Status append(const AppendParams& params, Launch launch);
 Status attention(const AttentionParams& params, Launch launch);
+// An append to dense sequences and the attention of its tokens: in one launch where they are few.
+Status attend(const AppendParams& append, const AttentionParams& params, Launch launch);
 Status gather(const GatherParams& params, Launch launch);
 Status quantize(const QuantizeParams& params, Launch launch);
 Status dequantize(const DequantizeParams& params, Launch launch);
@@ -21,7 +23,6 @@ Status qk_matmul(const MatmulParams& params, Launch launch);
 Status pv_matmul(const MatmulParams& params, Launch launch);
 
 bool is_capturing(void* stream);
-int shared_memory_limit(int device);   // bytes a block may have, 0: no such device
 int device_count(const char** error);  // 0 and the reason where there is no driver or GPU
 int runtime_version();
 int driver_version();

@@ -11,12 +11,6 @@ bool is_capturing(void* stream) {
   return error == cudaSuccess && status != cudaStreamCaptureStatusNone;
 }
 
-int shared_memory_limit(int device) {
-  int bytes = 0;
-  const auto which = cudaDevAttrMaxSharedMemoryPerBlockOptin;
-  return cudaDeviceGetAttribute(&bytes, which, device) == cudaSuccess ? bytes : 0;
-}
-
 int device_count(const char** error) {
   int count = 0;
   const cudaError_t result = cudaGetDeviceCount(&count);

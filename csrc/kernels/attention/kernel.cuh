@@ -1,208 +1,318 @@
-// Attention on the 8-bit cache: a block's walk over its pieces of work.
+// Attention on the 8-bit cache: a block's walk over one split of the tokens.
 //
 // A block takes up to 32 query rows (query tokens x heads of one KV head) and one split of the
-// tokens; its 8 warps take 16 tokens each in turn. Splits are merged by the last block to arrive,
-// in their order, so that a call's result is the same bit for bit every time.
+// tokens; its warps take 16 tokens each in turn. Splits are merged by the last block to arrive, in
+// their order, so that a call's result is the same bit for bit every time. A decode step's own keys
+// and values are appended by the blocks that attend to them.
 #pragma once
 
 #include "kernels/attention/merge.cuh"
 
 namespace kvquant::cuda {
 
-// Softcap, ALiBi and the mask on a tile's scores, where there is any of them.
+// Softcap, ALiBi and the mask on a tile's scores. Returns the largest scale of this lane's values:
+// nobody's tokens may hold anything and do not count.
 template <class Traits>
-__device__ __forceinline__ void shape_scores(const AttentionParams& p, const RowTile& rows,
-                                             int token, int g, int t, uint4& v_params,
-                                             float (&score)[Traits::kRowSets][4]) {
-  const bool masked = token < rows.all_begin || token + kTile > rows.all_end;
-  if (!masked && p.softcap == 0.f && !p.alibi_slopes) return;
+__device__ __forceinline__ float shape_scores(const AttentionCall& p,
+                                              const AttentionShared<Traits>& shared, int token,
+                                              int g, int t, const uint4& v_params,
+                                              float (&score)[Traits::kRowSets][4]) {
   const float cap = p.softcap * kLog2e;
 #pragma unroll
   for (int r = 0; r < Traits::kRowSets; ++r) {
-    const int row = g + 8 * r, at = rows.position_of(row);
-    const int begin = rows.first_seen(p, at), end = row < rows.count ? rows.seen_end(p, at) : 0;
-    const float slope =
-        p.alibi_slopes && row < rows.count ? p.alibi_slopes[rows.head_of(row)] * kLog2e : 0.f;
+    const RowView view = shared.views[g + 8 * r];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int j = token + 4 * t + i;
       float& s = score[r][i];
-      if (p.softcap > 0.f) s = cap * tanhf(s / cap);
-      s -= slope * fabsf(float(at - j));
-      if (j < begin || j >= end) s = -INFINITY;
+      if (p.softcap > 0.f) s = cap * tanh_approx(s * __frcp_rn(cap));
+      s -= view.slope * fabsf(float(view.position - j));
+      if (j < view.begin || j >= view.end) s = -INFINITY;
     }
   }
+  float most = 0.f;
+  const int begin = max(shared.rows.begin, shared.rows.start), end = shared.rows.end;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {  // nobody's tokens may hold anything
+  for (int i = 0; i < 4; ++i) {
     const int j = token + 4 * t + i;
-    if (j < max(rows.begin, rows.start) || j >= rows.end) {
-      (i == 0 ? v_params.x : i == 1 ? v_params.y : i == 2 ? v_params.z : v_params.w) = 0;
-    }
+    const bool seen = j >= begin && j < end;
+    most = fmaxf(most, seen ? half2_floats(word_of(v_params, i)).x : 0.f);
   }
+  return most;
 }
 
-// A warp's way through its block's items: every eighth tile of 16 tokens. Up to `stages` tiles are
-// on their way, of the next item too, so that memory is busy while results are merged.
+// A warp's way through tokens up to `end`: every kWarps-th piece of one or two tiles, the next one
+// loading while this one is worked on.
 template <class Traits>
 struct Walk {
-  const AttentionParams& p;
+  const AttentionCall& p;
   const Paging& paging;
-  Stage<Traits::kDim>* ring;  // this warp's first stage; the next is kAttentionWarps further
-  int stages;
-  const Item* asked;      // the item whose tiles are asked for
-  const Item* next;       // to ask for after it; null: not known
-  int coming = 0;         // token of the tile to ask for
-  int coming_block = -1;  // its block, looked up one step ahead; -1: there is none
-  int pending = 0;        // tiles asked for and not used
-  int in = 0, out = 0;    // stages to fill and to use
-  int live = 0;           // stages that hold a tile with a block, as bits
+  const LanePieces<Traits::kDim> pieces;
+  const int32_t* const table;  // of the sequence
+  // Tiles from clean_begin on and up to clean_end need no look at single scores.
+  int clean_begin, clean_end;
+  const int end;
+  int token;
+  int block[Traits::kTiles];  // of the tiles in registers, -1: it is lost
+  Tile<Traits::kDim> tile[Traits::kTiles];
 
-  __device__ __forceinline__ Walk(const AttentionParams& p, const Paging& paging,
-                                  Stage<Traits::kDim>* rings, int stages, const Item* first)
-      : p(p), paging(paging), ring(rings + threadIdx.x / 32), stages(stages), next(nullptr) {
-    enter(first);
-    fill();
-  }
+  __device__ __forceinline__ Walk(const AttentionCall& p, const RowTile& rows, const Paging& paging,
+                                  int begin, int end, int g, int t)
+      : p(p),
+        paging(paging),
+        pieces(p.cache, rows.head, g, t),
+        table(p.seqs.block_table + rows.sequence * p.seqs.block_table_stride),
+        clean_begin(p.softcap == 0.f && !p.alibi_slopes ? rows.all_begin : 1 << 30),
+        clean_end(rows.all_end - kTile),
+        end(end),
+        token(begin + int(threadIdx.x / 32) * kTile * Traits::kTiles),
+        tile{} {}
 
-  __device__ __forceinline__ void enter(const Item* item) {
-    asked = item;
-    coming = item->begin + int(threadIdx.x / 32) * kTile;
-    coming_block = find_block(coming);
+  __device__ __forceinline__ int checked(int id) const {
+    return unsigned(id) < unsigned(p.cache.num_blocks) ? id : -1;
   }
-  __device__ __forceinline__ int find_block(int at) const {
-    if (at >= asked->end) return -1;
-    if (asked->whole >= 0) return asked->whole;
-    return block_of(p.cache, p.seqs, asked->rows.sequence, at >> paging.shift);
-  }
-  // The mean of the group of the tile to ask for; null, which counts as zero, without means or
-  // where its block is lost.
-  __device__ __forceinline__ const __half* find_mean() const {
-    if (!p.cache.group) return nullptr;
-    const int start = coming & -p.cache.group;
-    // A block at least as long as the group holds the mean of its own tokens.
-    const int block = p.cache.block_size >= p.cache.group ? coming_block : find_block(start);
-    if (block < 0) return nullptr;
-    return rows_of<__half>(p.cache.k_mean, block, asked->rows.head) +
-           int64_t((start & paging.mask) >> paging.group_shift) * p.cache.k_dim;
-  }
-  __device__ __forceinline__ int after(int stage) const {
-    return stage + 1 < stages ? stage + 1 : 0;
-  }
-
-  // Asks for tiles while there are any and a stage is free.
-  __device__ __forceinline__ void fill() {
-    while (pending < stages) {
-      if (coming >= asked->end) {
-        if (!next) return;
-        enter(next);
-        next = nullptr;
-        continue;
-      }
-      const __half* mean = coming_block < 0 ? nullptr : find_mean();
-      const bool there = coming_block >= 0;
-      if (there) {
-        fill_stage(ring[in * kAttentionWarps], p.cache, asked->rows.head, coming_block,
-                   coming & paging.mask, mean);
-      }
-      commit_copies();
-      live = (live & ~(1 << in)) | int(there) << in;
-      in = after(in);
-      ++pending;
-      coming += kStep;
-      coming_block = find_block(coming);
+  // Nothing to look up where a sequence has one block.
+  __device__ __forceinline__ void find_blocks(int at, int (&found)[Traits::kTiles]) const {
+    if (p.seqs.max_blocks == 1) return;
+#pragma unroll
+    for (int u = 0; u < Traits::kTiles; ++u) {
+      found[u] = checked(table[min((at + u * kTile) >> paging.shift, p.seqs.max_blocks - 1)]);
     }
   }
+  // Of a lost block, the first one is read in its place, and not used.
+  __device__ __forceinline__ void load_keys(int at, const int (&from)[Traits::kTiles]) {
+#pragma unroll
+    for (int u = 0; u < Traits::kTiles; ++u) {
+      if (at + u * kTile >= end) break;
+      pieces.load_keys(tile[u], max(from[u], 0), (at + u * kTile) & paging.mask);
+    }
+  }
+  __device__ __forceinline__ void load_values(int at, const int (&from)[Traits::kTiles]) {
+#pragma unroll
+    for (int u = 0; u < Traits::kTiles; ++u) {
+      if (at + u * kTile >= end) break;
+      pieces.load_values(tile[u], max(from[u], 0), (at + u * kTile) & paging.mask);
+    }
+  }
+  __device__ __forceinline__ void load_first(int first_block) {
+    if (token >= end) return;
+#pragma unroll
+    for (int u = 0; u < Traits::kTiles; ++u) block[u] = checked(first_block);
+    find_blocks(token, block);
+    load_keys(token, block);
+    load_values(token, block);
+  }
 
-  // This warp's tiles of an item end up in acc.
-  __device__ __forceinline__ void run(const Item& item, const Query<Traits>& query,
+  // Takes the tiles before `until`. shared.dots are of groups from first_group on.
+  __device__ __forceinline__ void run(const AttentionShared<Traits>& shared,
+                                      const Query<Traits>& query, int first_group, int until,
                                       Accumulator<Traits>& acc) {
-    const int g = query.g, t = query.t;
-    int group = -1;
-    float dots[Traits::kRowSets] = {};
-    for (int token = item.begin + int(threadIdx.x / 32) * kTile; token < item.end; token += kStep) {
-      wait_copies(pending - 1);
-      __syncwarp();
-      if (live >> out & 1) {
-        const Stage<Traits::kDim>& tile = ring[out * kAttentionWarps];
-        if (p.cache.group && token >> paging.group_shift != group) {
-          group = token >> paging.group_shift;
-          dot_mean(tile, query, dots);
-        }
-        float score[Traits::kRowSets][4];
-        score_tile(tile, query, dots, score);
-        uint4 v_params = tile.v_params[t];
-        shape_scores<Traits>(p, item.rows, token, g, t, v_params, score);
-        float best[Traits::kRowSets], v_scale = 0.f;
+    const int g = pieces.g, t = pieces.t;
+    const float* const dots = &shared.dots[0][g] - first_group * Traits::kRows;
+    while (token < until) {
+      const int next = token + Traits::kStep;
+      int next_block[Traits::kTiles];
+#pragma unroll
+      for (int u = 0; u < Traits::kTiles; ++u) next_block[u] = block[u];
+      find_blocks(next, next_block);
+      float score[Traits::kTiles][Traits::kRowSets][4], v_scale = 0.f;
+      bool clean[Traits::kTiles];
+#pragma unroll
+      for (int u = 0; u < Traits::kTiles; ++u) {
+        const int at = token + u * kTile;
+        float dot[Traits::kRowSets];
 #pragma unroll
         for (int r = 0; r < Traits::kRowSets; ++r) {
-          best[r] = fmaxf(fmaxf(score[r][0], score[r][1]), fmaxf(score[r][2], score[r][3]));
-          best[r] = fmaxf(best[r], __shfl_xor_sync(kFullWarp, best[r], 1));
-          best[r] = fmaxf(best[r], __shfl_xor_sync(kFullWarp, best[r], 2));
+          dot[r] = dots[(at >> paging.group_shift) * Traits::kRows + 8 * r];
         }
+        score_tile(tile[u], query, dot, score[u]);
+        clean[u] = at >= clean_begin && at <= clean_end && block[u] >= 0;
+        if (clean[u]) {
+          const uint4& v = tile[u].v_params;
+          const uint32_t most = max_halves(max_halves(v.x, v.y), max_halves(v.z, v.w));
+          v_scale = fmaxf(v_scale, half2_floats(most).x);
+        } else if (at < end && block[u] >= 0) {
+          v_scale = fmaxf(v_scale, shape_scores(p, shared, at, g, t, tile[u].v_params, score[u]));
+        } else {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) v_scale = fmaxf(v_scale, half2_floats(word_of(v_params, i)).x);
-        follow(acc, best, v_scale, t);
-        add_values(acc, tile, v_params, g, t, score);
+          for (int r = 0; r < Traits::kRowSets; ++r) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) score[u][r][i] = -INFINITY;
+          }
+        }
       }
-      __syncwarp();  // all lanes have read the stage
-      out = after(out);
-      --pending;
-      fill();
+      load_keys(next, next_block);
+      float best[Traits::kRowSets];
+#pragma unroll
+      for (int r = 0; r < Traits::kRowSets; ++r) {
+        best[r] = kNoScore;
+#pragma unroll
+        for (int u = 0; u < Traits::kTiles; ++u) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) best[r] = fmaxf(best[r], score[u][r][i]);
+        }
+        best[r] = fmaxf(best[r], __shfl_xor_sync(kFullWarp, best[r], 1));
+        best[r] = fmaxf(best[r], __shfl_xor_sync(kFullWarp, best[r], 2));
+      }
+      follow(acc, best, v_scale, t);
+#pragma unroll
+      for (int u = 0; u < Traits::kTiles; ++u) {
+        uint32_t weight[Traits::kOutTiles][2];
+        if (clean[u]) {
+          weigh<false>(acc, tile[u].v_params, score[u], weight);
+        } else {
+          weigh<true>(acc, tile[u].v_params, score[u], weight);
+        }
+        add_values(acc, tile[u], weight);
+      }
+      load_values(next, next_block);
+      token = next;
+#pragma unroll
+      for (int u = 0; u < Traits::kTiles; ++u) block[u] = next_block[u];
     }
   }
 };
 
-// Persistent blocks: each starts with the item of its own index and draws the next ones from a
-// counter, one ahead. The last draw of all leaves the counter zero.
+// The call's own keys or values, of this block's head.
 template <class Traits>
-__global__ void __launch_bounds__(kAttentionThreads, Traits::kMinBlocks)
-    attention_kernel(const __grid_constant__ AttentionParams p, int stages, int row_tiles,
-                     int total) {
-  extern __shared__ __align__(16) unsigned char memory[];
-  auto& shared = *reinterpret_cast<AttentionShared<Traits>*>(memory);
-  const bool leads = threadIdx.x == 0, drawing = gridDim.x < total;
-  int* const counter = p.counters + total / p.splits;
-  int drawn = leads && drawing ? atomicAdd(counter, 1) : 0;  // on its way until the next draw
-  const auto draw = [&](Item& item) {
-    item.there = false;
-    while (drawing && !item.there) {
-      const int index = drawn + int(gridDim.x);
-      if (drawn == total - 1) *counter = 0;
-      if (index >= total) return;
-      drawn = atomicAdd(counter, 1);
-      item.there = make_item(p, index, row_tiles, Traits::kRows, item);
-    }
-  };
-  if (leads) {
-    Item& first = shared.items[0];
-    first.there = make_item(p, blockIdx.x, row_tiles, Traits::kRows, first);
-    if (!first.there) draw(first);
+__device__ __forceinline__ Source<typename Traits::Element> own_source(const AttentionCall& p,
+                                                                       const RowTile& rows,
+                                                                       const Paging& paging,
+                                                                       bool is_key, int whole) {
+  const CallRows call{rows.first_call_row, rows.tokens};
+  return {p.cache,     p.seqs,        nullptr,   is_key ? p.key : p.value,
+          is_key,      rows.sequence, rows.head, call,
+          rows.stored, paging,        whole};
+}
+
+// Whether this block's own tokens [from, to) are in the way of its first loads: a group begins
+// among them, or they are more than its warps take at once.
+template <class Traits>
+__device__ __forceinline__ bool are_many(const CacheView& cache, int stored, int from, int to) {
+  const int dim = max(cache.k_dim, cache.v_dim), at_once = Traits::kWarps / 2 * (512 / dim);
+  const int last = to - 1, start = cache.group ? last & -cache.group : 0;
+  return to - from > at_once || start >= stored || start > from;
+}
+
+// Appends tokens [from, to) of the call's own, where a group begins among them or they are many.
+// Afterwards all threads of the block find them in the cache.
+template <class Traits>
+__device__ __noinline__ void append_many(const AttentionCall& p, AttentionShared<Traits>& shared,
+                                         int from, int to) {
+  const RowTile& rows = shared.rows;
+  const Paging paging(p.cache, p.seqs.max_blocks);
+  const auto key = own_source<Traits>(p, rows, paging, true, -1);
+  const auto value = own_source<Traits>(p, rows, paging, false, -1);
+  const int group = p.cache.group ? p.cache.group : 1 << 30;
+  for (int start = from & -group; start < to; start += group) {
+    const int end = min(start + group, rows.stored + rows.tokens);
+    const __half* mean =
+        find_mean<Traits::kThreads>(key, start, end, shared.append.scratch, shared.append.mean);
+    write_rows(key, max(start, from), min(end, to), mean, threadIdx.x / 32);
+    write_rows(value, max(start, from), min(end, to), nullptr, threadIdx.x / 32);
   }
   __syncthreads();
-  if (!shared.items[0].there) return;
+}
+
+// grid: (row tiles x splits, KV heads, sequences): row tiles are fastest, they share the tokens'
+// rows in L2.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
+    attention_kernel(const __grid_constant__ AttentionCall call) {
+  const AttentionCall p = Traits::known(call);
+  extern __shared__ __align__(16) unsigned char memory[];
+  auto& shared = *reinterpret_cast<AttentionShared<Traits>*>(memory);
+  const bool leads = threadIdx.x == 0;
+  int split = blockIdx.x, row_tile = 0;
+  if (p.row_tiles > 1) {
+    split = blockIdx.x / p.row_tiles;
+    row_tile = p.row_tiles - 1 - int(blockIdx.x % p.row_tiles);  // those that see most are first
+  }
+  RowTile rows;
+  if (!rows.find_rows(p, row_tile, Traits::kRows)) return;
+  // Asked for at once: lengths, the first block, the query.
+  const int first_block =
+      load_early(p.seqs.block_table + rows.sequence * p.seqs.block_table_stride);
+  RawQuery<Traits> raw(p, rows);
+  rows.find_tokens(p);
+  const int span = rows.end - rows.begin;
+  int length = p.divided_by.divide(span + p.splits - 1);
+  length = max(p.min_split, (length + Traits::kStep - 1) / Traits::kStep * Traits::kStep);
+  // The last block of a sequence that has read its length adds the call's tokens to it.
+  int* const readers =
+      p.advance ? p.counters + gridDim.z * gridDim.y * p.row_tiles + blockIdx.z : nullptr;
+  const auto advance = [&](int read) {
+    if (read != int(gridDim.x * gridDim.y) - 1) return;
+    *readers = 0;
+    p.advance[rows.sequence] += rows.tokens;
+  };
+  if (split > 0 && int64_t(split) * length >= span) {
+    if (readers) {
+      __syncthreads();
+      if (leads) advance(atomicAdd(readers, 1));
+    }
+    return;
+  }
+  const int begin = rows.begin + split * length, end = min(rows.end, begin + length);
+
+  if (leads) shared.rows = rows;
+  if (threadIdx.x < Traits::kRows) shared.views[threadIdx.x] = rows.view(p, threadIdx.x);
 
   const Paging paging(p.cache, p.seqs.max_blocks);
-  const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
-  RawQuery<Traits> raw(p, shared.items[0].rows);
-  Walk<Traits> walk(p, paging, shared.ring, stages, &shared.items[0]);
-  for (int at = 0;; at ^= 1) {
-    const Item& item = shared.items[at];
-    Item& next = shared.items[at ^ 1];
-    if (leads) draw(next);
-    prepare_query(p, raw, shared.query, shared.scale);
+  const int warp = threadIdx.x / 32, g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+  const int first_own = split == 0 ? rows.stored : max(rows.stored, begin);
+  const int own_end = end == rows.end ? rows.stored + rows.tokens : end;
+  bool has_own = p.key.data && first_own < own_end;
+  if (has_own && are_many<Traits>(p.cache, rows.stored, first_own, own_end)) {
     __syncthreads();
-    const bool more = next.there;
-    if (more) walk.next = &next;
-    walk.fill();
-    const Query<Traits> query(shared.query, shared.scale, g, t);
-    Accumulator<Traits> acc;
-    walk.run(item, query, acc);
-    if (more) raw = RawQuery<Traits>(p, next.rows);
-    merge_warps(shared, acc, g, t);
-    if (item.splits == 1 || merge_splits(p, shared, item)) finish_rows(p, item.rows, shared);
-    if (!more) return;
+    append_many(call, shared, first_own, own_end);
+    has_own = false;
+  }
+  // Half of the warps append keys, half values, between their first loads and the first tile.
+  const bool is_key = warp < Traits::kWarps / 2;
+  const bool usable = unsigned(first_block) < unsigned(p.cache.num_blocks);
+  const int whole = p.seqs.max_blocks == 1 && usable ? first_block : -1;
+  const auto own = own_source<Traits>(p, rows, paging, is_key, whole);
+  const __half* own_mean = nullptr;
+  RowInFlight<typename Traits::Element> own_row;
+  if (has_own) {
+    if (is_key && p.cache.group) own_mean = mean_slot(own, first_own & -p.cache.group);
+    own_row.load(own, RowSlot(own.dim(), warp % (Traits::kWarps / 2)), first_own, own_end,
+                 own_mean);
+  }
+  Walk<Traits> walk(p, rows, paging, begin, end, g, t);
+  const bool waits = has_own && walk.token + kTile * Traits::kTiles > first_own;
+  if (!waits) walk.load_first(first_block);
+  const int reach = dots_reach<Traits>(p.cache);
+  GroupMeans<Traits> means;
+  const auto load_means = [&](int from) {
+    means.load(p, rows, paging, from >> paging.group_shift,
+               (min(end, from + reach) - 1) >> paging.group_shift, g, t);
+  };
+  load_means(begin);
+  if (has_own) own_row.store(own, RowSlot(own.dim(), warp % (Traits::kWarps / 2)), own_mean);
+  prepare_query(p, raw, shared.query, shared.scale);
+  __syncthreads();
+  if (waits) walk.load_first(first_block);
+  const int read = readers && leads ? atomicAdd(readers, 1) : 0;
+  const Query<Traits> query(shared.query, shared.scale, g, t);
+  Accumulator<Traits> acc;
+  for (int from = begin;;) {
+    means.multiply(query, shared.dots);
+    __syncthreads();
+    walk.run(shared, query, from >> paging.group_shift, min(end, from + reach), acc);
+    from += reach;
+    if (from >= end) break;
+    load_means(from);
     __syncthreads();
   }
+  merge_warps(shared, acc, g, t);
+  const int splits = max(1, (span + length - 1) / length);
+  const int64_t unit = (int64_t(blockIdx.z) * gridDim.y + blockIdx.y) * p.row_tiles + row_tile;
+  if (splits == 1 || merge_splits(p, shared, unit, split, splits)) {
+    finish_rows(p, shared);
+  }
+  if (readers && leads) advance(read);
 }
 
 }  // namespace kvquant::cuda

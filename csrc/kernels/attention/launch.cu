@@ -1,39 +1,84 @@
 // Which instance of the attention kernel a call takes.
+#include <atomic>
+
+#include "kernels/attention/call.h"
 #include "kernels/attention/config.h"
 #include "kernels/common/device.cuh"
 
 namespace kvquant::cuda {
 
 template <int kDim>
-cudaError_t launch_dim(const AttentionParams&, const AttentionPlan&, cudaStream_t);
+cudaError_t launch_dim(const AttentionCall&, int rows, cudaStream_t);
 
-Status attention(const AttentionParams& p, Launch launch) {
-  const CacheView& cache = p.cache;
-  if (p.seqs.batch == 0 || p.seqs.tokens == 0) return Status::ok();
+namespace {
+
+// Asked once a device.
+int multiprocessors(int device) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];
+  if (device >= kDevices) return 1;
+  int count = known[device];
+  if (count == 0 &&
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess) {
+    known[device] = count;
+  }
+  return std::max(1, count);
+}
+
+AttentionShape shape_of(const AttentionParams& p, int device) {
+  return shape_attention(p.seqs.batch, p.seqs.tokens, p.q_heads, p.cache.kv_heads, p.cache.k_dim,
+                         p.cache.v_dim, p.dtype == Dtype::kFloat32, multiprocessors(device));
+}
+
+Status launch_shape(AttentionCall call, const AttentionShape& shape, Launch launch) {
+  if (call.cache.kv_heads > 65535 || call.seqs.batch > 65535) {
+    return Status::unsupported("batch or heads over 65535");
+  }
+  if (int64_t(shape.row_tiles) * call.splits > INT32_MAX) {
+    return Status::unsupported("more than 2^31 pieces of work: split the call");
+  }
   const DeviceGuard guard(launch.device);
   if (guard.error() != cudaSuccess) return to_status(guard.error());
-  // The caller sized splits and scratch from the same plan; here it gives the instance's shape.
-  const AttentionPlan plan =
-      plan_attention(p.seqs.batch, p.seqs.tokens, p.q_heads, cache.kv_heads, cache.k_dim,
-                     cache.v_dim, p.dtype == Dtype::kFloat32, p.seqs.max_blocks * cache.block_size,
-                     1, shared_memory_limit(launch.device));
-  if (plan.splits == 0)
-    return Status::unsupported("head_dim too large for this GPU's shared memory");
-  if ((plan.counters - 1) * p.splits > INT32_MAX) {
-    return Status::unsupported("more than 2^31 pieces of work: split the batch");
-  }
+  call.share = Divisor::of(call.q_heads / call.cache.kv_heads);
+  call.divided_by = Divisor::of(call.splits);
+  call.row_tiles = shape.row_tiles;
+  const int capacity = call.seqs.max_blocks * call.cache.block_size;
+  const int even = split_length(capacity, call.splits, shape.instance.step());
+  call.min_split = shape.fills ? std::max(kMinSplit, even) : kMinSplit;
   const auto stream = static_cast<cudaStream_t>(launch.stream);
-  switch (plan.head_dim) {
+  switch (shape.head_dim) {
     case 64:
-      return to_status(launch_dim<64>(p, plan, stream));
+      return to_status(launch_dim<64>(call, shape.rows, stream));
     case 128:
-      return to_status(launch_dim<128>(p, plan, stream));
+      return to_status(launch_dim<128>(call, shape.rows, stream));
     case 192:
-      return to_status(launch_dim<192>(p, plan, stream));
+      return to_status(launch_dim<192>(call, shape.rows, stream));
     case 256:
-      return to_status(launch_dim<256>(p, plan, stream));
+      return to_status(launch_dim<256>(call, shape.rows, stream));
   }
   return Status::unsupported("head_dim over 256");
+}
+
+}  // namespace
+
+Status attention(const AttentionParams& p, Launch launch) {
+  if (p.seqs.batch == 0 || p.seqs.tokens == 0) return Status::ok();
+  return launch_shape({p}, shape_of(p, launch.device), launch);
+}
+
+Status attend(const AppendParams& append, const AttentionParams& p, Launch launch) {
+  if (p.seqs.batch == 0 || p.seqs.tokens == 0) return Status::ok();
+  const AttentionShape shape = shape_of(p, launch.device);
+  // Blocks of one row tile do not wait for another's rows: a call of more is two launches.
+  if (shape.row_tiles > 1) {
+    const Status status = cuda::append(append, launch);
+    return status.code == Status::kOk ? launch_shape({p}, shape, launch) : status;
+  }
+  AttentionCall call{p};
+  call.key = append.key;
+  call.value = append.value;
+  call.advance = append.advance;
+  return launch_shape(call, shape, launch);
 }
 
 }  // namespace kvquant::cuda

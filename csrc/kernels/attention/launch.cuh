@@ -1,4 +1,4 @@
-// The launch of one instance: rows and element type to Traits, shared memory to stages.
+// The launch of one instance: rows and element type to Traits.
 #pragma once
 
 #include <mutex>
@@ -8,47 +8,32 @@
 
 namespace kvquant::cuda {
 
-// How an instance runs on a device: asked once.
-struct Residency {
-  int stages, bytes, blocks;  // blocks: of the whole device
-  cudaError_t error;
-};
+// Lets an instance have its shared memory: asked once a device.
 template <class Traits>
-Residency find_residency(int device) {
-  static_assert(sizeof(AttentionShared<Traits>) - stage_bytes(Traits::kDim) <=
-                fixed_bytes(Traits::kDim, Traits::kRows, Traits::kSplit));
-  int limit = 0, total = 0, multiprocessors = 0, blocks = 0;
-  cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  cudaDeviceGetAttribute(&total, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  Residency r{};
-  r.stages = choose_stages(Traits::kDim, Traits::kRows, Traits::kSplit, limit, total);
-  if (r.stages < 1) return {0, 0, 0, cudaErrorInvalidConfiguration};
-  r.bytes = int(sizeof(AttentionShared<Traits>)) + (r.stages - 1) * stage_bytes(Traits::kDim);
-  const auto kernel = attention_kernel<Traits>;
-  r.error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, r.bytes);
-  if (r.error != cudaSuccess) return r;
-  r.error =
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kAttentionThreads, r.bytes);
-  r.blocks = blocks * multiprocessors;
-  return r;
-}
-
-template <class Traits>
-cudaError_t launch_instance(const AttentionParams& params, const AttentionPlan& plan,
-                            cudaStream_t stream) {
+cudaError_t allow_shared_memory() {
+  static_assert(sizeof(AttentionShared<Traits>) <= 64 << 10, "what a block of sm_75 may have");
   constexpr int kDevices = 64;
   static std::once_flag asked[kDevices];
-  static Residency known[kDevices];
+  static cudaError_t errors[kDevices];
   int device = 0;
   cudaGetDevice(&device);
   if (device >= kDevices) return cudaErrorInvalidDevice;
-  std::call_once(asked[device], [&] { known[device] = find_residency<Traits>(device); });
-  const Residency& r = known[device];
-  if (r.error != cudaSuccess) return r.error;
-  const int total = int(plan.counters - 1) * params.splits;
-  attention_kernel<Traits><<<std::min(total, r.blocks), kAttentionThreads, r.bytes, stream>>>(
-      params, r.stages, plan.row_tiles, total);
+  std::call_once(asked[device], [&] {
+    errors[device] =
+        cudaFuncSetAttribute(attention_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             int(sizeof(AttentionShared<Traits>)));
+  });
+  return errors[device];
+}
+
+template <class Traits>
+cudaError_t launch_instance(const AttentionCall& call, cudaStream_t stream) {
+  const cudaError_t error = allow_shared_memory<Traits>();
+  if (error != cudaSuccess) return error;
+  const dim3 grid(unsigned(call.row_tiles * call.splits), unsigned(call.cache.kv_heads),
+                  unsigned(call.seqs.batch));
+  attention_kernel<Traits>
+      <<<grid, Traits::kThreads, sizeof(AttentionShared<Traits>), stream>>>(call);
   return cudaGetLastError();
 }
 
@@ -61,17 +46,21 @@ cudaError_t with_rows(int rows, F&& f) {
   return f(std::integral_constant<int, kMost>{});
 }
 
+// The usual instance where it serves, else the one that knows all features.
+template <int kDim, int kRows, class T>
+cudaError_t launch_rows(const AttentionCall& call, cudaStream_t stream) {
+  using Usual = AttentionTraits<kDim, kRows, T, true>;
+  return Usual::serves(call)
+             ? launch_instance<Usual>(call, stream)
+             : launch_instance<AttentionTraits<kDim, kRows, T, false>>(call, stream);
+}
+
 template <int kDim>
-cudaError_t launch_dim(const AttentionParams& params, const AttentionPlan& plan,
-                       cudaStream_t stream) {
-  if (params.dtype == Dtype::kFloat32) {
-    return launch_instance<AttentionTraits<kDim, 8, float>>(params, plan, stream);
-  }
-  return with_rows<max_rows(kDim)>(plan.rows, [&](auto rows) {
-    return params.dtype == Dtype::kFloat16
-               ? launch_instance<AttentionTraits<kDim, rows(), __half>>(params, plan, stream)
-               : launch_instance<AttentionTraits<kDim, rows(), __nv_bfloat16>>(params, plan,
-                                                                               stream);
+cudaError_t launch_dim(const AttentionCall& call, int rows, cudaStream_t stream) {
+  if (call.dtype == Dtype::kFloat32) return launch_rows<kDim, 8, float>(call, stream);
+  return with_rows<max_rows(kDim)>(rows, [&](auto rows) {
+    return call.dtype == Dtype::kFloat16 ? launch_rows<kDim, rows(), __half>(call, stream)
+                                         : launch_rows<kDim, rows(), __nv_bfloat16>(call, stream);
   });
 }
 

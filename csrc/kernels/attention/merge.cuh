@@ -2,6 +2,8 @@
 // and the rows are written.
 #pragma once
 
+#include "kernels/append/rows.cuh"
+#include "kernels/attention/means.cuh"
 #include "kernels/attention/tile.cuh"
 
 namespace kvquant::cuda {
@@ -9,19 +11,25 @@ namespace kvquant::cuda {
 template <class Traits>
 struct AttentionShared {
   static constexpr int kMergeWidth = Traits::kDim < 128 ? Traits::kDim : 128;
-  static constexpr int kMergeRows = merge_rows(Traits::kDim);
-  QueryShared<Traits> query;
-  alignas(16) float result[Traits::kRows][Traits::kDim];
-  float4 row[kAttentionWarps][Traits::kRows];  // (max, sum, offsets, 1 / value gain) of a warp
-  RowScale scale[Traits::kRows];
-  float2 total[Traits::kRows];  // (max, sum) of the block
-  Item items[2];                // at hand and next
-  bool last;
   union {
-    alignas(16) float merge[kAttentionWarps][kMergeRows][kMergeWidth + 4];
-    float weights[kMaxSplits][8];
+    QueryShared<Traits> query;
+    alignas(16) float result[Traits::kRows][Traits::kDim];
   };
-  alignas(16) Stage<Traits::kDim> ring[kAttentionWarps];  // goes on behind the struct
+  union {
+    float dots[kGroups<Traits>][Traits::kRows];
+    alignas(16) float merge[Traits::kWarps][8][kMergeWidth + 4];
+    float weights[kMaxSplits][8];
+    struct {
+      MeanScratch scratch;
+      float mean[Traits::kDim];
+    } append;
+  };
+  float4 row[Traits::kWarps][Traits::kRows];  // (base, sum, offsets) of a warp
+  RowScale scale[Traits::kRows];
+  float2 total[Traits::kRows];  // (base, sum) of the block
+  RowTile rows;
+  RowView views[Traits::kRows];
+  bool last;
 };
 
 // Sums the warps' accumulators into shared.result and shared.total, in the warps' order.
@@ -29,7 +37,6 @@ template <class Traits>
 __device__ __forceinline__ void merge_warps(AttentionShared<Traits>& shared,
                                             const Accumulator<Traits>& acc, int g, int t) {
   constexpr int kMergeWidth = AttentionShared<Traits>::kMergeWidth;
-  constexpr int kMergeRows = AttentionShared<Traits>::kMergeRows;
   const int warp = threadIdx.x / 32;
 #pragma unroll
   for (int r = 0; r < Traits::kRowSets; ++r) {
@@ -40,51 +47,46 @@ __device__ __forceinline__ void merge_warps(AttentionShared<Traits>& shared,
       offsets += __shfl_xor_sync(kFullWarp, offsets, step);
     }
     if (t == 0) {
-      shared.row[warp][g + 8 * r] =
-          make_float4(acc.rows[r].max, sum, offsets, 1.f / acc.value_gain);
+      shared.row[warp][g + 8 * r] = make_float4(acc.rows[r].base, sum, offsets, 0.f);
     }
   }
 #pragma unroll
   for (int r = 0; r < Traits::kRowSets; ++r) {
 #pragma unroll
-    for (int round = 0; round < 8 / kMergeRows; ++round) {
-      const int q = round % 2, first = round / 2 * kMergeRows;  // rows 2 t + q, t from first on
+    for (int base = 0; base < Traits::kDim; base += kMergeWidth) {
+      __syncthreads();  // the last round was read, or dots and query
 #pragma unroll
-      for (int base = 0; base < Traits::kDim; base += kMergeWidth) {
-        __syncthreads();  // the last round was read
+      for (int w = 0; w < Traits::kDim / 32; ++w) {
+        if (w / 4 != base / 128) continue;
+        const int c = value_channel<Traits::kDim>(w, g) - base;
 #pragma unroll
-        for (int w = 0; w < Traits::kDim / 32; ++w) {
-          if (w / 4 != base / 128) continue;
-          const int c = value_channel<Traits::kDim>(w, g) - base;
+        for (int q = 0; q < 2; ++q) {
           float4 x = make_float4(acc.c[2 * w][r][q], acc.c[2 * w][r][q + 2], acc.c[2 * w + 1][r][q],
                                  acc.c[2 * w + 1][r][q + 2]);
           if constexpr (Traits::kSplit) {
             x.x += acc.c[2 * w][1][q], x.y += acc.c[2 * w][1][q + 2];
             x.z += acc.c[2 * w + 1][1][q], x.w += acc.c[2 * w + 1][1][q + 2];
           }
-          if (kMergeRows == 4 || t / kMergeRows == first / kMergeRows) {
-            *reinterpret_cast<float4*>(&shared.merge[warp][t % kMergeRows][c]) = x;
-          }
+          *reinterpret_cast<float4*>(&shared.merge[warp][2 * t + q][c]) = x;
         }
-        __syncthreads();
-        constexpr int kPieces = kMergeWidth / 4;
-        const int place = threadIdx.x / kPieces, c = int(threadIdx.x % kPieces) * 4;
-        const int row = 8 * r + 2 * (first + place) + q;
-        if (place >= kMergeRows || base + c >= Traits::kDim) continue;
+      }
+      __syncthreads();
+      constexpr int kPieces = kMergeWidth / 4;
+      for (int i = threadIdx.x; i < 8 * kPieces; i += Traits::kThreads) {
+        const int place = i / kPieces, c = i % kPieces * 4, row = 8 * r + place;
+        if (base + c >= Traits::kDim) continue;
         float max = kNoScore, sum = 0.f;
         float4 out = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-        for (int w = 0; w < kAttentionWarps; ++w) max = fmaxf(max, shared.row[w][row].x);
+        for (int w = 0; w < Traits::kWarps; ++w) max = fmaxf(max, shared.row[w][row].x);
 #pragma unroll
-        for (int w = 0; w < kAttentionWarps; ++w) {
+        for (int w = 0; w < Traits::kWarps; ++w) {
           const float4 state = shared.row[w][row];
           const float weight = exp2_approx(state.x - max);
           const float4 x = *reinterpret_cast<const float4*>(&shared.merge[w][place][c]);
           sum = fmaf(weight, state.y, sum);
-          out.x = fmaf(weight, fmaf(x.x, state.w, state.z), out.x);
-          out.y = fmaf(weight, fmaf(x.y, state.w, state.z), out.y);
-          out.z = fmaf(weight, fmaf(x.z, state.w, state.z), out.z);
-          out.w = fmaf(weight, fmaf(x.w, state.w, state.z), out.w);
+          out.x = fmaf(weight, x.x + state.z, out.x), out.y = fmaf(weight, x.y + state.z, out.y);
+          out.z = fmaf(weight, x.z + state.z, out.z), out.w = fmaf(weight, x.w + state.z, out.w);
         }
         *reinterpret_cast<float4*>(&shared.result[row][base + c]) = out;
         if (base + c == 0) shared.total[row] = make_float2(max, sum);
@@ -97,15 +99,15 @@ __device__ __forceinline__ void merge_warps(AttentionShared<Traits>& shared,
 // Leaves this block's result for the last one of the sequence, KV head and row tile to merge.
 // True in the last block, with the merged result in shared memory.
 template <class Traits>
-__device__ __forceinline__ bool merge_splits(const AttentionParams& p,
-                                             AttentionShared<Traits>& shared, const Item& item) {
-  const int splits = item.splits;
+__device__ __forceinline__ bool merge_splits(const AttentionCall& p,
+                                             AttentionShared<Traits>& shared, int64_t unit,
+                                             int split, int splits) {
   constexpr int kFloats = Traits::kPartialFloats, kPieces = Traits::kRows * Traits::kDim / 4;
-  constexpr int kInFlight = 8;  // splits whose results are on their way at once
-  float* const all = p.partial + item.unit * p.splits * kFloats;
-  float* const mine = all + int64_t(item.split) * kFloats;
+  constexpr int kInFlight = 16;  // splits whose results are on their way at once
+  float* const all = p.partial + unit * p.splits * kFloats;
+  float* const mine = all + int64_t(split) * kFloats;
   const float* const result = &shared.result[0][0];
-  for (int i = threadIdx.x; i < kPieces; i += kAttentionThreads) {
+  for (int i = threadIdx.x; i < kPieces; i += Traits::kThreads) {
     reinterpret_cast<float4*>(mine)[i] = reinterpret_cast<const float4*>(result)[i];
   }
   if (threadIdx.x < Traits::kRows) {
@@ -114,53 +116,51 @@ __device__ __forceinline__ bool merge_splits(const AttentionParams& p,
   __syncthreads();
   if (threadIdx.x == 0) {
     // Releases what the barrier has gathered, acquires what the others have left.
-    shared.last = add_acquire_release(p.counters + item.unit, 1) == splits - 1;
-    if (shared.last) p.counters[item.unit] = 0;
+    shared.last = add_acquire_release(p.counters + unit, 1) == splits - 1;
+    if (shared.last) p.counters[unit] = 0;
   }
   __syncthreads();
   if (!shared.last) return false;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  const auto fetch = [&](int piece, int base, float4(&x)[kInFlight]) {
 #pragma unroll
+    for (int s = 0; s < kInFlight; ++s) {
+      const float* from = all + int64_t(min(base + s, splits - 1)) * kFloats;
+      x[s] = __ldcg(reinterpret_cast<const float4*>(from) + piece);
+    }
+  };
+#pragma unroll 1
   for (int r = 0; r < Traits::kRowSets; ++r) {
-    {  // a warp weighs one row's splits
-      const int row = warp + 8 * r;
-      float2 part[kMaxSplits / 32];
-      float max = kNoScore, sum = 0.f;
-#pragma unroll
-      for (int i = 0; i < kMaxSplits / 32; ++i) {
-        const int s = i * 32 + lane;
-        part[i] = make_float2(kNoScore, 0.f);
-        if (s < splits) {
-          const float* from = all + int64_t(s) * kFloats + kPieces * 4;
-          part[i] = __ldcg(reinterpret_cast<const float2*>(from) + row);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kMaxSplits / 32; ++i) max = fmaxf(max, part[i].x);
+    constexpr int kRowPieces = Traits::kDim / 4;
+    float4 x[kInFlight];
+    // On their way while splits are weighed.
+    fetch(8 * r * kRowPieces + min(int(threadIdx.x), 8 * kRowPieces - 1), 0, x);
+    for (int row = warp; row < 8; row += Traits::kWarps) {  // by a warp a row
+      const auto part = [&](int s) {
+        const float* from = all + int64_t(s) * kFloats + kPieces * 4;
+        return s < splits ? __ldcg(reinterpret_cast<const float2*>(from) + 8 * r + row)
+                          : make_float2(kNoScore, 0.f);
+      };
+      const float2 first = part(lane);
+      float max = first.x, sum = 0.f;
+      for (int s = lane + 32; s < splits; s += 32) max = fmaxf(max, part(s).x);
       max = warp_max(max);
-#pragma unroll
-      for (int i = 0; i < kMaxSplits / 32; ++i) {
-        const int s = i * 32 + lane;
-        const float weight = exp2_approx(part[i].x - max);
-        if (s < splits) shared.weights[s][warp] = weight;
-        sum = fmaf(weight, part[i].y, sum);
+      for (int s = lane; s < splits; s += 32) {
+        const float2 mine = s == lane ? first : part(s);
+        const float weight = exp2_approx(mine.x - max);
+        shared.weights[s][row] = weight;
+        sum = fmaf(weight, mine.y, sum);
       }
       sum = warp_sum(sum);
-      if (lane == 0) shared.total[row] = make_float2(max, sum);
+      if (lane == 0) shared.total[8 * r + row] = make_float2(max, sum);
     }
     __syncthreads();
-    constexpr int kRowPieces = Traits::kDim / 4;
-    for (int i = threadIdx.x; i < 8 * kRowPieces; i += kAttentionThreads) {
+    for (int i = threadIdx.x; i < 8 * kRowPieces; i += Traits::kThreads) {
       const int row = i / kRowPieces, piece = 8 * r * kRowPieces + i;
       float4 out = make_float4(0.f, 0.f, 0.f, 0.f);
       for (int base = 0; base < splits; base += kInFlight) {
-        float4 x[kInFlight];
-#pragma unroll
-        for (int s = 0; s < kInFlight; ++s) {
-          const float* from = all + int64_t(min(base + s, splits - 1)) * kFloats;
-          x[s] = __ldcg(reinterpret_cast<const float4*>(from) + piece);
-        }
+        if (base > 0 || i >= Traits::kThreads) fetch(piece, base, x);
 #pragma unroll
         for (int s = 0; s < kInFlight; ++s) {
           const float weight = base + s < splits ? shared.weights[base + s][row] : 0.f;
@@ -178,41 +178,52 @@ __device__ __forceinline__ bool merge_splits(const AttentionParams& p,
 
 // Sinks, division by the sum, the values' rotation; writes the rows and their log-sum-exp.
 template <class Traits>
-__device__ __forceinline__ void finish_rows(const AttentionParams& p, const RowTile& rows,
+__device__ __forceinline__ void finish_rows(const AttentionCall& p,
                                             const AttentionShared<Traits>& shared) {
   using Element = typename Traits::Element;
   constexpr int kCount = Traits::kDim / 32;
+  constexpr int kTogether = Traits::kRows / Traits::kWarps < 4 ? Traits::kRows / Traits::kWarps : 4;
+  const RowTile& rows = shared.rows;
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   const CallRows call{rows.first_call_row, 0};
-  for (int row = warp; row < rows.count; row += kAttentionWarps) {
-    float max = shared.total[row].x, sum = shared.total[row].y, weight = 1.f;
-    if (sum == 0.f) max = -INFINITY, weight = 0.f;  // sees nothing
-    if (p.sinks) {
-      const float sink = p.sinks[rows.head_of(row)] * kLog2e, most = fmaxf(max, sink);
-      if (weight > 0.f) weight = exp2_approx(max - most);
-      sum = fmaf(sum, weight, sink == most ? 1.f : exp2_approx(sink - most));
-      max = most;
-    }
-    // A NaN may have no maximum to weigh it against a sink.
-    const float factor = isnan(sum) ? sum : weight == 0.f ? 0.f : weight / sum;
-    float x[kCount];
+  for (int first = warp; first < rows.count; first += Traits::kWarps * kTogether) {
+    float x[kTogether][kCount];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const float y = shared.result[row][32 * i + lane];
-      x[i] = factor == 0.f ? 0.f : y * factor;
+    for (int r = 0; r < kTogether; ++r) {
+      const int row = first + r * Traits::kWarps;
+      float max = shared.total[row].x, sum = shared.total[row].y, weight = 1.f;
+      if (sum == 0.f) max = -INFINITY, weight = 0.f;  // sees nothing
+      if (p.sinks && row < rows.count) {
+        const float sink = p.sinks[rows.head_of(row)] * kLog2e, most = fmaxf(max, sink);
+        if (weight > 0.f) weight = exp2_approx(max - most);
+        sum = fmaf(sum, weight, sink == most ? 1.f : exp2_approx(sink - most));
+        max = most;
+      }
+      // A NaN may have no maximum to weigh it against a sink.
+      const float factor = isnan(sum) ? sum : weight == 0.f ? 0.f : weight / sum;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const float y = shared.result[row][32 * i + lane];
+        x[r][i] = factor == 0.f ? 0.f : y * factor;
+      }
+      if (p.lse && lane == 0 && row < rows.count) {
+        const float lse = sum == 0.f ? -INFINITY : (max + log2f(sum)) * kLn2;
+        p.lse[(rows.first_call_row + rows.token_of(row)) * p.q_heads + rows.head_of(row)] = lse;
+      }
     }
     if (p.cache.v_rotation > 1) rotate_warp(x, p.cache.v_rotation);
-    const int token = rows.token_of(row), head = rows.head_of(row);
-    Element* out = static_cast<Element*>(p.out.data) +
-                   row_offset(p.out, p.seqs, call, rows.sequence, token) + head * p.out.head_stride;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int c = 32 * i + lane;
-      if (c < p.cache.v_dim) out[c] = from_float<Element>(x[i]);
-    }
-    if (p.lse && lane == 0) {
-      const float lse = sum == 0.f ? -INFINITY : (max + log2f(sum)) * kLn2;
-      p.lse[(rows.first_call_row + token) * p.q_heads + head] = lse;
+    for (int r = 0; r < kTogether; ++r) {
+      const int row = first + r * Traits::kWarps;
+      if (row >= rows.count) break;
+      Element* out = static_cast<Element*>(p.out.data) +
+                     row_offset(p.out, p.seqs, call, rows.sequence, rows.token_of(row)) +
+                     rows.head_of(row) * p.out.head_stride;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int c = 32 * i + lane;
+        if (c < p.cache.v_dim) out[c] = from_float<Element>(x[r][i]);
+      }
     }
   }
 }

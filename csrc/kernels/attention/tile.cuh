@@ -1,16 +1,17 @@
-// One warp's work on 16 tokens, between the ring and the accumulators.
+// One warp's work on 16 tokens, from global memory to the accumulators: rows go straight into the
+// registers that are the tensor core's operands.
 //
-//   Q K^T  A = query rows, B = tokens. A lane reads 16 consecutive bytes of a token's row: with the
-//          channels of a k-step permuted alike in A and B, one 32-bit word is one k-step's B
-//          fragment (two byte-permutes to two half2 of 1024 + q).
+//   Q K^T  of integers: A = query rows, B = tokens. A lane reads 16 consecutive bytes of a token's
+//          row: with the channels of a k-step permuted alike in A and B, two of its words are one
+//          k-step's B fragment as they are.
 //   P V    A = V^T (rows = channels), B = P^T. The C fragment of Q K^T (query g, tokens 2t, 2t + 1)
 //          is this B fragment. A lane reads the same 16 channels of 4 tokens and transposes 4 x 4
 //          bytes with byte-permutes.
 //   Tokens within 16: n-tile j, column c is token 4 (c >> 1) + (c & 1) + 2 j, so that a lane's four
 //          scores are neighbours and their params one 16-byte read.
 //
-// With q' = R q, the score of a token is softmax_scale log2(e) times
-//   scale (q'.(1024 + q_t) - 1024 sum(q')) + offset sum(q') + q'.mean
+// With q' = R q / unit, the score of a token is unit softmax_scale log2(e) times
+//   scale q'.q_t + offset sum(q') + q'.mean
 // Values are taken as q - 128, which is exact, and the middle of their row, 128 v_scale + v_offset,
 // with the weight p before it is rounded. So rounding a weight costs in proportion to a value's
 // distance from the middle, and nothing that all channels share, which a rotation of the values
@@ -19,128 +20,187 @@
 // core's adder truncates (relative error 3e-3 after 1k tokens of a warp).
 #pragma once
 
-#include "kernels/attention/ring.cuh"
+#include "kernels/attention/query.cuh"
 
 namespace kvquant::cuda {
 
-constexpr float kLazyGrowth = 6.f;  // log2: the running maximum follows only beyond it
+constexpr float kLazyGrowth = 6.f;  // log2: bases follow larger scores only beyond it
 constexpr float kScaleHeadroom = 256.f;
+
+// One warp's 16 tokens in registers.
+template <int kDim>
+struct Tile {
+  uint4 k[2][kDim / 64];     // of token 4 (g >> 1) + (g & 1) + 2 j: channels 64 s + 16 t ...
+  uint32_t v[4][kDim / 32];  // of token 4 t + i: word w, see value_channel
+  uint4 k_params, v_params;  // of tokens 4 t .. 4 t + 3
+};
+
+// First value channel of word w of a lane.
+template <int kDim>
+__device__ __forceinline__ int value_channel(int w, int g) {
+  constexpr int kWide = kDim / 128;
+  return w < kWide * 4 ? (w / 4) * 128 + g * 16 + (w % 4) * 4
+                       : kWide * 128 + g * 8 + (w - kWide * 4) * 4;
+}
+
+// Where this lane's pieces of a head's rows are. Lanes whose channels are beyond the row read other
+// ones of it: they meet zeros of the query, or become channels that are not written.
+template <int kDim>
+struct LanePieces {
+  static constexpr int kWide = kDim / 128;
+  // Of one slab: the pieces in block 0 and what a block adds, in 16 bytes.
+  struct Stream {
+    const uint8_t* base;
+    uint32_t block16;
+
+    __device__ __forceinline__ Stream(const Slab& slab, int head, int offset)
+        : base(rows_of<uint8_t>(slab, 0, head) + offset),
+          block16(uint32_t(slab.block_stride >> 4)) {
+      asm volatile("" : "+l"(base));  // to be kept, not worked out anew at each load
+    }
+    __device__ __forceinline__ const uint8_t* at(int block, int row, int bytes) const {
+      return offset_by(offset_by(base, uint32_t(block) * 16u, block16), row, bytes);
+    }
+  };
+  Stream k, v, k_params, v_params;
+  int k_dim, v_dim, g, t;
+
+  __device__ __forceinline__ LanePieces(const CacheView& cache, int head, int g, int t)
+      : k(cache.k_data, head,
+          (4 * (g >> 1) + (g & 1)) * cache.k_dim + min(t * 16, cache.k_dim - 16)),
+        v(cache.v_data, head, 4 * t * cache.v_dim + min(g * piece(), cache.v_dim - piece())),
+        k_params(cache.k_params, head, 16 * t),
+        v_params(cache.v_params, head, 16 * t),
+        k_dim(cache.k_dim),
+        v_dim(cache.v_dim),
+        g(g),
+        t(t) {}
+
+  static __device__ constexpr int piece() { return kDim < 128 ? 8 : 16; }  // bytes of a value's
+  // What piece s adds to the first one.
+  __device__ __forceinline__ int k_step(int s) const {
+    return min(s * 64 + t * 16, k_dim - 16) - min(t * 16, k_dim - 16);
+  }
+  __device__ __forceinline__ int v_step(int at, int bytes) const {
+    return min(at, v_dim - bytes) - min(g * piece(), v_dim - piece());
+  }
+
+  __device__ __forceinline__ void load_keys(Tile<kDim>& tile, int block, int row) const {
+    const uint8_t* base = k.at(block, row, k_dim);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+#pragma unroll
+      for (int s = 0; s < kDim / 64; ++s) {
+        tile.k[j][s] = load_stream<uint4>(base + j * 2 * k_dim + k_step(s));
+      }
+    }
+    tile.k_params = load_keep(k_params.at(block, row, 4));
+  }
+  __device__ __forceinline__ void load_values(Tile<kDim>& tile, int block, int row) const {
+    const uint8_t* base = v.at(block, row, v_dim);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int s = 0; s < kWide; ++s) {
+        const uint4 u = load_stream<uint4>(base + i * v_dim + v_step(s * 128 + g * 16, 16));
+        tile.v[i][4 * s] = u.x, tile.v[i][4 * s + 1] = u.y;
+        tile.v[i][4 * s + 2] = u.z, tile.v[i][4 * s + 3] = u.w;
+      }
+      if constexpr (kDim % 128 != 0) {
+        const uint2 u = load_stream<uint2>(base + i * v_dim + v_step(kWide * 128 + g * 8, 8));
+        tile.v[i][4 * kWide] = u.x, tile.v[i][4 * kWide + 1] = u.y;
+      }
+    }
+    tile.v_params = load_keep(v_params.at(block, row, 4));
+  }
+};
 
 __device__ __forceinline__ uint32_t word_of(const uint4& u, int i) {
   return i == 0 ? u.x : i == 1 ? u.y : i == 2 ? u.z : u.w;
 }
 
-// What the softmax keeps of one query row (shared by the four lanes of a group).
+// What the softmax keeps of one query row (shared by the four lanes of a group), in units of
+// p = exp2(score - base).
 struct RowState {
-  float max = kNoScore;  // log2 units, lazy
-  float sum = 0.f;       // of p
-  float offsets = 0.f;   // of p * (v_offset + 128 v_scale)
+  float base = kNoScore;
+  float sum = 0.f;      // of p
+  float offsets = 0.f;  // of p * (v_offset + 128 v_scale)
 };
 
 template <class Traits>
 struct Accumulator {
-  // of p' (q - 128). m-tiles of 16 channels; c[0], c[1]: channel g, queries 2t, 2t + 1; c[2], c[3]:
-  // the next channel
+  // of p v_scale (q - 128). m-tiles of 16 channels; c[0], c[1]: channel g, queries 2t, 2t + 1;
+  // c[2], c[3]: the next channel
   float c[Traits::kDim / 16][Traits::kOutTiles][4] = {};
   RowState rows[Traits::kRowSets];
-  float value_gain = 1.f;  // power of two that keeps p' in fp16's range whatever V's scale
+  // Bases stand this far below the largest scores, so that p v_scale fits fp16 whatever V's scale.
+  float lift = 0.f;
+  float scale_limit = 0.f;  // the largest v_scale that `lift` serves
 };
-
-// q' . mean for rows g + 8 r, with what fp16 left of q': the mean is every column of the product.
-template <class Traits>
-__device__ __forceinline__ void dot_mean(const Stage<Traits::kDim>& stage,
-                                         const Query<Traits>& query,
-                                         float (&dots)[Traits::kRowSets]) {
-  constexpr int kFragments = (Traits::kRows + 15) / 16;
-  float c[kFragments][4] = {};
-#pragma unroll
-  for (int s = 0; s < Traits::kDim / 64; ++s) {
-    const uint4 mean[2] = {stage.mean[s * 8 + query.t * 2], stage.mean[s * 8 + query.t * 2 + 1]};
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const uint4& u = mean[w / 2];
-      const uint32_t b0 = w % 2 ? u.z : u.x, b1 = w % 2 ? u.w : u.y;
-#pragma unroll
-      for (int f = 0; f < kFragments; ++f) {
-        uint32_t a[4], rest[4];
-        query.fragment(f, s * 4 + w, a);
-        read_fragment(query.shared->rest, f, s * 4 + w, query.g, query.t, rest);
-        mma_16816(c[f], a, b0, b1);
-        mma_16816(c[f], rest, b0, b1);
-      }
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < Traits::kRowSets; ++r) dots[r] = c[r / 2][2 * (r % 2)];
-}
 
 // Scores of the tile's tokens: rows g + 8 r, tokens 4t .. 4t + 3, log2 units.
 template <class Traits>
-__device__ __forceinline__ void score_tile(const Stage<Traits::kDim>& stage,
+__device__ __forceinline__ void score_tile(const Tile<Traits::kDim>& tile,
                                            const Query<Traits>& query,
                                            const float (&dots)[Traits::kRowSets],
                                            float (&score)[Traits::kRowSets][4]) {
-  float c[Traits::kFragments][2][4] = {};
+  int c[Traits::kFragments][2][4] = {};
 #pragma unroll
-  for (int s = 0; s < Traits::kDim / 64; ++s) {
-    const uint4 keys[2] = {stage.keys(0, s, query.g, query.t), stage.keys(1, s, query.g, query.t)};
+  for (int step = 0; step < Traits::kDim / 32; ++step) {
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
+    for (int f = 0; f < Traits::kFragments; ++f) {
+      const uint4 a = query.fragment(f, step);
 #pragma unroll
-      for (int f = 0; f < Traits::kFragments; ++f) {
-        uint32_t a[4];
-        query.fragment(f, s * 4 + w, a);
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const uint32_t word = word_of(keys[j], w);
-          mma_16816(c[f][j], a, codes_low(word), codes_high(word));
-        }
+      for (int j = 0; j < 2; ++j) {
+        const uint4& key = tile.k[j][step / 2];
+        mma_16832(c[f][j], a, step % 2 ? key.z : key.x, step % 2 ? key.w : key.y);
       }
     }
   }
-  const uint4 params = stage.k_params[query.t];
 #pragma unroll
   for (int r = 0; r < Traits::kRowSets; ++r) {
     const auto [sum, gain] = query.scale[r];
-    const float bias = -kCodeBias * sum;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 affine = half2_floats(word_of(params, i));
-      float dot = c[r / 2][i / 2][2 * (r % 2) + i % 2];
-      if constexpr (Traits::kSplit) dot += c[0][i / 2][2 + i % 2];
-      score[r][i] = gain * fmaf(affine.x, dot + bias, fmaf(affine.y, sum, dots[r]));
+      const float2 affine = half2_floats(word_of(tile.k_params, i));
+      const auto limb = [&](int n) {
+        const int set = n * Traits::kRowSets + r;  // of eight rows
+        return c[set / 2][i / 2][set % 2 * 2 + i % 2];
+      };
+      float dot = float(256 * limb(Traits::kLimbs - 2) + limb(Traits::kLimbs - 1));
+      if constexpr (Traits::kLimbs == 3) dot = fmaf(65536.f, float(limb(0)), dot);
+      score[r][i] = gain * fmaf(affine.x, dot, fmaf(affine.y, sum, dots[r]));
     }
   }
 }
 
-// Lets maxima and the value gain follow where they must; rescales what was summed before.
+// Lets bases follow where they must; rescales what was summed before.
 template <class Traits>
 __device__ __forceinline__ void follow(Accumulator<Traits>& acc,
                                        const float (&best)[Traits::kRowSets], float v_scale,
                                        int t) {
-  bool grows = v_scale * acc.value_gain > kScaleHeadroom, first = true;
+  bool grows = v_scale > acc.scale_limit;
 #pragma unroll
   for (int r = 0; r < Traits::kRowSets; ++r) {
-    grows |= best[r] > acc.rows[r].max + kLazyGrowth;
-    first &= acc.rows[r].max == kNoScore;
+    grows |= best[r] > acc.rows[r].base + (acc.lift + kLazyGrowth);
   }
   if (!__any_sync(kFullWarp, grows)) return;
   v_scale = warp_max(v_scale);
-  float change = 1.f;
-  if (__all_sync(kFullWarp, first) || v_scale * acc.value_gain > kScaleHeadroom) {
-    const float gain = v_scale > 0.f ? exp2f(4.f - float(ilogbf(v_scale))) : 1.f;
-    change = gain / acc.value_gain;
-    acc.value_gain = gain;
+  const float before = acc.lift;
+  if (v_scale > acc.scale_limit) {
+    acc.lift = 4.f - float(ilogbf(v_scale));
+    acc.scale_limit = kScaleHeadroom * exp2f(-acc.lift);
   }
 #pragma unroll
   for (int r = 0; r < Traits::kRowSets; ++r) {
     RowState& row = acc.rows[r];
-    const float max = fmaxf(row.max, best[r]), shrink = exp2_approx(row.max - max);
-    row.max = max;
+    const float base = fmaxf(row.base + before, best[r]) - acc.lift;
+    const float shrink = exp2_approx(row.base - base);
+    row.base = base;
     row.sum *= shrink;
     row.offsets *= shrink;
-    const float z0 = change * __shfl_sync(kFullWarp, shrink, t * 8);
-    const float z1 = change * __shfl_sync(kFullWarp, shrink, t * 8 + 4);
+    const float z0 = __shfl_sync(kFullWarp, shrink, t * 8);
+    const float z1 = __shfl_sync(kFullWarp, shrink, t * 8 + 4);
 #pragma unroll
     for (int i = 0; i < Traits::kDim / 16; ++i) {
 #pragma unroll
@@ -153,13 +213,12 @@ __device__ __forceinline__ void follow(Accumulator<Traits>& acc,
   }
 }
 
-// Adds the tile's values, weighted by exp2(score - max).
-template <class Traits>
-__device__ __forceinline__ void add_values(Accumulator<Traits>& acc,
-                                           const Stage<Traits::kDim>& stage, const uint4& params,
-                                           int g, int t,
-                                           const float (&score)[Traits::kRowSets][4]) {
-  uint32_t weight[Traits::kOutTiles][2];
+// Weights of the tile's values in fp16, exp2(score - base) v_scale. kMasked: tokens that a row does
+// not see, whose score is -inf, may hold anything.
+template <bool kMasked, class Traits>
+__device__ __forceinline__ void weigh(Accumulator<Traits>& acc, const uint4& v_params,
+                                      const float (&score)[Traits::kRowSets][4],
+                                      uint32_t (&weight)[Traits::kOutTiles][2]) {
 #pragma unroll
   for (int r = 0; r < Traits::kRowSets; ++r) {
     RowState& row = acc.rows[r];
@@ -168,13 +227,12 @@ __device__ __forceinline__ void add_values(Accumulator<Traits>& acc,
       float w[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float p = exp2_approx(score[r][2 * pair + i] - row.max);
-        // A token that this row does not see may hold NaN.
-        const float2 affine =
-            p > 0.f ? half2_floats(word_of(params, 2 * pair + i)) : make_float2(0.f, 0.f);
+        const float p = exp2_approx(score[r][2 * pair + i] - row.base);
+        const uint32_t word = word_of(v_params, 2 * pair + i);
+        const float2 affine = half2_floats(!kMasked || p > 0.f ? word : 0u);
         row.sum += p;
         row.offsets = fmaf(p, fmaf(128.f, affine.x, affine.y), row.offsets);
-        w[i] = p * (affine.x * acc.value_gain);
+        w[i] = p * affine.x;
       }
       const __half2 rounded = __floats2half2_rn(w[0], w[1]);
       weight[r][pair] = half2_bits(rounded);
@@ -184,28 +242,26 @@ __device__ __forceinline__ void add_values(Accumulator<Traits>& acc,
       }
     }
   }
-  constexpr int kWords = Traits::kDim / 32;
-  uint32_t v[4][kWords];
+}
+
+// Adds the tile's weighted values.
+template <class Traits>
+__device__ __forceinline__ void add_values(Accumulator<Traits>& acc, const Tile<Traits::kDim>& tile,
+                                           const uint32_t (&weight)[Traits::kOutTiles][2]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) stage.values(i, g, t, v[i]);
-#pragma unroll
-  for (int w = 0; w < kWords; ++w) {
-    const uint32_t low01 = __byte_perm(v[0][w], v[1][w], 0x5140);
-    const uint32_t high01 = __byte_perm(v[0][w], v[1][w], 0x7362);
-    const uint32_t low23 = __byte_perm(v[2][w], v[3][w], 0x5140);
-    const uint32_t high23 = __byte_perm(v[2][w], v[3][w], 0x7362);
-    uint32_t a[2][4] = {
-        {codes_low(low01), codes_high(low01), codes_low(low23), codes_high(low23)},
-        {codes_low(high01), codes_high(high01), codes_low(high23), codes_high(high23)}};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      uint32_t& x = a[i / 4][i % 4];
-      asm("sub.f16x2 %0, %0, %1;" : "+r"(x) : "r"(0x64806480u));
-    }
+  for (int w = 0; w < Traits::kDim / 32; ++w) {
+    const uint32_t low01 = __byte_perm(tile.v[0][w], tile.v[1][w], 0x5140);
+    const uint32_t high01 = __byte_perm(tile.v[0][w], tile.v[1][w], 0x7362);
+    const uint32_t low23 = __byte_perm(tile.v[2][w], tile.v[3][w], 0x5140);
+    const uint32_t high23 = __byte_perm(tile.v[2][w], tile.v[3][w], 0x7362);
+    const uint4 low = make_uint4(centered(codes_low(low01)), centered(codes_high(low01)),
+                                 centered(codes_low(low23)), centered(codes_high(low23)));
+    const uint4 high = make_uint4(centered(codes_low(high01)), centered(codes_high(high01)),
+                                  centered(codes_low(high23)), centered(codes_high(high23)));
 #pragma unroll
     for (int n = 0; n < Traits::kOutTiles; ++n) {
-      mma_16816(acc.c[2 * w][n], a[0], weight[n][0], weight[n][1]);
-      mma_16816(acc.c[2 * w + 1][n], a[1], weight[n][0], weight[n][1]);
+      mma_16816(acc.c[2 * w][n], low, weight[n][0], weight[n][1]);
+      mma_16816(acc.c[2 * w + 1][n], high, weight[n][0], weight[n][1]);
     }
   }
 }

@@ -12,11 +12,11 @@ namespace kvquant::cuda {
 // sequence is one block.
 struct Paging {
   int shift, mask;
-  int group_shift;  // of a token to its mean's group
+  int group_shift;  // of a token to its mean's group; 31 without means
   __device__ Paging(const CacheView& cache, int max_blocks) {
     shift = max_blocks > 1 ? __ffs(cache.block_size) - 1 : 31;
     mask = max_blocks > 1 ? cache.block_size - 1 : 0x7fffffff;
-    group_shift = cache.group ? __ffs(cache.group) - 1 : 0;
+    group_shift = cache.group ? __ffs(cache.group) - 1 : 31;
   }
 };
 
@@ -32,12 +32,12 @@ __device__ __forceinline__ T* rows_of(const Slab& slab, int block, int head) {
   return reinterpret_cast<T*>(slab.data + block * slab.block_stride + head * slab.head_stride);
 }
 
-// The tokens stored for a sequence, whatever its length says.
+// The tokens stored for a sequence, whatever its length says, and `more`.
 __device__ __forceinline__ int stored_tokens(const CacheView& cache, const Sequences& seqs,
-                                             int sequence) {
+                                             int sequence, int more = 0) {
   const int64_t capacity = int64_t(seqs.max_blocks) * cache.block_size;
-  const int length = seqs.seq_lens[sequence];
-  return int(max(int64_t(0), min(int64_t(length), capacity)));
+  const int64_t length = int64_t(seqs.seq_lens[sequence]) + more;
+  return int(max(int64_t(0), min(length, capacity)));
 }
 __device__ __forceinline__ int first_token(const Sequences& seqs, int sequence) {
   return seqs.seq_starts ? min(max(0, seqs.seq_starts[sequence]), 1 << 30) : 0;

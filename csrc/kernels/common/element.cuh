@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "kernels/common/ptx.cuh"
 #include "params.h"
 
 namespace kvquant::cuda {
@@ -47,21 +48,24 @@ __device__ __forceinline__ void store_element(void* base, int64_t index, Dtype d
 
 // Sixteen neighbouring elements, in 16-byte accesses where the address allows.
 template <class T>
-__device__ __forceinline__ void load16(const T* p, float (&x)[kLaneChannels]) {
+__device__ __forceinline__ void copy16(const T* p, T (&x)[kLaneChannels]) {
   if (reinterpret_cast<uintptr_t>(p) % 16 == 0) {
-    constexpr int kWords = kLaneChannels * sizeof(T) / 16, kPer = 16 / sizeof(T);
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      const uint4 word = __ldg(reinterpret_cast<const uint4*>(p) + i);
-      T part[kPer];
-      memcpy(part, &word, 16);
-#pragma unroll
-      for (int j = 0; j < kPer; ++j) x[i * kPer + j] = to_float(part[j]);
+    for (int i = 0; i < kLaneChannels * int(sizeof(T)) / 16; ++i) {
+      const uint4 word = load_keep(p + i * (16 / sizeof(T)));
+      memcpy(&x[i * 16 / sizeof(T)], &word, 16);
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kLaneChannels; ++i) x[i] = to_float(p[i]);
+    for (int i = 0; i < kLaneChannels; ++i) x[i] = p[i];
   }
+}
+template <class T>
+__device__ __forceinline__ void load16(const T* p, float (&x)[kLaneChannels]) {
+  T raw[kLaneChannels];
+  copy16(p, raw);
+#pragma unroll
+  for (int i = 0; i < kLaneChannels; ++i) x[i] = to_float(raw[i]);
 }
 template <class T>
 __device__ __forceinline__ void store16(T* p, const float (&x)[kLaneChannels]) {

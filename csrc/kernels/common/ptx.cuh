@@ -7,41 +7,66 @@
 
 namespace kvquant::cuda {
 
-// Sixteen bytes from global to shared memory, in the background; zeros where `there` is false.
-__device__ __forceinline__ void copy16_async(void* to, const void* from, bool there) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
-                   uint32_t(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(there ? 16 : 0)
-               : "memory");
-#else
-  *static_cast<uint4*>(to) = there ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
-#endif
+// Bytes that are read once. Not through the read-only path: the same launch may have written them.
+template <class T>
+__device__ __forceinline__ T load_stream(const void* p);
+template <>
+__device__ __forceinline__ uint4 load_stream<uint4>(const void* p) {
+  uint4 u;
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(u.x), "=r"(u.y), "=r"(u.z), "=r"(u.w)
+               : "l"(p));
+  return u;
 }
-__device__ __forceinline__ void commit_copies() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
+template <>
+__device__ __forceinline__ uint2 load_stream<uint2>(const void* p) {
+  uint2 u;
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2];"
+               : "=r"(u.x), "=r"(u.y)
+               : "l"(p));
+  return u;
 }
-// Waits until at most `pending` of this thread's latest groups are on their way.
-__device__ __forceinline__ void wait_copies(int pending) {
-#if __CUDA_ARCH__ >= 800
-  if (pending >= 3) {
-    asm volatile("cp.async.wait_group 3;" ::: "memory");
-  } else if (pending == 2) {
-    asm volatile("cp.async.wait_group 2;" ::: "memory");
-  } else if (pending == 1) {
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
+// One element, asked for where this stands: the compiler would move an ordinary load to its use.
+template <class T>
+__device__ __forceinline__ T load_early(const T* p) {
+  T x;
+  if constexpr (sizeof(T) == 2) {
+    uint16_t u;
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(u) : "l"(p));
+    memcpy(&x, &u, 2);
   } else {
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    uint32_t u;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(u) : "l"(p));
+    memcpy(&x, &u, 4);
   }
-#endif
+  return x;
+}
+// Bytes whose cache line other warps need too.
+__device__ __forceinline__ uint4 load_keep(const void* p) {
+  uint4 u;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(u.x), "=r"(u.y), "=r"(u.z), "=r"(u.w)
+               : "l"(p));
+  return u;
 }
 
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// a * b + c in one instruction, where the compiler would add an address last.
+__device__ __forceinline__ const uint8_t* offset_by(const uint8_t* c, uint32_t a, uint32_t b) {
+  const uint8_t* sum;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(sum) : "r"(a), "r"(b), "l"(c));
+  return sum;
+}
+
+// To about 1e-6 absolute.
+__device__ __forceinline__ float tanh_approx(float x) {
+  const float e = exp2_approx(fabsf(x) * -2.8853900817779268f);  // exp(-2 |x|)
+  return copysignf(__fdividef(1.f - e, 1.f + e), x);
 }
 
 __device__ __forceinline__ int add_acquire_release(int* p, int value) {
@@ -55,23 +80,42 @@ __device__ __forceinline__ int add_acquire_release(int* p, int value) {
 
 // c += a b for fp16 a (16 x 16, rows) and b (16 x 8, columns), fp32 c. sm_75 has the instruction
 // for half the depth only.
-__device__ __forceinline__ void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                          uint32_t b1) {
+__device__ __forceinline__ void mma_16816(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
       "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 #else
-  const uint32_t b[2] = {b0, b1};
+  const uint32_t low[2] = {a.x, a.z}, high[2] = {a.y, a.w}, b[2] = {b0, b1};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     asm volatile(
         "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
         "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
+        : "r"(low[half]), "r"(high[half]), "r"(b[half]));
+  }
+#endif
+}
+
+// c += a b for signed a (16 x 32, rows) and unsigned b (32 x 8, columns), bytes. sm_75 has the
+// instruction for half the depth and height only.
+__device__ __forceinline__ void mma_16832(int (&c)[4], const uint4& a, uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+#else
+  const uint32_t rows[4] = {a.x, a.y, a.z, a.w}, b[2] = {b0, b1};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.u8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
+                 : "+r"(c[i % 2 * 2]), "+r"(c[i % 2 * 2 + 1])
+                 : "r"(rows[i]), "r"(b[i / 2]));
   }
 #endif
 }
@@ -83,7 +127,12 @@ __device__ __forceinline__ uint32_t codes_low(uint32_t word) {
 __device__ __forceinline__ uint32_t codes_high(uint32_t word) {
   return __byte_perm(word, 0x64646464u, 0x4342);
 }
-constexpr float kCodeBias = 1024.f;
+// 1024 + q to q - 128, exactly.
+__device__ __forceinline__ uint32_t centered(uint32_t codes) {
+  uint32_t x;
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(x) : "r"(codes), "r"(0x64806480u));
+  return x;
+}
 
 __device__ __forceinline__ uint32_t half2_bits(__half2 x) {
   uint32_t u;
@@ -94,6 +143,18 @@ __device__ __forceinline__ float2 half2_floats(uint32_t u) {
   __half2 h;
   memcpy(&h, &u, 4);
   return __half22float2(h);
+}
+
+// The larger of both pairs of halves; a NaN counts as the smaller one.
+__device__ __forceinline__ uint32_t max_halves(uint32_t a, uint32_t b) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t most;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+  return most;
+#else
+  const float2 x = half2_floats(a), y = half2_floats(b);
+  return half2_bits(__floats2half2_rn(fmaxf(x.x, y.x), fmaxf(x.y, y.y)));
+#endif
 }
 
 }  // namespace kvquant::cuda

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
 
@@ -40,16 +40,8 @@ class _Cuda(Compiled):
     def unavailable(self, x: Tensor) -> str | None:
         return _unavailable(x.get_device())
 
-    def refuses(self, op: str, args: Sequence[Any]) -> str | None:
-        reason = super().refuses(op, args)
-        if reason is None and op == "attention" and _resources(args[0].get_device())[1] < 99 << 10:
-            dim = max(args[0].shape[-1], args[4].shape[-1])
-            if dim > 128:
-                return f"head_dim {dim} is over 128, too large for this GPU's shared memory"
-        return reason
-
     def plan(self, query: Tensor, *shape: int) -> tuple[int, int, int]:
-        return _plan(query.dtype == torch.float32, *_resources(query.get_device()), *shape)
+        return _plan(query.dtype == torch.float32, _multiprocessors(query.get_device()), *shape)
 
     def is_capturing(self) -> bool:
         return _is_capturing()
@@ -93,17 +85,14 @@ def _unavailable(device: int) -> str | None:
 
 
 @cache
-def _resources(device: int) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory that a block may have."""
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, _native.module.shared_memory_limit(device)
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @lru_cache(maxsize=4096)
 def _plan(
     float32: bool,
     multiprocessors: int,
-    shared_limit: int,
     batch: int,
     tokens: int,
     q_heads: int,
@@ -123,7 +112,6 @@ def _plan(
         float32,
         capacity,
         multiprocessors,
-        shared_limit,
     )
     return plan
 

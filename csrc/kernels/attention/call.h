@@ -1,0 +1,39 @@
+// What one launch of the attention kernel takes: the caller's parameters and what the host makes of
+// them.
+#pragma once
+
+#include <cstdint>
+
+#include "params.h"
+
+namespace kvquant::cuda {
+
+// Division by a number that is known on the host, of dividends below 2^31.
+struct Divisor {
+  uint32_t divisor, factor, shift;
+
+  static Divisor of(uint32_t divisor) {
+    uint32_t shift = 0;
+    while ((1ull << shift) < divisor) ++shift;
+    const uint64_t factor = ((1ull << 32) * ((1ull << shift) - divisor)) / divisor + 1;
+    return {divisor, uint32_t(factor), shift};
+  }
+#ifdef __CUDACC__
+  __device__ __forceinline__ int divide(int x) const {
+    return int((__umulhi(uint32_t(x), factor) + uint32_t(x)) >> shift);
+  }
+#endif
+};
+
+struct AttentionCall : AttentionParams {
+  Divisor share;       // query heads of a KV head
+  Divisor divided_by;  // most splits of a sequence
+  int row_tiles;       // of a sequence and KV head
+  int min_split;       // tokens
+  // The call's own rows, where the launch appends them (data null: they are stored). seq_lens are
+  // then without them, and the launch adds them to `advance` if it is not null.
+  Rows key, value;
+  int32_t* advance;
+};
+
+}  // namespace kvquant::cuda

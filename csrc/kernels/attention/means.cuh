@@ -1,0 +1,85 @@
+// The part of a score that the group's mean adds, once a group: query . mean.
+#pragma once
+
+#include "kernels/attention/query.cuh"
+
+namespace kvquant::cuda {
+
+constexpr int kMeanGroups = 8;  // whose means a warp multiplies at once
+
+// Groups whose dots a block keeps at once.
+template <class Traits>
+constexpr int kGroups = Traits::kWarps * kMeanGroups;
+
+// Tokens that a block may take between two turns of finding dots, whatever they begin at.
+template <class Traits>
+__device__ __forceinline__ int dots_reach(const CacheView& cache) {
+  if (!cache.group) return 1 << 30;
+  return max(Traits::kStep,
+             (kGroups<Traits> - 2) * min(cache.group, 1 << 20) / Traits::kStep * Traits::kStep);
+}
+
+// The means of groups first + g, eight a warp, on their way: a lane's channels are those of its
+// pieces of keys. Groups beyond `last`, and those whose block is lost, count as zero.
+template <class Traits>
+struct GroupMeans {
+  uint4 x[Traits::kDim / 64][2];
+
+  __device__ __forceinline__ void load(const AttentionCall& p, const RowTile& rows,
+                                       const Paging& paging, int first, int last, int g, int t) {
+    const int index = first + int(threadIdx.x / 32) * kMeanGroups + g;
+    int block = -1;
+    if (p.cache.group && index <= last) {
+      block = block_of(p.cache, p.seqs, rows.sequence, index << paging.group_shift >> paging.shift);
+    }
+    const __half* mean =
+        rows_of<__half>(p.cache.k_mean, max(block, 0), rows.head) +
+        int64_t((index << paging.group_shift & paging.mask) >> paging.group_shift) * p.cache.k_dim +
+        t * 16;
+#pragma unroll
+    for (int s = 0; s < Traits::kDim / 64; ++s) {
+      const bool there = block >= 0 && s * 64 + t * 16 < p.cache.k_dim;
+      x[s][0] = there ? load_keep(mean + s * 64) : uint4{};
+      x[s][1] = there ? load_keep(mean + s * 64 + 8) : uint4{};
+    }
+  }
+
+  // This warp's dots[group - first][row].
+  __device__ __forceinline__ void multiply(const Query<Traits>& query,
+                                           float (*dots)[Traits::kRows]) const {
+    float c[Traits::kFragments][4] = {};
+#pragma unroll
+    for (int step = 0; step < Traits::kDim / 32; ++step) {
+#pragma unroll
+      for (int f = 0; f < Traits::kFragments; ++f) {
+        uint4 a = query.fragment(f, step);  // signed bytes, to fp16
+        a.x ^= 0x80808080u, a.y ^= 0x80808080u, a.z ^= 0x80808080u, a.w ^= 0x80808080u;
+        const uint4& mean = x[step / 2][step % 2];
+        mma_16816(c[f],
+                  make_uint4(centered(codes_low(a.x)), centered(codes_low(a.y)),
+                             centered(codes_high(a.x)), centered(codes_high(a.y))),
+                  mean.x, mean.y);
+        mma_16816(c[f],
+                  make_uint4(centered(codes_low(a.z)), centered(codes_low(a.w)),
+                             centered(codes_high(a.z)), centered(codes_high(a.w))),
+                  mean.z, mean.w);
+      }
+    }
+    float (*const mine)[Traits::kRows] = dots + threadIdx.x / 32 * kMeanGroups + 2 * query.t;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int r = 0; r < Traits::kRowSets; ++r) {
+        float dot = 0.f;
+#pragma unroll
+        for (int n = 0; n < Traits::kLimbs; ++n) {
+          const int set = n * Traits::kRowSets + r;  // of eight rows
+          dot = fmaf(256.f, dot, c[set / 2][set % 2 * 2 + i]);
+        }
+        mine[i][query.g + 8 * r] = dot;
+      }
+    }
+  }
+};
+
+}  // namespace kvquant::cuda

@@ -1,0 +1,85 @@
+"""A repeated decode step, which may be one launch, leaves and returns what two calls do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kvquant import append_, attention, ops
+from support import DTYPES, FORMATS, LAYOUTS, index, random_rows, same_bits, snapshot, filled_cache
+
+LENS = (255, 1, 530, 700, 16)
+ROOM = (360, 100, 640, 1100, 120)
+
+CASES = [  # dtype, (q_heads, kv_heads), (k_dim, v_dim), layout, format, tokens of a step, options
+    ("fp16", (8, 2), (128, 128), "contiguous", "default", 1, {}),
+    ("bf16", (8, 2), (128, 128), "paged16", "default", 1, {"sliding_window": 100}),
+    ("bf16", (4, 2), (64, 64), "paged64", "mean64", 3, {}),
+    ("fp16", (4, 1), (64, 128), "contiguous", "mean16", 4, {"softcap": 20.0}),
+    ("fp16", (2, 2), (128, 64), "paged32", "mean16", 16, {}),
+    ("fp32", (4, 2), (128, 128), "paged16", "default", 2, {"sliding_window": 2}),
+    ("bf16", (3, 1), (96, 80), "contiguous", "plain", 5, {"causal": False}),
+    ("fp16", (6, 2), (256, 256), "paged256", "rotated", 2, {}),
+    ("bf16", (8, 1), (192, 192), "paged16", "mean64", 2, {}),
+    ("bf16", (8, 1), (64, 64), "paged16", "default", 40, {}),  # more rows than a block takes
+]
+
+
+def _name(case) -> str:
+    dtype, heads, dims, layout, fmt, tokens, _ = case
+    return f"{dtype}-{heads[0]}of{heads[1]}-d{dims[0]}v{dims[1]}-{layout}-{fmt}-{tokens}tokens"
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=_name)
+def test_a_step_is_an_append_and_an_attention(native, case, padded):
+    dtype, (heads, kv_heads), (k_dim, v_dim), layout, fmt, tokens, options = case
+    cache = filled_cache(
+        LENS, room=ROOM, dtype=DTYPES[dtype], kv_heads=kv_heads, k_dim=k_dim, v_dim=v_dim,
+        block=LAYOUTS[layout], fmt=FORMATS[fmt], device=native,
+        starts=(0, 2, 300, 0, 40) if padded else None,
+    )  # fmt: skip
+    apart = replace(cache.storage, **snapshot(cache.storage))
+    at, lens = cache.storage, cache.lens.clone()
+    tensors = (at.k_data, at.k_params, at.k_mean, at.v_data, at.v_params)
+    rotations = (at.format.mean_group, at.format.k_rotation(k_dim), at.format.v_rotation(v_dim))
+    step = None
+    for _ in range(2 + 32 // tokens):  # over the edges of groups, blocks and splits
+        query = torch.randn(len(LENS), tokens, heads, k_dim).to(DTYPES[dtype]).to(native)
+        key = random_rows(
+            len(LENS), tokens, kv_heads, k_dim, dtype=DTYPES[dtype], device=native
+        )
+        value = torch.randn(len(LENS), tokens, kv_heads, v_dim).to(DTYPES[dtype]).to(native)
+        if step is None:
+            step = ops.prepare_step(
+                tensors, query, key, value, rotations, k_dim**-0.5, options.get("causal", True),
+                options.get("sliding_window", 0), options.get("softcap", 0.0),
+            )  # fmt: skip
+        got = step(0, tensors, cache.table, cache.lens, cache.starts, query, key, value)
+        where = {"block_table": cache.table, "seq_lens": lens, "seq_starts": cache.starts}
+        append_(key, value, apart, **where, advance=True)
+        expected = attention(query, apart, **where, **options)
+        assert torch.equal(cache.lens, lens)
+        for name, tensor in apart.tensors.items():
+            assert same_bits(at.tensors[name], tensor), name
+        assert same_bits(got, expected)
+
+
+@pytest.mark.gpu
+def test_a_step_beyond_the_room_drops_what_has_no_place(cuda):
+    """Lengths on a device are not checked on the host."""
+    cache = filled_cache((30, 20), room=(32, 32), k_dim=64, device=cuda)
+    at = cache.storage
+    before = snapshot(at)
+    tensors = (at.k_data, at.k_params, at.k_mean, at.v_data, at.v_params)
+    query, key, value = (torch.randn(2, 3, n, 64, device=cuda).bfloat16() for n in (4, 2, 2))
+    rotations = (at.format.mean_group, at.format.k_rotation(64), at.format.v_rotation(64))
+    step = ops.prepare_step(tensors, query, key, value, rotations, 0.125, True, 0, 0.0)
+    step(0, tensors, cache.table, cache.lens, None, query, key, value)
+    assert cache.lens.tolist() == [33, 23]
+    apart, lens = replace(at, **before), index((30, 20), cuda)
+    append_(key, value, apart, block_table=cache.table, seq_lens=lens)
+    for name, tensor in apart.tensors.items():
+        assert same_bits(at.tensors[name], tensor), name
