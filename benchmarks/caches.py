@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import kvquant
+from kvquant import ops
 
 
 @dataclass
 class RandomCache:
-    """A contiguous layer, every row in use."""
+    """A layer whose every row is in use."""
 
     storage: kvquant.LayerStorage
     block_table: Tensor
@@ -28,13 +30,19 @@ class RandomCache:
         *,
         device: str = "cuda",
         spare: int = 0,
+        block_size: int | None = None,
         format: kvquant.CacheFormat | None = None,
         seq_lens: Tensor | None = None,
     ) -> RandomCache:
-        """Random codes, scales of values about one, room for ``spare`` more tokens."""
-        capacity = -(-(tokens + spare) // 16) * 16
+        """Random codes, scales of values about one, room for ``spare`` more tokens.
+
+        Contiguous, or in shuffled blocks of ``block_size``.
+        """
+        size = block_size or 16
+        blocks = -(-(tokens + spare) // size)
+        width, rows = (blocks, size) if block_size else (1, blocks * size)
         storage = kvquant.LayerStorage.allocate(
-            batch, kv_heads, capacity, head_dim, format=format, device=device
+            batch * width, kv_heads, rows, head_dim, format=format, device=device
         )
         for data in (storage.k_data, storage.v_data):
             data.random_(0, 256)
@@ -45,7 +53,8 @@ class RandomCache:
         if storage.k_mean is not None:
             storage.k_mean.normal_(0, 0.5)
         lens = torch.full((batch,), tokens, dtype=torch.int32, device=device)
-        table = torch.arange(batch, dtype=torch.int32, device=device).unsqueeze(1)
+        order = torch.randperm if block_size else torch.arange
+        table = order(batch * width, device=device).to(torch.int32).view(batch, width)
         return cls(storage, table, lens if seq_lens is None else seq_lens)
 
     @property
@@ -62,3 +71,15 @@ class RandomCache:
         return kvquant.attention(  # type: ignore[return-value]
             query, self.storage, block_table=self.block_table, seq_lens=self.seq_lens, **options
         )
+
+    def prepare_step(self, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
+        """A decode step as `QuantizedKVCache.attend` does it: appends, attends, adds to lengths."""
+        at = self.storage
+        tensors = (at.k_data, at.k_params, at.k_mean, at.v_data, at.v_params)
+        k_dim, v_dim = at.k_data.shape[3], at.v_data.shape[3]
+        rotation = (at.format.mean_group, at.format.k_rotation(k_dim), at.format.v_rotation(v_dim))
+        scale = k_dim**-0.5
+        step = ops.prepare_step(tensors, query, key, value, rotation, scale, True, 0, 0.0)
+        assert step is not None
+        rest = (self.block_table, self.seq_lens, None, query, key, value)
+        return lambda: step(0, tensors, *rest)

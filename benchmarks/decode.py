@@ -1,13 +1,14 @@
-"""Decode attention on the 8-bit cache against torch's fp16 kernels, in one run.
+"""Decode attention on the 8-bit cache against torch's and FlashInfer's kernels, in one run.
 
-Times are medians of CUDA-graph replays over rotated buffers larger than the L2 cache. The floor is
-the bytes of codes, params and means over the measured read ceiling.
+Times are medians of CUDA-graph replays over rotated buffers larger than the L2 cache; `kvquant_ms` is
+the attention alone, `step_ms` that of a decode step, which appends its tokens too. The floor is the
+bytes of codes, params and means over the measured read ceiling.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +33,56 @@ SHAPES = [  # batch, q_heads, kv_heads, tokens, head_dim, query tokens
 ]
 
 
-def time_kvquant(b: int, hq: int, hk: int, s: int, d: int, tq: int) -> tuple[float, int]:
-    """Milliseconds, and the bytes that had to be read."""
+ROOM = 16  # tokens that a timed step may append
+
+
+def time_kvquant(b: int, hq: int, hk: int, s: int, d: int, tq: int) -> tuple[float, float, int]:
+    """Milliseconds of the attention alone and of a step with its append, and the bytes to read."""
     count = buffers_for(b * hk * s * 2 * (d + 4))
     caches = [RandomCache.make(b, hk, s, d) for _ in range(count)]
     query = torch.randn(b, tq, hq, d, device="cuda", dtype=torch.float16)
-    calls = [lambda c=cache: c.attend(query) for cache in caches]
-    return graph_ms(calls), caches[0].read_bytes
+    attention = graph_ms([lambda c=cache: c.attend(query) for cache in caches])
+    key, value = torch.randn(2, b, tq, hk, d, device="cuda", dtype=torch.float16)
+
+    def rewind() -> None:
+        for cache in caches:
+            cache.seq_lens.fill_(s - ROOM)
+
+    rewind()
+    steps = [cache.prepare_step(query, key, value) for cache in caches]
+    return attention, graph_ms(steps, before=rewind), caches[0].read_bytes
+
+
+def time_layout(b: int, hq: int, hk: int, s: int, d: int, **layout: Any) -> tuple[float, int]:
+    """Milliseconds of the attention of one query token on a cache of another layout, and bytes."""
+    cache = RandomCache.make(b, hk, s, d, **layout)
+    query = torch.randn(b, 1, hq, d, device="cuda", dtype=torch.float16)
+    return graph_ms([lambda: cache.attend(query)]), cache.read_bytes
+
+
+def time_flashinfer(dtype: torch.dtype, b: int, hq: int, hk: int, s: int, d: int) -> float:
+    """Milliseconds of FlashInfer's decode on a paged cache of ``dtype``; NaN where it is missing."""
+    try:
+        import flashinfer
+    except ImportError:
+        return float("nan")
+    page, pages = 16, s // 16
+    count = buffers_for(b * hk * s * 2 * d * dtype.itemsize, most=4)
+    caches = [
+        torch.randn(b * pages, 2, page, hk, d, device="cuda", dtype=torch.float16).to(dtype)
+        for _ in range(count)
+    ]
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        torch.zeros(256 << 20, dtype=torch.uint8, device="cuda"), "NHD", use_tensor_cores=hq != hk
+    )
+    index = torch.arange(b + 1, dtype=torch.int32, device="cuda")
+    wrapper.plan(
+        index * pages, torch.arange(b * pages, dtype=torch.int32, device="cuda"),
+        torch.full((b,), page, dtype=torch.int32, device="cuda"), hq, hk, d, page,
+        q_data_type=torch.float16, kv_data_type=dtype,
+    )  # fmt: skip
+    query = torch.randn(b, hq, d, device="cuda", dtype=torch.float16)
+    return graph_ms([lambda c=cache: wrapper.run(query, c) for cache in caches])
 
 
 def time_sdpa(backend: SDPBackend, b: int, hq: int, hk: int, s: int, d: int, tq: int) -> float:
@@ -70,7 +114,7 @@ def main(
     ceiling = read_ceiling()
     report = Report("Decode attention", read_ceiling_tbs=round(ceiling, 3))
     for shape in SHAPES:
-        ms, nbytes = time_kvquant(*shape)
+        ms, step_ms, nbytes = time_kvquant(*shape)
         torch.cuda.empty_cache()
         peers = {}
         for name, backend in (
@@ -79,16 +123,39 @@ def main(
         ):
             peers[name] = time_sdpa(backend, *shape)
             torch.cuda.empty_cache()
-        best = min(peers.values(), key=lambda x: float("inf") if x != x else x)
+        if shape[5] == 1:
+            for name, dtype in (("fi16", torch.float16), ("fi8", torch.float8_e4m3fn)):
+                peers[name] = time_flashinfer(dtype, *shape[:5])
+                torch.cuda.empty_cache()
+        else:
+            peers["fi16"] = peers["fi8"] = float("nan")
+        best = min((ms for name, ms in peers.items() if name != "fi8" and ms == ms))
         report.add(
             shape=",".join(map(str, shape)),
             floor_ms=nbytes / ceiling / 1e9,
             kvquant_ms=ms,
+            step_ms=step_ms,
             tbs=nbytes / ms / 1e9,
             percent=nbytes / ms / 1e9 / ceiling * 100,
-            **{f"{name}_fp16_ms": value for name, value in peers.items()},
+            **{f"{name}_ms": value for name, value in peers.items()},
             ratio=best / ms,
+            ratio_fp8=peers["fi8"] / ms,
         )
+    layouts = Report("Other layouts, 64 sequences, 32 query and 8 KV heads of 128 channels")
+    lengths = torch.randint(1, 16385, (64,), generator=torch.Generator().manual_seed(0))
+    even = int(lengths.float().mean())
+    for name, tokens, layout in (
+        ("contiguous", 8192, {}),
+        ("blocks of 16", 8192, {"block_size": 16}),
+        ("blocks of 64", 8192, {"block_size": 64}),
+        ("ragged, 1 to 16384", 16384, {"seq_lens": lengths.to("cuda", torch.int32)}),
+        (f"even, of {even}", even, {}),
+    ):
+        ms, nbytes = time_layout(64, 32, 8, tokens, 128, **layout)
+        torch.cuda.empty_cache()
+        layouts.add(layout=name, ms=ms, percent=nbytes / ms / 1e9 / ceiling * 100)
+    layouts.print()
+    report.facts["layouts"] = layouts.rows
     report.finish(json)
     if plot:
         draw(report, plot)
