@@ -1,8 +1,8 @@
 """Decode attention on the 8-bit cache against torch's and FlashInfer's kernels, in one run.
 
-Times are medians of CUDA-graph replays over rotated buffers larger than the L2 cache; `kvquant_ms` is
-the attention alone, `step_ms` that of a decode step, which appends its tokens too. The floor is the
-bytes of codes, params and means over the measured read ceiling.
+Times are medians of CUDA-graph replays over rotated buffers larger than the L2 cache; `kvquant_ms`
+is the attention alone, `step_ms` that of a decode step, which appends its tokens too. The floor is
+the bytes of codes, params and means over the measured read ceiling.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def time_layout(b: int, hq: int, hk: int, s: int, d: int, **layout: Any) -> tupl
 
 
 def time_flashinfer(dtype: torch.dtype, b: int, hq: int, hk: int, s: int, d: int) -> float:
-    """Milliseconds of FlashInfer's decode on a paged cache of ``dtype``; NaN where it is missing."""
+    """Milliseconds of FlashInfer's decode on blocks of ``dtype``; NaN where it is missing."""
     try:
         import flashinfer
     except ImportError:

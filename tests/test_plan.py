@@ -49,9 +49,7 @@ def test_scratch_is_what_the_pieces_need(
 
 
 def test_one_sequence_is_split_until_the_chip_is_full(plan):
-    splits = [
-        plan(1, 1, 32, 8, 128, 128, False, tokens, SMS)[0] for tokens in (256, 4096, 131072)
-    ]
+    splits = [plan(1, 1, 32, 8, 128, 128, False, tokens, SMS)[0] for tokens in (256, 4096, 131072)]
     assert splits[0] == 1
     assert splits[1] == 16  # no shorter than 256 tokens
     assert 8 * splits[2] >= SMS

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvquant import append_, attention, ops
-from support import DTYPES, FORMATS, LAYOUTS, index, random_rows, same_bits, snapshot, filled_cache
+from support import DTYPES, FORMATS, LAYOUTS, filled_cache, index, random_rows, same_bits, snapshot
 
 LENS = (255, 1, 530, 700, 16)
 ROOM = (360, 100, 640, 1100, 120)
@@ -48,9 +48,7 @@ def test_a_step_is_an_append_and_an_attention(native, case, padded):
     step = None
     for _ in range(2 + 32 // tokens):  # over the edges of groups, blocks and splits
         query = torch.randn(len(LENS), tokens, heads, k_dim).to(DTYPES[dtype]).to(native)
-        key = random_rows(
-            len(LENS), tokens, kv_heads, k_dim, dtype=DTYPES[dtype], device=native
-        )
+        key = random_rows(len(LENS), tokens, kv_heads, k_dim, dtype=DTYPES[dtype], device=native)
         value = torch.randn(len(LENS), tokens, kv_heads, v_dim).to(DTYPES[dtype]).to(native)
         if step is None:
             step = ops.prepare_step(
