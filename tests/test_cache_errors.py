@@ -79,6 +79,12 @@ BAD_ATTENDS = {
     "softcap": (ValueError, "softcap: expected a positive", (Q, K, V), {"softcap": -1.0}),
     "scale": (ValueError, "softmax_scale: expected a fin", (Q, K, V), {"softmax_scale": torch.inf}),
     "sinks": (ValueError, "sinks: expected a contiguous", (Q, K, V), {"sinks": torch.ones(3)}),
+    "offsets": (
+        TypeError,
+        "cu_seqlens_q: expected a tensor",
+        (Q[0], K[0], V[0]),
+        {"cu_seqlens_q": [0, 1]},
+    ),
     "slopes": (
         TypeError,
         "alibi_slopes: expected torch.float32",
@@ -193,6 +199,8 @@ def test_bad_caches(options, message):
         QuantizedKVCache(**arguments)
     with pytest.raises(TypeError, match="dtype: expected"):
         QuantizedKVCache(1, 1, 1, 64, dtype=torch.int8)
+    with pytest.raises(TypeError, match="format: expected a CacheFormat, got 'plain'"):
+        QuantizedKVCache(1, 1, 1, 64, format="plain")  # type: ignore[arg-type]
 
 
 def test_crop_beyond_int32_is_all_or_nothing() -> None:

@@ -62,3 +62,18 @@ def test_an_unknown_operation():
         explain(op="multiply")
     with pytest.raises(dataclasses.FrozenInstanceError):
         explain(device="cpu").op = "x"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "named"),
+    [
+        ({"op": "attend"}, ValueError, "op: "),
+        ({"dtype": torch.float64}, TypeError, "dtype: "),
+        ({"head_dim": 100}, ValueError, "head_dim: 100"),
+        ({"v_head_dim": 0}, ValueError, "v_head_dim: 0"),
+        ({"format": "plain"}, TypeError, "format: "),
+    ],
+)
+def test_nothing_is_promised_that_a_call_refuses(options, error, named):
+    with pytest.raises(error, match=named):
+        explain(device="cpu", **options)

@@ -77,6 +77,8 @@ def ragged(
     state: CacheState, name: str, cu: Tensor, rows: Tensor, most: int | None
 ) -> tuple[Tensor, list[int], int]:
     """``cu`` on the device, bounds of each sequence's rows, and the largest of them."""
+    if not isinstance(cu, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(cu).__name__}")
     config, total = state.config, rows.shape[0]
     device = cu.device if cu.device.type == "cpu" else config.device
     check_index(name, cu, config.batch_size + 1, device)

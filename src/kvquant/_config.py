@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kvquant._checks import require
-from kvquant.formats import CacheFormat
+from kvquant.formats import CacheFormat, check_format
 from kvquant.paged import ceil_to
 
 __all__ = ["CacheConfig"]
@@ -29,6 +29,7 @@ class CacheConfig:
     device: torch.device
 
     def __post_init__(self) -> None:
+        check_format(self.format)
         for name, size in (
             ("num_layers", self.num_layers),
             ("batch_size", self.batch_size),

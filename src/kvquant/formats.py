@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["CacheFormat", "rotation_length"]
+__all__ = ["CacheFormat", "check_format", "rotation_length"]
 
 
 def rotation_length(head_dim: int) -> int:
@@ -75,3 +75,10 @@ class CacheFormat:
     def mean_slots(self, block_size: int) -> int:
         """Mean vectors a block of ``block_size`` tokens holds, 0 without a mean."""
         return max(1, math.ceil(block_size / self.key_mean)) if self.key_mean else 0
+
+
+def check_format(format: CacheFormat) -> CacheFormat:
+    """The format, if it is one."""
+    if not isinstance(format, CacheFormat):
+        raise TypeError(f"format: expected a CacheFormat, got {format!r}")
+    return format

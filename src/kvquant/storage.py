@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvquant.formats import CacheFormat
+from kvquant.formats import CacheFormat, check_format
 
 __all__ = ["LayerStorage"]
 
@@ -85,7 +85,7 @@ class LayerStorage:
         device: torch.device | str | None = None,
     ) -> LayerStorage:
         """Unwritten storage for ``num_blocks`` blocks of ``block_size`` tokens."""
-        fmt = format or CacheFormat()
+        fmt = CacheFormat() if format is None else check_format(format)
         v_dim = k_dim if v_dim is None else v_dim
 
         def rows(width: int, dtype: torch.dtype, length: int = block_size) -> Tensor:
