@@ -58,3 +58,10 @@ def test_one_sequence_is_split_until_the_chip_is_full(plan):
 def test_a_full_chip_is_not_split(plan):
     assert plan(256, 1, 32, 8, 128, 128, False, 1024, SMS)[0] == 1
     assert plan(8, 2048, 32, 8, 128, 128, False, 4096, SMS)[0] == 1
+
+
+def test_longer_sequences_are_cut_where_they_fill_the_chip(plan):
+    """64 sequences of 8 heads are over two waves: long ones among short ones would end last."""
+    assert plan(64, 1, 32, 8, 128, 128, False, 8192, SMS)[0] == 1
+    assert plan(64, 1, 32, 8, 128, 128, False, 16384, SMS)[0] == 4
+    assert plan(64, 1, 32, 8, 128, 128, False, 16384, 4 * SMS)[0] == 2  # here they do not
