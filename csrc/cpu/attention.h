@@ -189,11 +189,6 @@ struct TileRows {
       __builtin_prefetch(runs[i].v_params);
     }
   }
-  static KVQUANT_INLINE void prefetch_rows(const Centered* const* rows, int count, int dim) {
-    for (int t = 0; t < count; ++t) {
-      for (int c = 0; c < dim; c += 64) __builtin_prefetch(rows[t] + c);
-    }
-  }
 
   // Scale and middle of the tile's tokens, x = scale * (q - 128) + middle; zero where there is no
   // row.

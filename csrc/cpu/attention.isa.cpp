@@ -27,8 +27,10 @@ struct Workspace {
   const float* converted_rows[kTileTokens];
 };
 
-void convert_tile(Workspace& w, const Centered* const* rows, int tokens, int dim) {
+void convert_tile(Workspace& w, const Centered* const* rows, int tokens, int dim,
+                  const Centered* const* ahead) {
   for (int t = 0; t < tokens; ++t) {
+    if (ahead) ask_for_rows(ahead + t, 1, dim);
     float* const to = w.converted + t * dim;
     for (int c = 0; c < dim; c += kWidth) Vec::load(rows[t] + c).store(to + c);
     w.converted_rows[t] = to;
@@ -82,27 +84,22 @@ KVQUANT_INLINE void weigh_row(Workspace& w, const TileRows& tile, int r, int fir
   split.top[r] = top;
 }
 
-// Adds a tile of tokens from `first` on to the split's softmax. Where the next tile lies in several
-// pieces, which the hardware does not foresee, its rows are asked for a few at a time (paged by 16:
-// 1.35x faster; all at once or for long runs it is slower than none).
+// Adds a tile of tokens from `first` on to the split's softmax, and asks for the rows of the next.
 KVQUANT_INLINE void add_tile(const AttentionParams& p, const RowTile& rows, int first,
                              const TileRows& tile, const TileRows* next, Workspace& w) {
   const int k_dim = p.cache.k_dim, v_dim = p.cache.v_dim, count = tile.count;
   tile.load_params(w.k_scale, w.k_middle, w.v_scale, w.v_middle);
-  if (next && next->run_count == 1) next = nullptr;
+  if (next && next->count < count) next = nullptr;
   if (next) next->prefetch_params();
+  const Centered* const* const next_k = next ? next->k : nullptr;
+  const Centered* const* const next_v = next ? next->v : nullptr;
   const bool convert = rows.count >= kConvertRows;
   if (convert) {
-    convert_tile(w, tile.k, count, k_dim);
-    qk_tile(w.query.rows, k_dim, rows.count, w.converted_rows, count, k_dim, w.scores, kTileTokens);
+    convert_tile(w, tile.k, count, k_dim, next_k);
+    qk_tile(w.query.rows, k_dim, rows.count, w.converted_rows, count, k_dim, nullptr, w.scores,
+            kTileTokens);
   } else {
-    for (int t = 0; t < count; t += 16) {
-      if (next && t < next->count) {
-        TileRows::prefetch_rows(next->k + t, 16, k_dim);
-        TileRows::prefetch_rows(next->v + t, 16, v_dim);
-      }
-      qk_tile(w.query.rows, k_dim, rows.count, tile.k + t, 16, k_dim, w.scores + t, kTileTokens);
-    }
+    qk_tile(w.query.rows, k_dim, rows.count, tile.k, count, k_dim, next_k, w.scores, kTileTokens);
   }
   const bool plain = !(p.softcap > 0.f) && !p.alibi_slopes;
   for (int r = 0; r < rows.count; ++r) {
@@ -114,11 +111,12 @@ KVQUANT_INLINE void add_tile(const AttentionParams& p, const RowTile& rows, int 
     weigh_row(w, tile, r, first, top, w.decay[r], scores);
   }
   if (convert) {
-    convert_tile(w, tile.v, count, v_dim);
-    pv_tile(w.scores, kTileTokens, rows.count, w.converted_rows, count, v_dim, w.decay, w.split.out,
-            v_dim);
+    convert_tile(w, tile.v, count, v_dim, next_v);
+    pv_tile(w.scores, kTileTokens, rows.count, w.converted_rows, count, v_dim, nullptr, w.decay,
+            w.split.out, v_dim);
   } else {
-    pv_tile(w.scores, kTileTokens, rows.count, tile.v, count, v_dim, w.decay, w.split.out, v_dim);
+    pv_tile(w.scores, kTileTokens, rows.count, tile.v, count, v_dim, next_v, w.decay, w.split.out,
+            v_dim);
   }
 }
 

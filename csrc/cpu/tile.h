@@ -3,6 +3,10 @@
 // Rows of the tile are given by pointers, so that a tile may lie across pages. Codes are converted
 // in registers once for kRows query rows; the loops see integers only, the scales are folded in
 // outside.
+//
+// `ahead` are rows to ask for meanwhile, those of the next tile; null: none. They wait in L2, L1 is
+// for what the loop reads now (a token of a KV head with 4 query heads, from memory: 42 ns without,
+// 30 into L1, 28 so).
 #pragma once
 
 #include "cpu/vec.h"
@@ -18,6 +22,13 @@ constexpr int kQkRows = 2, kPvRows = 4, kPvVecs = 2;
 constexpr int kQkRows = 2, kPvRows = 2, kPvVecs = 4;
 #endif
 constexpr int kQkTokens = 4;  // rows of the tile at once
+
+KVQUANT_INLINE void ask_for(const Centered* x) { __builtin_prefetch(x, 0, 2); }
+KVQUANT_INLINE void ask_for_rows(const Centered* const* rows, int count, int dim) {
+  for (int t = 0; t < count; ++t) {
+    for (int c = 0; c < dim; c += 64) ask_for(rows[t] + c);
+  }
+}
 
 template <int kRows, class E>
 KVQUANT_INLINE void qk_block(const float* x, int x_stride, const E* const* tile, int dim,
@@ -42,8 +53,10 @@ KVQUANT_INLINE void qk_block(const float* x, int x_stride, const E* const* tile,
 // scores[r][t] = sum over dim of x[r] * tile[t]; dim a multiple of the width, tokens of kQkTokens.
 template <class E>
 KVQUANT_INLINE void qk_tile(const float* x, int x_stride, int rows, const E* const* tile,
-                            int tokens, int dim, float* scores, int scores_stride) {
+                            int tokens, int dim, const Centered* const* ahead, float* scores,
+                            int scores_stride) {
   for (int t = 0; t < tokens; t += kQkTokens) {
+    if (ahead) ask_for_rows(ahead + t, kQkTokens, dim);
     int r = 0;
     for (; r + kQkRows <= rows; r += kQkRows) {
       qk_block<kQkRows>(x + r * x_stride, x_stride, tile + t, dim, scores + r * scores_stride + t,
@@ -59,12 +72,14 @@ KVQUANT_INLINE void qk_tile(const float* x, int x_stride, int rows, const E* con
 
 template <int kRows, int kVecs, class E>
 KVQUANT_INLINE void pv_block(const float* w, int w_stride, const E* const* tile, int tokens,
-                             int channel, const float* decay, float* out, int out_stride) {
+                             int channel, const Centered* const* ahead, const float* decay,
+                             float* out, int out_stride) {
   Vec sum[kRows][kVecs];
   for (int r = 0; r < kRows; ++r) {
     for (int i = 0; i < kVecs; ++i) sum[r][i] = zero();
   }
   for (int t = 0; t < tokens; ++t) {
+    if (ahead) ask_for(ahead[t] + channel);
     Vec v[kVecs];
     for (int i = 0; i < kVecs; ++i) v[i] = Vec::load(tile[t] + channel + i * kWidth);
     for (int r = 0; r < kRows; ++r) {
@@ -83,34 +98,38 @@ KVQUANT_INLINE void pv_block(const float* w, int w_stride, const E* const* tile,
 
 template <int kRows, class E>
 KVQUANT_INLINE void pv_rows(const float* w, int w_stride, const E* const* tile, int tokens, int dim,
-                            const float* decay, float* out, int out_stride) {
+                            const Centered* const* ahead, const float* decay, float* out,
+                            int out_stride) {
   int c = 0;
   for (; c + kPvVecs * kWidth <= dim; c += kPvVecs * kWidth) {
-    pv_block<kRows, kPvVecs>(w, w_stride, tile, tokens, c, decay, out, out_stride);
+    pv_block<kRows, kPvVecs>(w, w_stride, tile, tokens, c, ahead, decay, out, out_stride);
   }
   for (; c < dim; c += kWidth) {
-    pv_block<kRows, 1>(w, w_stride, tile, tokens, c, decay, out, out_stride);
+    pv_block<kRows, 1>(w, w_stride, tile, tokens, c, ahead, decay, out, out_stride);
   }
 }
 
 // out[r] = decay[r] * out[r] + sum over tokens of w[r][t] * tile[t]; dim a multiple of the width.
 template <class E>
 KVQUANT_INLINE void pv_tile(const float* w, int w_stride, int rows, const E* const* tile,
-                            int tokens, int dim, const float* decay, float* out, int out_stride) {
+                            int tokens, int dim, const Centered* const* ahead, const float* decay,
+                            float* out, int out_stride) {
   int r = 0;
   for (; r + kPvRows <= rows; r += kPvRows) {
-    pv_rows<kPvRows>(w + r * w_stride, w_stride, tile, tokens, dim, decay + r, out + r * out_stride,
-                     out_stride);
+    pv_rows<kPvRows>(w + r * w_stride, w_stride, tile, tokens, dim, ahead, decay + r,
+                     out + r * out_stride, out_stride);
+    ahead = nullptr;
   }
   const float* rest = w + r * w_stride;
   float* const to = out + r * out_stride;
   if (kPvRows > 3 && rows - r == 3) {
-    pv_rows<3>(rest, w_stride, tile, tokens, dim, decay + r, to, out_stride);
+    pv_rows<3>(rest, w_stride, tile, tokens, dim, ahead, decay + r, to, out_stride);
   }
   if (kPvRows > 2 && rows - r == 2) {
-    pv_rows<2>(rest, w_stride, tile, tokens, dim, decay + r, to, out_stride);
+    pv_rows<2>(rest, w_stride, tile, tokens, dim, ahead, decay + r, to, out_stride);
   }
-  if (rows - r == 1) pv_rows<1>(rest, w_stride, tile, tokens, dim, decay + r, to, out_stride);
+  if (rows - r == 1)
+    pv_rows<1>(rest, w_stride, tile, tokens, dim, ahead, decay + r, to, out_stride);
 }
 
 }  // namespace kvquant::cpu::KVQUANT_ISA
