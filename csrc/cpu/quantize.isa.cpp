@@ -1,14 +1,17 @@
 // Quantise and dequantise plain tensors: x ~ scale * (q - zero), a pair a token, head or channel.
 //
 // Two passes over what shares a pair, minimum and maximum first; the second comes from the cache
-// where it fits. Rows of any width are taken in pieces of kPiece channels.
+// where it fits.
 #include "cpu/isa.h"
 #include "cpu/rows.h"
 
 namespace kvquant::cpu::KVQUANT_ISA {
 namespace {
 
-constexpr int kPiece = 256;
+constexpr int kPiece = 256;    // channels of an item of work with a pair a channel
+constexpr int kItemRows = 64;  // tokens of one with a pair a token
+constexpr int kPairRows = 16;  // tokens whose pairs are made together
+static_assert(kPairRows % kWidth == 0 && kItemRows % kPairRows == 0, "whole vectors of pairs");
 
 // The steps of the reference, none of them fused.
 struct Pairs {
@@ -21,108 +24,148 @@ KVQUANT_INLINE Pairs make_pairs(Vec low, Vec high, Mask finite, float qmin, floa
   const Vec kept = select(finite, scale, nan);
   return {kept, select(finite, Vec::set(qmin) - low / scale, nan), Vec::set(1.f) / kept};
 }
-KVQUANT_INLINE Pairs make_pair(const Range& range, float qmin, float qmax) {
-  const Vec one = Vec::set(1.f);
-  const Mask finite = (range.finite() ? zero() : one) < one;
-  return make_pairs(Vec::set(reduce_min(range.low)), Vec::set(reduce_max(range.high)), finite, qmin,
-                    qmax);
+
+KVQUANT_INLINE Vec code_of(Vec x, Vec inverse, Vec zero, Vec qmin, Vec qmax) {
+  return min(max(x * inverse + zero, qmin), qmax);  // a NaN becomes qmin
 }
-KVQUANT_INLINE Vec code_of(Vec x, const Pairs& pairs, float qmin, float qmax) {
-  return clamp(round(x * pairs.inverse + pairs.zero), qmin, qmax);  // a NaN becomes qmin
+KVQUANT_INLINE void store_codes(uint8_t* to, int count, Vec code) {
+  if (count == kWidth) return code.store_codes(to);
+  uint8_t rest[kWidth];
+  code.store_codes(rest);
+  memcpy(to, rest, size_t(count));
 }
 
+// One head's rows of elements E.
+template <class E>
 struct Source {
   const QuantizeParams& p;
-  int64_t head;  // of batch * heads
+  const typename E::Word* x;
+  uint8_t* q;
 
-  // Channels [c, c + count) of a token, and zeros up to a whole vector.
-  KVQUANT_INLINE void load(int token, int c, int count, float* x) const {
-    if (count % kWidth) zero().store(x + count / kWidth * kWidth);
-    const int64_t offset =
-        head / p.heads * p.batch_stride + head % p.heads * p.head_stride + token * p.token_stride;
-    load_row(p.x, offset + c, p.dtype, count, x);
+  KVQUANT_INLINE Source(const QuantizeParams& p, int64_t head)
+      : p(p),
+        x(static_cast<const typename E::Word*>(p.x) + head / p.heads * p.batch_stride +
+          head % p.heads * p.head_stride),
+        q(p.q + head * p.tokens * p.dim) {}
+
+  // Calls f(c, count, elements) for the vectors of channels [begin, end) of a token.
+  template <class F>
+  KVQUANT_INLINE void each(int token, int begin, int end, const F& f) const {
+    const auto* const row = x + token * p.token_stride;
+    int c = begin;
+    for (; c + kWidth <= end; c += kWidth) f(c, kWidth, E::load(row + c));
+    if (c < end) f(c, end - c, load_some(E{}, row + c, end - c));
   }
-  KVQUANT_INLINE uint8_t* codes(int token) const { return p.q + (head * p.tokens + token) * p.dim; }
+  KVQUANT_INLINE uint8_t* codes(int token) const { return q + int64_t(token) * p.dim; }
+  KVQUANT_INLINE void store_row(int token, float inverse, float zero) const {
+    const Vec by = Vec::set(inverse), from = Vec::set(zero);
+    const Vec qmin = Vec::set(p.qmin), qmax = Vec::set(p.qmax);
+    uint8_t* const to = codes(token);
+    each(token, 0, p.dim, [=](int c, int count, Vec x) {
+      store_codes(to + c, count, code_of(x, by, from, qmin, qmax));
+    });
+  }
 };
 
-// One pair for tokens [begin, end) of a head.
-void quantize_rows(const Source& src, int begin, int end, float* scale, float* zero_point) {
+// Ranges of rows, and the pairs that follow.
+struct RowPairs {
+  alignas(64) float low[kPairRows], high[kPairRows], finite[kPairRows];
+  alignas(64) float scale[kPairRows], zero_point[kPairRows], inverse[kPairRows];
+
+  KVQUANT_INLINE void set(int i, const Range& range) {
+    low[i] = reduce_min(range.low), high[i] = reduce_max(range.high);
+    finite[i] = all(range.nothing <= zero()) ? 1.f : 0.f;
+  }
+  KVQUANT_INLINE void make(float qmin, float qmax) {
+    for (int i = 0; i < kPairRows; i += kWidth) {
+      const Mask usable = both(zero() < Vec::load(finite + i),
+                               both(Vec::set(-int8::kMaxAbs) <= Vec::load(low + i),
+                                    Vec::load(high + i) <= Vec::set(int8::kMaxAbs)));
+      const Pairs pairs = make_pairs(Vec::load(low + i), Vec::load(high + i), usable, qmin, qmax);
+      pairs.scale.store(scale + i);
+      pairs.zero.store(zero_point + i);
+      pairs.inverse.store(inverse + i);
+    }
+  }
+};
+
+// A pair for each of tokens [begin, end), at most kPairRows.
+template <class E>
+void quantize_tokens(const Source<E>& src, int begin, int end, float* scale, float* zero_point) {
   const QuantizeParams& p = src.p;
-  alignas(64) float x[kPiece];
+  const int count = end - begin;
+  RowPairs pairs{};
+  for (int i = 0; i < count; ++i) {
+    Range range;
+    src.each(begin + i, 0, p.dim, [&](int, int, Vec x) { range.add(x); });
+    pairs.set(i, range);
+  }
+  pairs.make(p.qmin, p.qmax);
+  for (int i = 0; i < count; ++i) src.store_row(begin + i, pairs.inverse[i], pairs.zero_point[i]);
+  memcpy(scale, pairs.scale, size_t(count) * 4);
+  memcpy(zero_point, pairs.zero_point, size_t(count) * 4);
+}
+
+// One pair for all of a head.
+template <class E>
+void quantize_head(const Source<E>& src, float* scale, float* zero_point) {
+  const QuantizeParams& p = src.p;
   Range range;
-  for (int token = begin; token < end; ++token) {
-    for (int c = 0; c < p.dim; c += kPiece) {
-      const int count = least(kPiece, p.dim - c), whole = count / kWidth * kWidth;
-      src.load(token, c, count, x);
-      for (int i = 0; i < whole; i += kWidth) range.add(Vec::load(x + i));
-      for (int i = whole; i < count; ++i) range.add(Vec::set(x[i]));
-    }
+  for (int token = 0; token < p.tokens; ++token) {
+    src.each(token, 0, p.dim, [&](int, int, Vec x) { range.add(x); });
   }
-  const Pairs pair = make_pair(range, p.qmin, p.qmax);
-  for (int token = begin; token < end; ++token) {
-    for (int c = 0; c < p.dim; c += kPiece) {
-      const int count = least(kPiece, p.dim - c);
-      src.load(token, c, count, x);
-      for (int i = 0; i < count; i += kWidth) {
-        code_of(Vec::load(x + i), pair, p.qmin, p.qmax).store(x + i);
-      }
-      store_codes(x, count, src.codes(token) + c);
-    }
+  RowPairs pairs{};
+  pairs.set(0, range);
+  pairs.make(p.qmin, p.qmax);
+  for (int token = 0; token < p.tokens; ++token) {
+    src.store_row(token, pairs.inverse[0], pairs.zero_point[0]);
   }
-  alignas(64) float lanes[kWidth];
-  pair.scale.store(lanes);
-  *scale = lanes[0];
-  pair.zero.store(lanes);
-  *zero_point = lanes[0];
+  *scale = pairs.scale[0], *zero_point = pairs.zero_point[0];
 }
 
-// A pair for every one of `count` channels from c, over tokens [begin, end).
-void quantize_channels(const Source& src, int begin, int end, int c, int count, float* scale,
+// A pair for every channel of [first, last), at most kPiece, over tokens [begin, end).
+template <class E>
+void quantize_channels(const Source<E>& src, int begin, int end, int first, int last, float* scale,
                        float* zero_point) {
-  constexpr int kVecs = kPiece / kWidth;
   const QuantizeParams& p = src.p;
-  alignas(64) float x[kPiece];
-  Range ranges[kVecs];
+  Range ranges[kPiece / kWidth];
   for (int token = begin; token < end; ++token) {
-    src.load(token, c, count, x);
-    for (int i = 0; i * kWidth < count; ++i) ranges[i].add(Vec::load(x + i * kWidth));
+    src.each(token, first, last, [&](int c, int, Vec x) { ranges[(c - first) / kWidth].add(x); });
   }
-  Pairs pairs[kVecs];
-  alignas(64) float scales[kPiece], zeros[kPiece];
-  for (int i = 0; i * kWidth < count; ++i) {
-    pairs[i] = make_pairs(ranges[i].low, ranges[i].high, ranges[i].in_range, p.qmin, p.qmax);
-    pairs[i].scale.store(scales + i * kWidth);
-    pairs[i].zero.store(zeros + i * kWidth);
+  Pairs pairs[kPiece / kWidth];
+  for (int c = first; c < last; c += kWidth) {
+    const Range& range = ranges[(c - first) / kWidth];
+    Pairs& pair = pairs[(c - first) / kWidth];
+    pair = make_pairs(range.low, range.high, range.in_range(), p.qmin, p.qmax);
+    store_some(Float32{}, scale + c, least(kWidth, last - c), pair.scale);
+    store_some(Float32{}, zero_point + c, least(kWidth, last - c), pair.zero);
   }
-  memcpy(scale, scales, size_t(count) * 4);
-  memcpy(zero_point, zeros, size_t(count) * 4);
+  const Vec qmin = Vec::set(p.qmin), qmax = Vec::set(p.qmax);
   for (int token = begin; token < end; ++token) {
-    src.load(token, c, count, x);
-    for (int i = 0; i * kWidth < count; ++i) {
-      code_of(Vec::load(x + i * kWidth), pairs[i], p.qmin, p.qmax).store(x + i * kWidth);
-    }
-    store_codes(x, count, src.codes(token) + c);
+    uint8_t* const to = src.codes(token);
+    src.each(token, first, last, [&](int c, int count, Vec x) {
+      const Pairs& pair = pairs[(c - first) / kWidth];
+      store_codes(to + c, count, code_of(x, pair.inverse, pair.zero, qmin, qmax));
+    });
   }
 }
 
-}  // namespace
-
-Status quantize(const QuantizeParams& p, int threads) {
+template <class E>
+void quantize_as(const QuantizeParams& p, int threads) {
   const int64_t heads = int64_t(p.batch) * p.heads;
   threads = worth(threads, heads * p.tokens * p.dim);
   if (p.granularity == Granularity::kHead) {
     parallel(threads, heads, [&](int64_t head) {
-      quantize_rows({p, head}, 0, p.tokens, p.scale + head, p.zero + head);
+      quantize_head(Source<E>(p, head), p.scale + head, p.zero + head);
     });
   } else if (p.granularity == Granularity::kToken) {
-    constexpr int kRows = 64;
-    const int64_t items = ceil_div(p.tokens, kRows);
+    const int64_t items = ceil_div(p.tokens, kItemRows);
     parallel(threads, heads * items, [&](int64_t item) {
-      const int64_t head = item / items;
-      const int first = int(item % items) * kRows;
-      for (int token = first; token < least(first + kRows, p.tokens); ++token) {
-        const int64_t row = head * p.tokens + token;
-        quantize_rows({p, head}, token, token + 1, p.scale + row, p.zero + row);
+      const Source<E> src(p, item / items);
+      const int first = int(item % items) * kItemRows, last = least(first + kItemRows, p.tokens);
+      for (int token = first; token < last; token += kPairRows) {
+        const int64_t row = item / items * p.tokens + token;
+        quantize_tokens(src, token, least(token + kPairRows, last), p.scale + row, p.zero + row);
       }
     });
   } else {
@@ -130,41 +173,77 @@ Status quantize(const QuantizeParams& p, int threads) {
     parallel(threads, heads * groups * pieces, [&](int64_t item) {
       const int c = int(item % pieces) * kPiece;
       const int64_t row = item / pieces, begin = row % groups * p.group;
-      quantize_channels({p, row / groups}, int(begin),
-                        int(least<int64_t>(p.tokens, begin + p.group)), c, least(kPiece, p.dim - c),
-                        p.scale + row * p.dim + c, p.zero + row * p.dim + c);
+      quantize_channels(Source<E>(p, row / groups), int(begin),
+                        int(least<int64_t>(p.tokens, begin + p.group)), c, least(c + kPiece, p.dim),
+                        p.scale + row * p.dim, p.zero + row * p.dim);
     });
   }
+}
+
+// A pair for every channel, spread out, of the group of tokens at hand.
+struct ChannelPairs {
+  alignas(64) float scale[kPiece], zero_point[kPiece];
+  int64_t at = -1;
+
+  KVQUANT_INLINE void load(const Affine& a, int64_t pair, int c, int count) {
+    if (at == pair) return;
+    at = pair;
+    for (int i = 0; i < count; ++i) {
+      scale[i] = a.scale[pair + (c + i) * a.channel_stride];
+      zero_point[i] = a.zero[pair + (c + i) * a.channel_stride];
+    }
+  }
+};
+
+// scale * (q - zero) of up to a vector of channels.
+template <class E>
+KVQUANT_INLINE void dequantize_vec(E e, const uint8_t* q, int count, Vec scale, Vec zero_point,
+                                   typename E::Word* to) {
+  if (count >= kWidth) return e.store(to, scale * (Vec::load(q) - zero_point));
+  uint8_t codes[kWidth] = {};
+  memcpy(codes, q, size_t(count));
+  store_some(e, to, count, scale * (Vec::load(codes) - zero_point));
+}
+
+}  // namespace
+
+Status quantize(const QuantizeParams& p, int threads) {
+  with_element(p.dtype, [&](auto e) { quantize_as<decltype(e)>(p, threads); });
   return Status::ok();
 }
 
 Status dequantize(const DequantizeParams& p, int threads) {
-  constexpr int kRows = 64;
   const Affine& a = p.affine;
-  const int64_t heads = int64_t(p.batch) * p.heads, items = ceil_div(p.tokens, kRows);
-  parallel(worth(threads, heads * p.tokens * p.dim), heads * items, [&](int64_t item) {
-    const int64_t head = item / items, b = head / p.heads, h = head % p.heads;
-    const int first = int(item % items) * kRows;
-    alignas(64) float x[kPiece], scales[kPiece], zeros[kPiece];
-    alignas(64) uint8_t codes[kPiece] = {};
-    for (int token = first; token < least(first + kRows, p.tokens); ++token) {
-      const uint8_t* const q =
-          p.q + b * p.batch_stride + h * p.head_stride + token * p.token_stride;
-      const int64_t pair =
-          b * a.batch_stride + h * a.head_stride + token / a.group * a.group_stride;
-      for (int c = 0; c < p.dim; c += kPiece) {
-        const int count = least(kPiece, p.dim - c);
-        memcpy(codes, q + c, size_t(count));
-        for (int i = 0; i < round_up(count, kWidth); ++i) {
-          const int64_t at = pair + (i < count ? (c + i) * a.channel_stride : 0);
-          scales[i] = a.scale[at], zeros[i] = a.zero[at];
+  const int64_t heads = int64_t(p.batch) * p.heads, items = ceil_div(p.tokens, kItemRows);
+  const int64_t pieces = ceil_div(p.dim, kPiece);
+  with_element(p.dtype, [&](auto e) {
+    auto* const out = static_cast<typename decltype(e)::Word*>(p.out);
+    parallel(worth(threads, heads * p.tokens * p.dim), heads * items * pieces, [&](int64_t item) {
+      const int first_channel = int(item % pieces) * kPiece;
+      const int count = least(kPiece, p.dim - first_channel);
+      const int64_t head = item / pieces / items, b = head / p.heads, h = head % p.heads;
+      const int first = int(item / pieces % items) * kItemRows;
+      ChannelPairs channels;
+      for (int token = first; token < least(first + kItemRows, p.tokens); ++token) {
+        const uint8_t* const q =
+            p.q + b * p.batch_stride + h * p.head_stride + token * p.token_stride + first_channel;
+        auto* const to = out + (head * p.tokens + token) * p.dim + first_channel;
+        const int64_t pair =
+            b * a.batch_stride + h * a.head_stride + token / a.group * a.group_stride;
+        if (a.channel_stride) {
+          channels.load(a, pair, first_channel, count);
+          for (int c = 0; c < count; c += kWidth) {
+            dequantize_vec(e, q + c, count - c, Vec::load(channels.scale + c),
+                           Vec::load(channels.zero_point + c), to + c);
+          }
+        } else {
+          const Vec scale = Vec::set(a.scale[pair]), zero_point = Vec::set(a.zero[pair]);
+          for (int c = 0; c < count; c += kWidth) {
+            dequantize_vec(e, q + c, count - c, scale, zero_point, to + c);
+          }
         }
-        for (int i = 0; i < count; i += kWidth) {
-          (Vec::load(scales + i) * (Vec::load(codes + i) - Vec::load(zeros + i))).store(x + i);
-        }
-        store_row(p.out, (head * p.tokens + token) * p.dim + c, p.dtype, count, x);
       }
-    }
+    });
   });
   return Status::ok();
 }

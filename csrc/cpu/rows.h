@@ -83,52 +83,67 @@ KVQUANT_INLINE int64_t row_offset(const Rows& rows, const Sequences& seqs, const
                          : sequence * rows.batch_stride + i * rows.token_stride;
 }
 
-KVQUANT_INLINE int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
-
-KVQUANT_INLINE Vec load_as(const void* p, int64_t i, Dtype dtype) {
-  if (dtype == Dtype::kFloat32) return Vec::load(static_cast<const float*>(p) + i);
-  const uint16_t* const words = static_cast<const uint16_t*>(p) + i;
-  return dtype == Dtype::kFloat16 ? Vec::load_half(words) : Vec::load_bf16(words);
+// The caller's element types as types, so that the loop over a row is compiled for each.
+struct Float32 {
+  using Word = float;
+  static KVQUANT_INLINE Vec load(const Word* p) { return Vec::load(p); }
+  static KVQUANT_INLINE void store(Word* p, Vec x) { x.store(p); }
+};
+struct Float16 {
+  using Word = uint16_t;
+  static KVQUANT_INLINE Vec load(const Word* p) { return Vec::load_half(p); }
+  static KVQUANT_INLINE void store(Word* p, Vec x) { x.store_half(p); }
+};
+struct BFloat16 {
+  using Word = uint16_t;
+  static KVQUANT_INLINE Vec load(const Word* p) { return Vec::load_bf16(p); }
+  static KVQUANT_INLINE void store(Word* p, Vec x) { x.store_bf16(p); }
+};
+template <class F>
+KVQUANT_INLINE void with_element(Dtype dtype, const F& f) {
+  if (dtype == Dtype::kFloat32) {
+    f(Float32{});
+  } else if (dtype == Dtype::kFloat16) {
+    f(Float16{});
+  } else {
+    f(BFloat16{});
+  }
 }
-KVQUANT_INLINE void store_as(void* p, int64_t i, Dtype dtype, Vec x) {
-  if (dtype == Dtype::kFloat32) return x.store(static_cast<float*>(p) + i);
-  uint16_t* const words = static_cast<uint16_t*>(p) + i;
-  dtype == Dtype::kFloat16 ? x.store_half(words) : x.store_bf16(words);
+
+// The first `count` elements, fewer than a vector, and behind them the last of these again. What
+// is beyond the row is not touched.
+template <class E>
+KVQUANT_INLINE Vec load_some(E, const typename E::Word* p, int count) {
+  typename E::Word words[kWidth];
+  for (int i = 0; i < kWidth; ++i) words[i] = p[least(i, count - 1)];
+  return E::load(words);
+}
+template <class E>
+KVQUANT_INLINE void store_some(E, typename E::Word* p, int count, Vec x) {
+  typename E::Word words[kWidth];
+  E::store(words, x);
+  memcpy(p, words, size_t(count) * sizeof(words[0]));
 }
 
-// `count` elements from element `offset` of a tensor, as floats, and back. What is left of a
-// vector passes through a copy, so that nothing beyond the row is touched.
+// `count` elements from element `offset` of a tensor, as floats, and back.
 KVQUANT_INLINE void load_row(const void* data, int64_t offset, Dtype dtype, int count, float* to) {
-  const char* const from = static_cast<const char*>(data) + offset * size_of(dtype);
-  int i = 0;
-  for (; i + kWidth <= count; i += kWidth) load_as(from, i, dtype).store(to + i);
-  if (i == count) return;
-  alignas(64) char rest[kWidth * 4] = {};
-  memcpy(rest, from + i * size_of(dtype), size_t((count - i) * size_of(dtype)));
-  alignas(64) float x[kWidth];
-  load_as(rest, 0, dtype).store(x);
-  for (int k = 0; i + k < count; ++k) to[i + k] = x[k];
+  with_element(dtype, [&](auto e) {
+    const auto* const from = static_cast<const typename decltype(e)::Word*>(data) + offset;
+    int i = 0;
+    for (; i + kWidth <= count; i += kWidth) e.load(from + i).store(to + i);
+    if (i < count) store_some(Float32{}, to + i, count - i, load_some(e, from + i, count - i));
+  });
 }
 KVQUANT_INLINE void store_row(void* data, int64_t offset, Dtype dtype, int count,
                               const float* from) {
-  char* const to = static_cast<char*>(data) + offset * size_of(dtype);
-  int i = 0;
-  for (; i + kWidth <= count; i += kWidth) store_as(to, i, dtype, Vec::load(from + i));
-  if (i == count) return;
-  alignas(64) float x[kWidth] = {};
-  for (int k = 0; i + k < count; ++k) x[k] = from[i + k];
-  alignas(64) char rest[kWidth * 4];
-  store_as(rest, 0, dtype, Vec::load(x));
-  memcpy(to + i * size_of(dtype), rest, size_t((count - i) * size_of(dtype)));
-}
-// Codes of `count` channels; x has room for a whole number of vectors.
-KVQUANT_INLINE void store_codes(const float* x, int count, uint8_t* to) {
-  int i = 0;
-  for (; i + kWidth <= count; i += kWidth) Vec::load(x + i).store_codes(to + i);
-  if (i == count) return;
-  uint8_t rest[kWidth];
-  Vec::load(x + i).store_codes(rest);
-  memcpy(to + i, rest, size_t(count - i));
+  with_element(dtype, [&](auto e) {
+    auto* const to = static_cast<typename decltype(e)::Word*>(data) + offset;
+    int i = 0;
+    for (; i + kWidth <= count; i += kWidth) e.store(to + i, Vec::load(from + i));
+    if (i < count) {
+      store_some(e, to + i, count - i, load_some(Float32{}, from + i, count - i));
+    }
+  });
 }
 
 template <int kStep>
@@ -170,17 +185,21 @@ KVQUANT_INLINE void decode_row(const uint8_t* q, const uint16_t* params, int dim
   }
 }
 
-// Smallest, largest and whether every element counts as finite, over what it has been shown.
+// Smallest, largest and whether every element counts as finite, of what each lane has been shown.
 struct Range {
   Vec low = Vec::set(kInfinity), high = Vec::set(-kInfinity);
-  Mask in_range = zero() <= zero();  // false for a NaN
+  Vec nothing = zero();  // or NaN: low and high drop one
 
   KVQUANT_INLINE void add(Vec x) {
     low = min(x, low);
     high = max(x, high);
-    in_range = both(in_range, abs(x) <= Vec::set(int8::kMaxAbs));
+    nothing = fma(x, zero(), nothing);
   }
-  KVQUANT_INLINE bool finite() const { return all(in_range); }
+  KVQUANT_INLINE Mask in_range() const {
+    const Vec most = Vec::set(int8::kMaxAbs);
+    return both(nothing <= zero(), both(zero() - most <= low, high <= most));
+  }
+  KVQUANT_INLINE bool finite() const { return all(in_range()); }
 };
 
 }  // namespace kvquant::cpu::KVQUANT_ISA
