@@ -3,11 +3,11 @@
 import torch
 import typer
 
-from benchmarks import cpu, decode, overhead, rows
+from benchmarks import cpu, decode, generate, overhead, rows
 
 app = typer.Typer(add_completion=False)
 ON_GPU = {"decode": decode.main, "rows": rows.main, "overhead": overhead.main}
-PROGRAMS = {"cpu": cpu.main, **ON_GPU}
+PROGRAMS = {"cpu": cpu.main, "generate": generate.main, **ON_GPU}
 for name, program in PROGRAMS.items():
     app.command(name)(program)
 
@@ -17,6 +17,7 @@ def run_all(context: typer.Context) -> None:
     """Measure kvquant beside its peers."""
     if context.invoked_subcommand is None:
         cpu.main()
+        generate.main()
         for program in ON_GPU.values() if torch.cuda.is_available() else ():
             program()
 

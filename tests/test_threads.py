@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvquant import attention, quantize_cache_v
+from kvquant.backends import build_info
 from support import BF16, FP32, Cache, filled_cache
 
 
@@ -19,6 +20,22 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+def test_the_threads_are_torchs_own():
+    assert build_info()["cpu_threads"] == "OpenMP"
+
+
+def test_no_thread_is_started_for_a_call(threads):
+    torch.set_num_threads(2)
+    cache = filled_cache((3000,), dtype=BF16, kv_heads=2, k_dim=64, block=None, device="cpu")
+    query = torch.randn(1, 1, 4, 64)
+    torch.randn(512, 512).mm(torch.randn(512, 512))
+    results(cache, query)
+    before = set(os.listdir("/proc/self/task"))
+    for _ in range(5):
+        results(cache, query)
+    assert set(os.listdir("/proc/self/task")) == before
 
 
 def results(cache: Cache, query: Tensor) -> list[Tensor]:

@@ -1,5 +1,6 @@
 // What this build is and what it finds on this machine.
 #include "bindings/bindings.h"
+#include "cpu/threads.h"
 
 namespace kvquant::bindings {
 namespace {
@@ -8,6 +9,7 @@ py::dict build_info() {
   py::dict info;
   info["version"] = KVQUANT_VERSION;
   info["cpu_isa"] = cpu::isa();
+  info["cpu_threads"] = cpu::has_threads() ? "OpenMP" : "none: no OpenMP runtime in the process";
 #ifdef KVQUANT_WITH_CUDA
   const char* error = nullptr;
   info["cuda"] = true;

@@ -3,7 +3,7 @@
 // The contents of tables and lengths are not trusted: a block out of range is reported as -1.
 #pragma once
 
-#include "cpu/pool.h"
+#include "cpu/threads.h"
 #include "cpu/vec.h"
 #include "formats/int8.h"
 #include "params.h"
@@ -21,10 +21,8 @@ KVQUANT_INLINE void parallel(int threads, int64_t count, const F& f) {
       const_cast<F*>(&f));
 }
 
-// Threads worth their waking: one for every `grain` elements.
-KVQUANT_INLINE int worth(int threads, int64_t elements, int64_t grain = 32768) {
-  return int(most<int64_t>(1, least<int64_t>(threads, 1 + elements / grain)));
-}
+// All threads or one, if that many elements are not worth the waking of the others.
+KVQUANT_INLINE int worth(int threads, int64_t elements) { return elements < 32768 ? 1 : threads; }
 
 // Token to (block, row): paged block sizes are powers of two, a contiguous sequence is one block.
 struct Place {

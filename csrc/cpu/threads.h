@@ -1,4 +1,4 @@
-// A small pool of threads that lives as long as the process, so that a decode step starts none.
+// Work on several threads, and memory that a thread keeps.
 #pragma once
 
 #include <cstddef>
@@ -6,9 +6,12 @@
 
 namespace kvquant::cpu {
 
-// Calls work(context, i) for every i in [0, count), in no order, on at most `threads` threads of
-// which the caller is one. Returns when all are done. A call that finds the pool busy with another
-// caller's work does its own alone.
+// Whether run_parallel() has other threads than the caller.
+bool has_threads();
+
+// Calls work(context, i) for every i in [0, count), in no order, on the caller and, if `threads` is
+// more than one, on threads of OpenMP's; returns when all are done. While another caller's work is
+// under way, and in a forked child, which has no other threads, the caller does its own alone.
 using Work = void (*)(void* context, int64_t i);
 void run_parallel(int threads, int64_t count, Work work, void* context);
 

@@ -1,0 +1,114 @@
+"""transformers' generate on the CPU: SmolLM2-135M with the 8-bit cache and with DynamicCache.
+
+Both caches hold the same rows, those of a text over and over; generate then goes on from them. The
+runs of the caches and dtypes alternate, and a token's time is what passes between two of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks.common import Report
+from kvquant.demo.assets import TEXT, cache_folder, fetch
+from kvquant.demo.model import cache_argument, load
+
+TEXT_TOKENS = 1024
+ATTENTION = {"DynamicCache": "sdpa", "KVQuantCache": "kvquant"}
+
+
+class Clock:
+    """A stopping criterion that never stops and notes when each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """After a token."""
+        self.times.append(time.perf_counter())
+        return torch.zeros(ids.shape[0], dtype=torch.bool)
+
+    @property
+    def steps(self) -> list[float]:
+        """Milliseconds between tokens."""
+        pairs = zip(self.times, self.times[1:], strict=False)
+        return [(after - before) * 1e3 for before, after in pairs]
+
+
+def fill(model: Any, ids: Tensor, context: int) -> dict[str, Any]:
+    """Both caches with ``context`` rows, by name."""
+    from transformers import DynamicCache
+
+    from kvquant.integrations.transformers import KVQuantCache
+
+    text = DynamicCache(config=model.config)
+    model.set_attn_implementation("sdpa")
+    model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache_argument(text))
+    caches = {
+        "DynamicCache": DynamicCache(config=model.config),
+        "KVQuantCache": KVQuantCache(model.config),
+    }
+    for index, layer in enumerate(text.layers):
+        times = -(-context // ids.shape[1])
+        rows = [x.repeat(1, 1, times, 1)[:, :, :context] for x in (layer.keys, layer.values)]
+        for cache in caches.values():
+            cache.update(*rows, index)
+    return caches
+
+
+def generate(model: Any, cache: Any, attention: str, prompt: Tensor, tokens: int) -> list[float]:
+    """Milliseconds of each generated token but the first; the cache is left as it was."""
+    clock, length = Clock(), cache.get_seq_length()
+    model.set_attn_implementation(attention)
+    model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        stopping_criteria=[clock],
+        **cache_argument(cache),
+    )
+    cache.crop(length - cache.get_seq_length())
+    return clock.steps
+
+
+def main(
+    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+    rounds: int = 3,
+    tokens: int = 17,
+) -> None:
+    """Print decode tokens/s of both caches in float32 and bfloat16, and the ratios."""
+    torch.set_grad_enabled(False)
+    folder = cache_folder()
+    tokenizer, model = load(folder)
+    text = fetch(TEXT, folder).read_text(encoding="latin-1")
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :TEXT_TOKENS]
+    models = {"float32": model, "bfloat16": copy.deepcopy(model).bfloat16()}
+    report = Report("generate on the CPU, SmolLM2-135M, batch 1", threads=torch.get_num_threads())
+    for context in (4096, 8192):
+        prompt = ids.repeat(1, -(-(context + 1) // TEXT_TOKENS))[:, : context + 1]
+        caches = {dtype: fill(models[dtype], ids, context) for dtype in models}
+        steps: dict[tuple[str, str], list[float]] = {}
+        for _ in range(rounds):
+            for dtype, by_name in caches.items():
+                for name, cache in by_name.items():
+                    steps.setdefault((dtype, name), []).extend(
+                        generate(models[dtype], cache, ATTENTION[name], prompt, tokens)
+                    )
+        speed = {key: 1e3 / statistics.median(values) for key, values in steps.items()}
+        best = {name: max(v for k, v in speed.items() if k[1] == name) for name in ATTENTION}
+        report.add(
+            context=context,
+            **{f"{name}_{dtype}": speed[dtype, name] for dtype in models for name in ATTENTION},
+            ratio_float32=speed["float32", "KVQuantCache"] / speed["float32", "DynamicCache"],
+            ratio_of_fastest=best["KVQuantCache"] / best["DynamicCache"],
+        )
+    report.finish(json)
