@@ -1,13 +1,17 @@
 """The CPU kernels against torch's in one run: decode, a prompt's attention, rows in and out.
 
-The calls that are compared alternate, so that all meet the same machine and none finds its data in
-a cache that it alone has used.
+Calls rotate through buffers larger than the last cache, as the layers of a model do. Those that are
+compared take turns, a few rounds each, so that all meet the same machine.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +23,7 @@ from torch import Tensor
 
 import kvquant
 from benchmarks.caches import RandomCache
-from benchmarks.common import Call, Report
+from benchmarks.common import Call, Report, buffers_for
 from kvquant.backends import build_info
 
 SHAPES = [  # batch, q_heads, kv_heads, tokens, head_dim
@@ -30,27 +34,29 @@ SHAPES = [  # batch, q_heads, kv_heads, tokens, head_dim
     (1, 32, 32, 4096, 128),
 ]
 PROMPTS = [(1, 9, 3, 2048, 64), (1, 32, 8, 2048, 128)]  # the first: SmolLM2's
-ROWS = (8, 8, 2048, 128)
+ROWS = (2, 8, 2048, 128)
+LAST_CACHE = 100_000_000  # bytes, more than it holds
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def wall_ms(*calls: Call, rounds: int) -> list[float]:
-    """Median milliseconds of each call, in turn, after one of each to warm up."""
-    for call in calls:
-        call()
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(rounds):
-        for call, mine in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            mine.append((time.perf_counter() - start) * 1e3)
+def wall_ms(*rotations: Sequence[Call], rounds: int, turns: int = 3) -> list[float]:
+    """Median milliseconds of a call of each rotation, in turns that warm up with one round."""
+    times: list[list[float]] = [[] for _ in rotations]
+    for _ in range(turns):
+        for calls, mine in zip(rotations, times, strict=True):
+            for call in calls:
+                call()
+            for call in [*calls] * rounds:
+                start = time.perf_counter()
+                call()
+                mine.append((time.perf_counter() - start) * 1e3)
     return [statistics.median(mine) for mine in times]
 
 
 def read_bandwidth() -> float:
     """GB/s of a sum over 512 MiB by all threads: the ceiling for whatever reads a cache."""
     x = torch.ones(1 << 27)
-    return x.nbytes / min(wall_ms(x.sum, rounds=1)[0] for _ in range(9)) / 1e6
+    return x.nbytes / min(wall_ms([x.sum], rounds=3, turns=1)[0] for _ in range(5)) / 1e6
 
 
 def decode(report: Report, rounds: int) -> None:
@@ -58,16 +64,28 @@ def decode(report: Report, rounds: int) -> None:
     bandwidth = report.facts["read_gbs"]
     for batch, q_heads, kv_heads, tokens, dim in SHAPES:
         cache = RandomCache.make(batch, kv_heads, tokens, dim, device="cpu")
+        caches = [cache]
+        for _ in range(buffers_for(cache.read_bytes, at_least=LAST_CACHE) - 1):
+            caches.append(RandomCache.make(batch, kv_heads, tokens, dim, device="cpu"))
         query = torch.randn(batch, 1, q_heads, dim)
         half = query.bfloat16()
-        calls: list[Call] = [
-            lambda cache=cache, q=query: cache.attend(q),
-            lambda cache=cache, q=half: cache.attend(q),
+        rotations: list[list[Call]] = [
+            [partial(c.attend, query) for c in caches],
+            [partial(c.attend, half) for c in caches],
         ]
         for dtype in DTYPES.values():
-            key, value = torch.randn(2, batch, kv_heads, tokens, dim, dtype=dtype)
-            calls.append(sdpa(query.transpose(1, 2).to(dtype), key, value, causal=False))
-        ms, half_ms, *peers = wall_ms(*calls, rounds=rounds)
+            nbytes = 2 * batch * kv_heads * tokens * dim * dtype.itemsize
+            rotations.append(
+                [
+                    sdpa(
+                        query.transpose(1, 2).to(dtype),
+                        *torch.randn(2, batch, kv_heads, tokens, dim, dtype=dtype),
+                        causal=False,
+                    )
+                    for _ in range(buffers_for(nbytes, at_least=LAST_CACHE))
+                ]
+            )
+        ms, half_ms, *peers = wall_ms(*rotations, rounds=rounds)
         floor = cache.read_bytes / bandwidth / 1e6
         report.add(
             shape=f"{batch},{q_heads},{kv_heads},{tokens},{dim}",
@@ -96,8 +114,8 @@ def prompt(report: Report, rounds: int) -> None:
         query = torch.randn(batch, tokens, q_heads, dim)
         key, value = torch.randn(2, batch, kv_heads, tokens, dim)
         ms, peer = wall_ms(
-            lambda cache=cache, q=query: cache.attend(q),
-            sdpa(query.transpose(1, 2), key, value, causal=True),
+            [partial(cache.attend, query)],
+            [sdpa(query.transpose(1, 2), key, value, causal=True)],
             rounds=rounds,
         )
         report.add(
@@ -110,48 +128,51 @@ def prompt(report: Report, rounds: int) -> None:
 
 
 def rows(report: Report, rounds: int) -> None:
-    """Quantise, dequantise and append: bytes read and written, against a copy of the same input."""
+    """Quantise, dequantise and append: bytes read and written, against torch's copy of the input.
+
+    The last results are kept, so that each goes to memory that no cache holds, and are small enough
+    for the allocator to use their memory again: fresh pages cost more than what is measured.
+    """
     batch, heads, tokens, dim = ROWS
+    results: deque[object] = deque(maxlen=16)
+
+    def keep(op: Callable[..., object], *args: object) -> Call:
+        return lambda: results.append(op(*args))
+
     for name, dtype in DTYPES.items():
-        x = torch.randn(ROWS, dtype=dtype)
-        copied = torch.empty_like(x)
-        q, scale, zero = kvquant.quantize_cache_v(x)
-        cache = kvquant.QuantizedKVCache(1, batch, heads, dim, max_seq_len=tokens, device="cpu")
-        key = x.transpose(1, 2).contiguous()
-
-        def append(cache: kvquant.QuantizedKVCache = cache, key: Tensor = key) -> None:
-            cache.reset()
-            cache.append(0, key, key)
-
-        calls: dict[str, tuple[int, Call]] = {
-            "quantize": (1, lambda x=x: kvquant.quantize_cache_v(x)),
-            "dequantize": (
-                1,
-                lambda q=q, s=scale, z=zero, d=dtype: kvquant.dequantize_cache_torch(q, s, z, d),
-            ),
-            "append": (2, append),
-        }
-        ms, *ours = wall_ms(
-            lambda x=x, to=copied: to.copy_(x), *(call for _, call in calls.values()), rounds=rounds
+        count = buffers_for(math.prod(ROWS), at_least=LAST_CACHE)
+        inputs = [torch.randn(ROWS, dtype=dtype) for _ in range(count)]
+        quantized = [kvquant.quantize_cache_v(x) for x in inputs]
+        layers = kvquant.QuantizedKVCache(
+            count, batch, heads, dim, max_seq_len=tokens, device="cpu"
         )
-        copy_gbs = 2 * x.nbytes / ms / 1e6
-        for (op, (times, _)), mine in zip(calls.items(), ours, strict=True):
-            pairs = 4 if op == "append" else 8
-            nbytes = times * (x.nbytes + q.nbytes + x.numel() // dim * pairs)
-            gbs = nbytes / mine / 1e6
+
+        def append(layer: int, x: Tensor, layers: kvquant.QuantizedKVCache = layers) -> None:
+            layers.crop(0)
+            layers.append(layer, x.transpose(1, 2), x.transpose(1, 2))
+
+        ops: dict[str, list[Call]] = {
+            "quantize": [keep(kvquant.quantize_cache_v, x) for x in inputs],
+            "dequantize": [
+                keep(kvquant.dequantize_cache_torch, *parts, dtype) for parts in quantized
+            ],
+            "append": [partial(append, layer, x) for layer, x in enumerate(inputs)],
+        }
+        copy_ms, *times = wall_ms([keep(x.clone) for x in inputs], *ops.values(), rounds=rounds)
+        copy_gbs = 2 * inputs[0].nbytes / copy_ms / 1e6
+        for op, ms in zip(ops, times, strict=True):
+            tensors, pair = (2, 4) if op == "append" else (1, 8)
+            elements = inputs[0].numel()
+            nbytes = tensors * (inputs[0].nbytes + elements + elements // dim * pair)
+            gbs = nbytes / ms / 1e6
             report.add(
-                op=op,
-                dtype=name,
-                ms=mine,
-                gbs=gbs,
-                copy_gbs=copy_gbs,
-                percent=gbs / copy_gbs * 100,
+                op=op, dtype=name, ms=ms, gbs=gbs, copy_gbs=copy_gbs, percent=gbs / copy_gbs * 100
             )
 
 
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
-    rounds: int = 9,
+    rounds: int = 3,
 ) -> None:
     """Print decode, prompt and row figures, each beside torch's."""
     torch.set_grad_enabled(False)

@@ -145,19 +145,20 @@ KVQUANT_INLINE void store_row(void* data, int64_t offset, Dtype dtype, int count
 }
 
 template <int kStep>
-KVQUANT_INLINE void butterflies_within(float* x, int dim, int length) {
+KVQUANT_INLINE Vec butterflies_within(Vec x, int length) {
   if constexpr (kStep < kWidth) {
-    if (kStep < length) {
-      for (int c = 0; c < dim; c += kWidth) butterfly<kStep>(Vec::load(x + c)).store(x + c);
-    }
-    butterflies_within<2 * kStep>(x, dim, length);
+    if (kStep < length) x = butterfly<kStep>(x);
+    return butterflies_within<2 * kStep>(x, length);
+  } else {
+    return x;
   }
 }
 // Orthonormal Hadamard rotation in blocks of `length` channels, a power of two: its own inverse.
 // The order of steps is the one that formats/int8.h fixes.
 KVQUANT_INLINE void rotate(float* x, int dim, int length) {
   if (length < 2) return;
-  butterflies_within<1>(x, dim, length);
+  for (int c = 0; c < dim; c += kWidth)
+    butterflies_within<1>(Vec::load(x + c), length).store(x + c);
   for (int step = kWidth; step < length; step *= 2) {
     for (int block = 0; block < dim; block += 2 * step) {
       for (int c = block; c < block + step; c += kWidth) {
