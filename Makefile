@@ -30,6 +30,10 @@ state := $(if $(VENV),$(VENV),build)/.state
 requirements = $(shell sed -n '/^$(1) = \[/,/^\]/p' pyproject.toml | grep -o '"[^"]*"')
 cxx := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
+kernel_tests := $(wildcard tests/test_append.py tests/test_attention.py tests/test_gather.py \
+  tests/test_invariants.py tests/test_matmul.py tests/test_means.py tests/test_quantize.py)
+other_isas := from kvquant.backends import build_info; print(*build_info()["cpu_isas"][1:])
+
 .PHONY: help
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -39,8 +43,11 @@ demo: $(state)/package $(state)/demo  ## a small language model on an 8-bit cach
 	$(bin)kvquant demo $(ARGS)
 
 .PHONY: test
-test: $(state)/package $(state)/test  ## every test that this machine can run
+test: $(state)/package $(state)/test  ## every test that this machine can run, kernels for each instruction set
 	$(py) -m pytest -n auto $(ARGS)
+	$(if $(ARGS),,for isa in $$($(py) -c '$(other_isas)'); do \
+	  echo "CPU kernels, $$isa"; KVQUANT_CPU_ISA=$$isa $(py) -m pytest -n auto $(kernel_tests); \
+	done)
 
 .PHONY: lint
 lint: $(state)/lint  ## check style, types and layers; changes nothing
@@ -71,11 +78,13 @@ bench: $(state)/package $(state)/test  ## benchmarks, each beside its peer and i
 	$(py) -m benchmarks $(ARGS)
 
 .PHONY: sanitize
-sanitize: $(state)/package $(state)/test  ## every CUDA kernel under compute-sanitizer
-	for tool in memcheck racecheck synccheck; do \
+sanitize: $(state)/package $(state)/test  ## CPU and CUDA kernels under sanitizers
+	PYTHON='$(py)' tools/sanitize_cpu.sh address,undefined
+	PYTHON='$(py)' tools/sanitize_cpu.sh thread
+	$(if $(gpu),for tool in memcheck racecheck synccheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 	    $(py) tools/sanitize.py $(ARGS); \
-	done
+	done,@echo 'no GPU: the CUDA kernels were left out')
 
 .PHONY: docs
 docs: $(state)/docs  ## the manual, in site/

@@ -1,4 +1,6 @@
 // What this build is and what it finds on this machine.
+#include <pybind11/stl.h>
+
 #include "bindings/bindings.h"
 #include "cpu/threads.h"
 
@@ -9,6 +11,7 @@ py::dict build_info() {
   py::dict info;
   info["version"] = KVQUANT_VERSION;
   info["cpu_isa"] = cpu::isa();
+  info["cpu_isas"] = cpu::isas();
   info["cpu_threads"] = cpu::has_threads() ? "OpenMP" : "none: no OpenMP runtime in the process";
 #ifdef KVQUANT_WITH_CUDA
   const char* error = nullptr;

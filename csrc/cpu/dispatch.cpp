@@ -76,6 +76,14 @@ const Kernels& kernels() { return *active.load(std::memory_order_relaxed); }
 
 const char* isa() { return kernels().name; }
 
+std::vector<const char*> isas() {
+  std::vector<const char*> names;
+  for (const Kernels& kernels : kVariants) {
+    if (kernels.supported()) names.push_back(kernels.name);
+  }
+  return names;
+}
+
 bool force_isa(const char* name) {
   const Kernels* found = name ? find(name) : nullptr;
   if (found) active.store(found, std::memory_order_relaxed);

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch  # noqa: F401  (first: the extension runs on the OpenMP threads that it brings)
+
 __all__ = ["error", "module"]
 
 module: Any  # None where the extension cannot be imported
