@@ -1,6 +1,6 @@
 # kvquant_add_isa_variants(target source...): compiles each source once an instruction set.
 #
-# A source sees KVQUANT_ISA (avx512, avx2 or portable; the namespace its code must be in) and
+# A source sees KVQUANT_ISA (avx512, avx2, neon or portable; the namespace its code must be in) and
 # KVQUANT_ISA_<NAME>=1. Which one runs is decided at run time. The portable objects are linked
 # first: a function that the compiler emits in several of them (an inline one of a header, outside
 # the namespace) is then the one that runs everywhere.
@@ -14,6 +14,8 @@ function(kvquant_add_isa_variants target)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
     target_compile_definitions(kvquant_flags INTERFACE KVQUANT_X86=1)
     list(APPEND isas avx2 avx512)
+  elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")
+    list(APPEND isas neon)  # every such processor has it
   endif()
   foreach(isa IN LISTS isas)
     if(NOT ARGN)

@@ -12,7 +12,7 @@ py::dict build_info() {
   info["version"] = KVQUANT_VERSION;
   info["cpu_isa"] = cpu::isa();
   info["cpu_isas"] = cpu::isas();
-  info["cpu_threads"] = cpu::has_threads() ? "OpenMP" : "none: no OpenMP runtime in the process";
+  info["cpu_threads"] = cpu::has_threads() ? "OpenMP" : "the caller's: no OpenMP runtime";
 #ifdef KVQUANT_WITH_CUDA
   const char* error = nullptr;
   info["cuda"] = true;
@@ -36,9 +36,10 @@ py::dict build_info() {
 
 void define_info(py::module_& m) {
   m.def("build_info", &build_info);
-#ifdef KVQUANT_WITH_CUDA
-#endif
   m.def("force_cpu_isa", &cpu::force_isa);
+  m.def("use_openmp", [](uintptr_t gomp_parallel) {
+    cpu::use_openmp(reinterpret_cast<cpu::Parallel>(gomp_parallel));
+  });
 }
 
 }  // namespace kvquant::bindings

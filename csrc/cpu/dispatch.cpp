@@ -43,6 +43,9 @@ constexpr Kernels kVariants[] = {
      avx512::dequantize, avx512::qk_matmul, avx512::pv_matmul},
     {"avx2", has_avx2, avx2::append, avx2::attention, avx2::gather, avx2::quantize,
      avx2::dequantize, avx2::qk_matmul, avx2::pv_matmul},
+#elif defined(__aarch64__)
+    {"neon", [] { return true; }, neon::append, neon::attention, neon::gather, neon::quantize,
+     neon::dequantize, neon::qk_matmul, neon::pv_matmul},
 #endif
     {"portable", [] { return true; }, portable::append, portable::attention, portable::gather,
      portable::quantize, portable::dequantize, portable::qk_matmul, portable::pv_matmul},

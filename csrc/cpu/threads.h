@@ -6,12 +6,17 @@
 
 namespace kvquant::cpu {
 
-// Whether run_parallel() has other threads than the caller.
+// GOMP_parallel of an OpenMP runtime (GNU's, LLVM's and Intel's have it): calls body(data) on
+// `threads` threads, of which the caller is one.
+using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+// Whose threads run_parallel() uses; null, as at first: none but the caller's.
+void use_openmp(Parallel parallel);
 bool has_threads();
 
-// Calls work(context, i) for every i in [0, count), in no order, on the caller and, if `threads` is
-// more than one, on threads of OpenMP's; returns when all are done. While another caller's work is
-// under way, and in a forked child, which has no other threads, the caller does its own alone.
+// Calls work(context, i) for every i in [0, count), in no order; returns when all are done. While
+// another caller's work is under way, and in a forked child, which has no other threads, the caller
+// does its own alone.
 using Work = void (*)(void* context, int64_t i);
 void run_parallel(int threads, int64_t count, Work work, void* context);
 

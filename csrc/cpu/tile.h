@@ -14,7 +14,7 @@
 namespace kvquant::cpu::KVQUANT_ISA {
 
 // Accumulators, converted codes and an operand fit the registers: 32 of them, or 16.
-#if defined(KVQUANT_ISA_AVX512)
+#if defined(KVQUANT_ISA_AVX512) || defined(KVQUANT_ISA_NEON)
 constexpr int kQkRows = 4, kPvRows = 4, kPvVecs = 4;
 #elif defined(KVQUANT_ISA_AVX2)
 constexpr int kQkRows = 2, kPvRows = 4, kPvVecs = 2;

@@ -27,6 +27,8 @@ enum class Centered : uint8_t {};
 #include "cpu/vec_avx512.h"
 #elif defined(KVQUANT_ISA_AVX2)
 #include "cpu/vec_avx2.h"
+#elif defined(KVQUANT_ISA_NEON)
+#include "cpu/vec_neon.h"
 #else
 #include "cpu/vec_portable.h"
 #endif

@@ -1,4 +1,4 @@
-// Four floats in the compiler's own vector type: SSE2 and NEON where there is nothing better.
+// Four floats in the compiler's own vector type: SSE2 where there is nothing better.
 // fma is a product and a sum: without the instruction a fused one is a library call. Included by
 // vec.h.
 #pragma once

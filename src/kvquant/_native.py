@@ -1,18 +1,32 @@
-"""The only importer of the compiled extension."""
+"""The only importer of the compiled extension, to which it gives torch's threads."""
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
 from typing import Any
 
-import torch  # noqa: F401  (first: the extension runs on the OpenMP threads that it brings)
+import torch
 
 __all__ = ["error", "module"]
+
+
+def _openmp() -> int:
+    """Address of GOMP_parallel in the OpenMP runtime of torch's own operations; 0: none."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        function = ctypes.CDLL(str(library)).GOMP_parallel  # looked for in what it needs, too
+    except (AttributeError, OSError):
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
 
 module: Any  # None where the extension cannot be imported
 error: str | None
 try:
     from kvquant import _C as module  # type: ignore[attr-defined, no-redef]
-
-    error = None
 except ImportError as exception:
     module, error = None, f"{type(exception).__name__}: {exception}"
+else:
+    error = None
+    module.use_openmp(_openmp())
