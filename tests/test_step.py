@@ -7,8 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 
+import kvquant
 from kvquant import append_, attention, ops
-from support import DTYPES, FORMATS, LAYOUTS, filled_cache, index, random_rows, same_bits, snapshot
+from support import (
+    BF16,
+    DTYPES,
+    FORMATS,
+    LAYOUTS,
+    filled_cache,
+    index,
+    random_rows,
+    same_bits,
+    snapshot,
+)
 
 LENS = (255, 1, 530, 700, 16)
 ROOM = (360, 100, 640, 1100, 120)
@@ -81,3 +92,36 @@ def test_a_step_beyond_the_room_drops_what_has_no_place(cuda):
     append_(key, value, apart, block_table=cache.table, seq_lens=lens)
     for name, tensor in apart.tensors.items():
         assert same_bits(at.tensors[name], tensor), name
+
+
+def test_keys_of_another_dtype_than_queries_are_read_as_what_they_are(native):
+    """Repeated calls, which may take a prepared step, give what single operations do."""
+    cache = kvquant.QuantizedKVCache(1, 1, 2, 64, dtype=BF16, device=native)
+    apart = kvquant.QuantizedKVCache(1, 1, 2, 64, dtype=BF16, device=native)
+    for tokens in (20, 1, 1, 1):
+        query = torch.randn(1, tokens, 4, 64, device=native)
+        key, value = torch.randn(2, 1, tokens, 2, 64, device=native).to(BF16)
+        got = cache.attend(0, query, key, value, exact_prompt=False)
+        apart.append(0, key, value)
+        assert same_bits(got, apart.attend(0, query))
+    for name, tensor in apart.storage(0).tensors.items():
+        assert same_bits(cache.storage(0).tensors[name][:, :, :1], tensor[:, :, :1]), name
+
+
+@pytest.mark.parametrize("blocks", [0, 2])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_where_nothing_can_be_stored_nothing_is_seen(backend, device, blocks, sinks):
+    """A table without columns, or a storage without blocks."""
+    storage = kvquant.LayerStorage.allocate(blocks, 2, 16, 64, device=device)
+    table = torch.full((2, 0 if blocks else 1), -1, dtype=torch.int32, device=device)
+    query = torch.randn(2, 1, 4, 64, device=device)
+    weights = torch.tensor([0.5, -1.0, 2.0, 0.0], device=device) if sinks else None
+    out, lse = attention(
+        query, storage, block_table=table, seq_lens=index((0, 0), device), sinks=weights,
+        return_lse=True,
+    )  # fmt: skip
+    assert torch.equal(out, torch.zeros_like(out))
+    expected = (
+        weights.expand(2, 1, 4) if sinks else torch.full((2, 1, 4), -torch.inf, device=device)
+    )
+    assert torch.equal(lse, expected)

@@ -148,8 +148,10 @@ def prepare_step(
 
     Returns:
         A function of (layer, storage, block_table, seq_lens, seq_starts, query, key, value) that
-        returns the output; None where the backend has none.
+        returns the output; None where the backend has none, or dtypes differ.
     """
+    if not query.dtype == key.dtype == value.dtype:
+        return None
     backend, _ = choose("attention", (query, *storage))
     both = choose("append_", (key, value, *storage))[0] is backend
     if backend.step is None or not both or not is_plain(query):

@@ -362,6 +362,11 @@ class Compiled(ABC):
             return out, lse
         batch, max_blocks = block_table.shape
         kv_heads, block_size = k_data.shape[1:3]
+        if not max_blocks or not k_data.shape[0]:  # nothing is stored, whatever lengths say
+            lse.fill_(-torch.inf)
+            if sinks is not None and return_lse:
+                lse.copy_(sinks.expand_as(lse))
+            return out.zero_(), lse
         splits, floats, counts = self.plan(
             query, batch, max_tokens, lead[-1], kv_heads, query.shape[-1], v_dim,
             max_blocks * block_size,
