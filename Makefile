@@ -81,7 +81,7 @@ bench: $(state)/package $(state)/test  ## benchmarks, each beside its peer and i
 sanitize: $(state)/package $(state)/test  ## CPU and CUDA kernels under sanitizers
 	PYTHON='$(py)' tools/sanitize_cpu.sh address,undefined
 	PYTHON='$(py)' tools/sanitize_cpu.sh thread
-	$(if $(gpu),for tool in memcheck racecheck synccheck; do \
+	$(if $(gpu),for tool in memcheck racecheck synccheck initcheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 	    $(py) tools/sanitize.py $(ARGS); \
 	done,@echo 'no GPU: the CUDA kernels were left out')
