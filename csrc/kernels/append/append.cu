@@ -13,12 +13,11 @@ namespace {
 constexpr int kThreads = kRowWarps * 32;
 constexpr int kChunk = 256;  // tokens of a block where the format has no mean
 
-// The last block to have read the lengths adds the call's tokens to them.
+// The last block to be done adds the call's tokens to the lengths, which all have read by then.
 __device__ void advance_lengths(const AppendParams& p) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
     const int blocks = int(gridDim.x * gridDim.y * gridDim.z);
     last = atomicAdd(p.counter, 1) == blocks - 1;
     if (last) *p.counter = 0;
@@ -28,6 +27,11 @@ __device__ void advance_lengths(const AppendParams& p) {
   for (int b = threadIdx.x; b < p.seqs.batch; b += kThreads) {
     p.advance[b] += call_rows(p.seqs, b).count;
   }
+}
+
+__device__ int only_block(const AppendParams& p, int sequence) {
+  const bool one = p.seqs.block_table && p.seqs.max_blocks == 1;
+  return one ? block_of(p.cache, p.seqs, sequence, 0) : -1;
 }
 
 // grid: (chunks, kv_heads, batch * 2): K and V are even and odd in z.
@@ -47,14 +51,16 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const AppendParams p) 
                       int(blockIdx.y),
                       call_rows(p.seqs, sequence),
                       p.seqs.seq_lens ? max(0, p.seqs.seq_lens[sequence]) : 0,
-                      Paging(cache, p.seqs.max_blocks)};
-  if (p.advance) advance_lengths(p);
+                      Paging(cache, p.seqs.max_blocks),
+                      only_block(p, sequence)};
   const int chunk = cache.group ? cache.group : kChunk;
   const int start = (src.length / chunk + int(blockIdx.x)) * chunk;
   const int begin = max(start, src.length), end = min(start + chunk, src.length + src.call.count);
-  if (begin >= end) return;
-  const __half* const own = find_mean<kThreads>(src, start, end, scratch, mean);
-  write_rows(src, begin, end, own, threadIdx.x / 32);
+  if (begin < end) {
+    const __half* const own = find_mean<kThreads>(src, start, end, scratch, mean);
+    write_rows(src, begin, end, own, threadIdx.x / 32);
+  }
+  if (p.advance) advance_lengths(p);
 }
 
 }  // namespace

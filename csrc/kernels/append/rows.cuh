@@ -109,22 +109,57 @@ __device__ int sum_stored(const Source<T>& src, const RowSlot& at, int begin, in
   return count;
 }
 
+// This thread's sixteen channels of an incoming row on their way.
+template <class T>
+struct RowInFlight {
+  int2 to{-1, 0};  // (block, row), block -1: nowhere
+  alignas(16) T row[kLaneChannels] = {};
+
+  // Asks for row `at.slot` of tokens [begin, end).
+  __device__ __forceinline__ void load(const Source<T>& src, const RowSlot& at, int begin,
+                                       int end) {
+    const int i = begin + at.slot - src.length;
+    to = {-1, 0};
+    if (at.row < 0 || begin + at.slot >= end) return;
+    copy16(src.row(i) + at.channel(), row);
+    to = src.place(i);
+  }
+  // The channels, zeros where the row has no place; whether the whole row is finite. All lanes of
+  // the warp must call.
+  __device__ __forceinline__ bool read(const RowSlot& at, float (&x)[kLaneChannels]) const {
+#pragma unroll
+    for (int c = 0; c < kLaneChannels; ++c) x[c] = to.x >= 0 ? to_float(row[c]) : 0.f;
+    return row_max(all_finite(x) ? 0.f : 1.f, at) == 0.f;
+  }
+};
+
+// Calls body(row) for the rows of tokens [begin, end) that are this thread's, the next one loading
+// meanwhile.
+template <class T, class F>
+__device__ __forceinline__ void for_rows(const Source<T>& src, const RowSlot& at, int begin,
+                                         int end, F&& body) {
+  RowInFlight<T> next;
+  next.load(src, at, begin, end);
+  for (int base = begin; base < end; base += at.slots) {
+    const RowInFlight<T> row = next;
+    next.load(src, at, base + at.slots, end);
+    body(row);
+  }
+}
+
 // Adds the usable incoming rows of tokens [begin, end), not rotated, to this lane's sum.
 template <class T>
-__device__ int sum_incoming(const Source<T>& src, const RowSlot& at, int begin, int end,
-                            float (&sum)[kLaneChannels]) {
+__device__ __forceinline__ int sum_incoming(const Source<T>& src, const RowSlot& at, int begin,
+                                            int end, float (&sum)[kLaneChannels]) {
   int count = 0;
-  for (int base = begin; base < end; base += at.slots) {
-    const int i = base + at.slot - src.length;
-    float x[kLaneChannels] = {};
-    const bool there = at.row >= 0 && i < end - src.length && src.place(i).x >= 0;
-    if (there) load16(src.row(i) + at.channel(), x);
-    // A row counts only if all of its lanes are finite.
-    const bool usable = row_max(there && all_finite(x) ? 0.f : 1.f, at) == 0.f;
-    count += usable;
+  for_rows(src, at, begin, end, [&](const RowInFlight<T>& row) {
+    float x[kLaneChannels];
+    const bool usable = row.read(at, x) && row.to.x >= 0;
+    if (!usable) return;
+    ++count;
 #pragma unroll
-    for (int c = 0; c < kLaneChannels; ++c) sum[c] += usable ? x[c] : 0.f;
-  }
+    for (int c = 0; c < kLaneChannels; ++c) sum[c] += x[c];
+  });
   return count;
 }
 
@@ -180,19 +215,22 @@ __device__ int sum_rows(const Source<T>& src, int begin, int end, MeanScratch& s
   return total;
 }
 
-// Takes the mean of a group that begins in this call and stores it.
+// Takes the mean of the group of tokens [start, end), which begins in this call, and stores it: the
+// mean of the group before, else of its own rows if they are enough, else none.
 template <int kThreads, class T>
-__device__ __noinline__ void open_group(const Source<T>& src, int start, int end, __half* slot,
-                                        MeanScratch& scratch, float* mean) {
-  const int group = src.cache.group;
-  const bool found = start > 0 && sum_rows<kThreads>(src, start - group, start, scratch, mean) > 0;
-  if (!found && sum_rows<kThreads>(src, start, end, scratch, mean) < int8::kMinMeanRows) {
-    for (int c = threadIdx.x; c < src.dim(); c += kThreads) mean[c] = 0.f;
+__device__ __forceinline__ void open_group(const Source<T>& src, int start, int end, __half* slot,
+                                           MeanScratch& scratch, float* mean) {
+  const int before = max(0, start - src.cache.group);
+  int found = 0;
+  for (int from = before; from <= start && !found; from += src.cache.group) {
+    found = sum_rows<kThreads>(src, from, from < start ? start : end, scratch, mean);
+    if (from == start && found < int8::kMinMeanRows) found = 0;
   }
   __syncthreads();
   if (!slot) return;
   for (int c = threadIdx.x; c < src.dim(); c += kThreads) {
-    slot[c] = __float2half_rn(fminf(fmaxf(mean[c], -int8::kMaxAbs), int8::kMaxAbs));
+    const float x = found ? mean[c] : 0.f;
+    slot[c] = __float2half_rn(fminf(fmaxf(x, -int8::kMaxAbs), int8::kMaxAbs));
   }
 }
 
@@ -210,69 +248,57 @@ __device__ __forceinline__ const __half* find_mean(const Source<T>& src, int sta
   return slot;
 }
 
-// This thread's sixteen channels of a row on its way into the cache.
-template <class T>
-struct RowInFlight {
-  int2 to;  // (block, row), block -1: nowhere
-  alignas(16) T row[kLaneChannels];
-  alignas(16) __half mean[kLaneChannels];
+// This thread's channels of a group's mean.
+struct LaneMean {
+  alignas(16) __half x[kLaneChannels] = {};
+  bool any = false;
 
-  // Asks for row `at.slot` of tokens [begin, end), and for its mean where there is one.
-  __device__ __forceinline__ void load(const Source<T>& src, const RowSlot& at, int begin, int end,
-                                       const __half* group_mean) {
-    const int token = begin + at.slot;
-    to = at.row >= 0 && token < end ? src.place(token - src.length) : int2{-1, 0};
-    if (to.x >= 0) copy16(src.row(token - src.length) + at.channel(), row);
-    if (to.x >= 0 && group_mean) copy16(group_mean + at.channel(), mean);
-  }
-
-  // Rotates, subtracts the mean, quantises, stores. All lanes of the warp must call.
-  __device__ __forceinline__ void store(const Source<T>& src, const RowSlot& at,
-                                        bool has_mean) const {
-    float x[kLaneChannels] = {};
-    if (to.x >= 0) {
-#pragma unroll
-      for (int c = 0; c < kLaneChannels; ++c) x[c] = to_float(row[c]);
-    }
-    const bool finite = row_max(all_finite(x) ? 0.f : 1.f, at) == 0.f;
-    rotate(x, src.rotation(), at);
-    float low = INFINITY, high = -INFINITY;
-#pragma unroll
-    for (int c = 0; c < kLaneChannels; ++c) {
-      if (has_mean) x[c] = __fsub_rn(x[c], __half2float(mean[c]));
-      low = fminf(low, x[c]);
-      high = fmaxf(high, x[c]);
-    }
-    low = -row_max(-low, at);
-    high = row_max(high, at);
-    const int8::RowParams affine = int8::row_params(low, high, finite);
-    const float offset = int8::half_to_float(affine.offset);
-    const float inverse = __fdiv_rn(1.f, int8::half_to_float(affine.scale));
-    const uint4 codes = encode16(x, [&](float y) {
-      const float code = rintf(__fmul_rn(__fsub_rn(y, offset), inverse));
-      return fminf(fmaxf(code, 0.f), 255.f);  // a NaN becomes 0
-    });
-    if (to.x < 0) return;
-    const int64_t r = to.y;
-    *reinterpret_cast<uint4*>(rows_of<uint8_t>(src.data(), to.x, src.head) + r * src.dim() +
-                              at.channel()) = codes;
-    if (at.index == 0) {
-      rows_of<uint32_t>(src.params(), to.x, src.head)[r] =
-          uint32_t(affine.scale) | uint32_t(affine.offset) << 16;
-    }
+  __device__ __forceinline__ void load(const __half* mean, const RowSlot& at) {
+    any = mean;
+    if (any && at.row >= 0) copy16(mean + at.channel(), x);
   }
 };
+
+// Rotates a row, subtracts the mean, quantises, stores. All lanes of the warp must call.
+template <class T>
+__device__ __forceinline__ void write_row(const Source<T>& src, const RowSlot& at,
+                                          const RowInFlight<T>& row, const LaneMean& mean) {
+  float x[kLaneChannels];
+  const bool finite = row.read(at, x);
+  rotate(x, src.rotation(), at);
+  if (mean.any) {
+#pragma unroll
+    for (int c = 0; c < kLaneChannels; ++c) x[c] = __fsub_rn(x[c], __half2float(mean.x[c]));
+  }
+  float low = INFINITY, high = -INFINITY;
+#pragma unroll
+  for (int c = 0; c < kLaneChannels; ++c) low = fminf(low, x[c]), high = fmaxf(high, x[c]);
+  low = -row_max(-low, at);
+  high = row_max(high, at);
+  const int8::RowParams affine = int8::row_params(low, high, finite);
+  const float offset = int8::half_to_float(affine.offset);
+  const float inverse = __fdiv_rn(1.f, int8::half_to_float(affine.scale));
+  const uint4 codes =
+      encode16(x, 0.f, 255.f, [&](float y) { return __fmul_rn(__fsub_rn(y, offset), inverse); });
+  if (row.to.x < 0) return;
+  const int64_t r = row.to.y;
+  *reinterpret_cast<uint4*>(rows_of<uint8_t>(src.data(), row.to.x, src.head) + r * src.dim() +
+                            at.channel()) = codes;
+  if (at.index == 0) {
+    rows_of<uint32_t>(src.params(), row.to.x, src.head)[r] =
+        uint32_t(affine.scale) | uint32_t(affine.offset) << 16;
+  }
+}
 
 // Quantises tokens [begin, end) of the source. `warp` counts from the first one that takes rows.
 template <class T>
 __device__ __forceinline__ void write_rows(const Source<T>& src, int begin, int end,
-                                           const __half* mean, int warp) {
+                                           const __half* group_mean, int warp) {
   const RowSlot at(src.dim(), warp);
-  for (int base = begin; base < end; base += at.slots) {
-    RowInFlight<T> row;
-    row.load(src, at, base, end, mean);
-    row.store(src, at, mean != nullptr);
-  }
+  LaneMean mean;
+  mean.load(group_mean, at);
+  for_rows(src, at, begin, end,
+           [&](const RowInFlight<T>& row) { write_row(src, at, row, mean); });
 }
 
 }  // namespace kvquant::cuda

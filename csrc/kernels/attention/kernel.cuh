@@ -273,12 +273,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   const bool usable = unsigned(first_block) < unsigned(p.cache.num_blocks);
   const int whole = p.seqs.max_blocks == 1 && usable ? first_block : -1;
   const auto own = own_source<Traits>(p, rows, paging, is_key, whole);
-  const __half* own_mean = nullptr;
+  const RowSlot own_slot(own.dim(), warp % (Traits::kWarps / 2));
   RowInFlight<typename Traits::Element> own_row;
+  LaneMean own_mean;
   if (has_own) {
-    if (is_key && p.cache.group) own_mean = mean_slot(own, first_own & -p.cache.group);
-    own_row.load(own, RowSlot(own.dim(), warp % (Traits::kWarps / 2)), first_own, own_end,
-                 own_mean);
+    own_row.load(own, own_slot, first_own, own_end);
+    if (is_key && p.cache.group) {
+      own_mean.load(mean_slot(own, first_own & -p.cache.group), own_slot);
+    }
   }
   Walk<Traits> walk(p, rows, paging, begin, end, g, t);
   const bool waits = has_own && walk.token + kTile * Traits::kTiles > first_own;
@@ -290,7 +292,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
                (min(end, from + reach) - 1) >> paging.group_shift, g, t);
   };
   load_means(begin);
-  if (has_own) own_row.store(own, RowSlot(own.dim(), warp % (Traits::kWarps / 2)), own_mean);
+  if (has_own) write_row(own, own_slot, own_row, own_mean);
   prepare_query(p, raw, shared.query, shared.scale);
   __syncthreads();
   if (waits) walk.load_first(first_block);

@@ -20,14 +20,13 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // Rotation of rows that a warp holds as x[r][i] = channel 32 i + lane.
 template <int kRows, int kCount>
 __device__ __forceinline__ void rotate_warp(float (&x)[kRows][kCount], int length) {
-  const int lane = threadIdx.x & 31;
   for (int step = 1; step < min(length, 32); step <<= 1) {
+    const float sign = threadIdx.x & step ? -1.f : 1.f;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        const float other = __shfl_xor_sync(kFullWarp, x[r][i], step);
-        x[r][i] = lane & step ? other - x[r][i] : x[r][i] + other;
+        x[r][i] = fmaf(x[r][i], sign, __shfl_xor_sync(kFullWarp, x[r][i], step));
       }
     }
   }
@@ -108,7 +107,7 @@ struct RowTile {
   __device__ __forceinline__ void find_tokens(const AttentionCall& p) {
     start = first_token(p.seqs, sequence);
     length = stored_tokens(p.cache, p.seqs, sequence, p.key.data ? tokens : 0);
-    stored = p.key.data ? max(0, p.seqs.seq_lens[sequence]) : length;
+    stored = p.key.data ? stored_tokens(p.cache, p.seqs, sequence) : length;
     position = length - tokens;
     const int low = position_of(0), high = position_of(count - 1);
     begin = first_seen(p, low) / kTile * kTile;

@@ -185,7 +185,7 @@ __device__ __forceinline__ void follow(Accumulator<Traits>& acc,
     grows |= best[r] > acc.rows[r].base + (acc.lift + kLazyGrowth);
   }
   if (!__any_sync(kFullWarp, grows)) return;
-  v_scale = warp_max(v_scale);
+  v_scale = fminf(warp_max(v_scale), int8::kMaxAbs);  // an infinite scale erases nobody's rows
   const float before = acc.lift;
   if (v_scale > acc.scale_limit) {
     acc.lift = 4.f - float(ilogbf(v_scale));

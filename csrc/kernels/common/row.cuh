@@ -59,11 +59,10 @@ __device__ __forceinline__ void rotate(float (&x)[kLaneChannels], int length, co
     }
   }
   for (int step = 1; step < length / kLaneChannels; step <<= 1) {
-    const bool upper = at.index & step;
+    const float sign = at.index & step ? -1.f : 1.f;
 #pragma unroll
-    for (int i = 0; i < kLaneChannels; ++i) {
-      const float other = __shfl_xor_sync(kFullWarp, x[i], step);
-      x[i] = upper ? other - x[i] : x[i] + other;
+    for (int i = 0; i < kLaneChannels; ++i) {  // rounds once: what the multiplication gives is exact
+      x[i] = fmaf(x[i], sign, __shfl_xor_sync(kFullWarp, x[i], step));
     }
   }
   const float norm = int8::hadamard_norm(length);
@@ -78,23 +77,31 @@ __device__ __forceinline__ bool all_finite(const float (&x)[kLaneChannels]) {
   return ok;
 }
 
-__device__ __forceinline__ uint32_t pack4(const float* code) {
-  return uint32_t(code[0]) | uint32_t(code[1]) << 8 | uint32_t(code[2]) << 16 |
-         uint32_t(code[3]) << 24;
-}
-
-// A lane's sixteen codes, by a function that gives one as a float.
+// A lane's sixteen codes: `code` of each channel, clamped to [low, high], which are whole numbers,
+// and rounded half to even; a NaN becomes `low`. Adding 1.5 * 2^23 leaves the integer in the low
+// bits: rounding and conversion instructions run at an eighth of the speed.
 template <class F>
-__device__ __forceinline__ uint4 encode16(const float (&x)[kLaneChannels], F&& code) {
-  float c[kLaneChannels];
+__device__ __forceinline__ uint4 encode16(const float (&x)[kLaneChannels], float low, float high,
+                                          F&& code) {
+  uint32_t words[4];
 #pragma unroll
-  for (int i = 0; i < kLaneChannels; ++i) c[i] = code(x[i]);
-  return make_uint4(pack4(c), pack4(c + 4), pack4(c + 8), pack4(c + 12));
+  for (int i = 0; i < 4; ++i) {
+    uint32_t bits[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      bits[j] = __float_as_uint(fminf(fmaxf(code(x[4 * i + j]), low), high) + 12582912.f);
+    }
+    words[i] = __byte_perm(__byte_perm(bits[0], bits[1], 0x0040),
+                           __byte_perm(bits[2], bits[3], 0x0040), 0x5410);
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
 }
 __device__ __forceinline__ void decode16(uint4 word, float (&x)[kLaneChannels]) {
   const uint32_t words[4] = {word.x, word.y, word.z, word.w};
 #pragma unroll
-  for (int i = 0; i < kLaneChannels; ++i) x[i] = float((words[i / 4] >> (8 * (i % 4))) & 0xff);
+  for (int i = 0; i < kLaneChannels; ++i) {  // 2^23 + code, less 2^23
+    x[i] = __uint_as_float(__byte_perm(words[i / 4], 0x4b000000u, 0x7440 + i % 4)) - 8388608.f;
+  }
 }
 
 }  // namespace kvquant::cuda

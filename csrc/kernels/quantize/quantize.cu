@@ -24,10 +24,11 @@ __device__ __forceinline__ Pair make_pair(float low, float high, bool finite, fl
   const float scale = fmaxf(fmaxf(range, steps), int8::kMinScale);
   return {scale, __fsub_rn(qmin, __fdiv_rn(low, scale))};
 }
-__device__ __forceinline__ float code_of(float x, Pair pair, float inverse, float qmin,
-                                         float qmax) {
-  const float code = rintf(__fadd_rn(__fmul_rn(x, inverse), pair.zero));
-  return fminf(fmaxf(code, qmin), qmax);  // a NaN becomes qmin
+__device__ __forceinline__ float code_of(float x, Pair pair, float inverse) {
+  return __fadd_rn(__fmul_rn(x, inverse), pair.zero);
+}
+__device__ __forceinline__ uint8_t round_code(float code, float qmin, float qmax) {
+  return uint8_t(rintf(fminf(fmaxf(code, qmin), qmax)));  // a NaN becomes qmin
 }
 
 struct RowIndex {
@@ -66,8 +67,7 @@ __global__ void __launch_bounds__(kThreads) quantize_rows(const QuantizeParams p
   const bool finite = row_max(all_finite(x) ? 0.f : 1.f, at) == 0.f;
   const Pair pair = make_pair(low, high, finite, p.qmin, p.qmax);
   const float inverse = __fdiv_rn(1.f, pair.scale);
-  const uint4 codes =
-      encode16(x, [&](float y) { return code_of(y, pair, inverse, p.qmin, p.qmax); });
+  const uint4 codes = encode16(x, p.qmin, p.qmax, [&](float y) { return code_of(y, pair, inverse); });
   if (!mine) return;
   *reinterpret_cast<uint4*>(p.q + row * p.dim + at.channel()) = codes;
   if (at.index == 0) {
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kHeadThreads) quantize_heads(const QuantizePar
   const Pair pair = make_pair(low, high, !bad, p.qmin, p.qmax);
   const float inverse = __fdiv_rn(1.f, pair.scale);
   for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
-    p.q[first * p.dim + i] = uint8_t(code_of(element(i), pair, inverse, p.qmin, p.qmax));
+    p.q[first * p.dim + i] = round_code(code_of(element(i), pair, inverse), p.qmin, p.qmax);
   }
   if (threadIdx.x == 0) {
     p.scale[blockIdx.x] = pair.scale;
@@ -140,7 +140,7 @@ __global__ void quantize_channels(const QuantizeParams p) {
   const float inverse = __fdiv_rn(1.f, pair.scale);
   for (int s = begin; s < end; ++s) {
     p.q[(bh * p.tokens + s) * p.dim + c] =
-        uint8_t(code_of(to_float(x[s * p.token_stride]), pair, inverse, p.qmin, p.qmax));
+        round_code(code_of(to_float(x[s * p.token_stride]), pair, inverse), p.qmin, p.qmax);
   }
   const int64_t at = (bh * gridDim.x + blockIdx.x) * p.dim + c;
   p.scale[at] = pair.scale;
