@@ -72,12 +72,12 @@ def test_many_sequences(cuda):
     check_attention(cache, [torch.randn(1, 8, 128, device=cuda).to(BF16) for _ in lens])
 
 
-@pytest.mark.parametrize("count", [1, 64])
-def test_twenty_runs_are_the_same_bits(cuda, count):
+@pytest.mark.parametrize("count", [1, 8, 64])
+def test_a_hundred_runs_are_the_same_bits(cuda, count):
     cache = filled_cache((9000, 300, 4000), block=64, k_dim=128, kv_heads=4, device=cuda)
     query = torch.randn(3, count, 16, 128, device=cuda, dtype=BF16)
     first = dense(cache, query)
-    for _ in range(20):
+    for _ in range(100):
         assert torch.equal(dense(cache, query), first)
 
 

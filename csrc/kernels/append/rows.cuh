@@ -297,8 +297,7 @@ __device__ __forceinline__ void write_rows(const Source<T>& src, int begin, int 
   const RowSlot at(src.dim(), warp);
   LaneMean mean;
   mean.load(group_mean, at);
-  for_rows(src, at, begin, end,
-           [&](const RowInFlight<T>& row) { write_row(src, at, row, mean); });
+  for_rows(src, at, begin, end, [&](const RowInFlight<T>& row) { write_row(src, at, row, mean); });
 }
 
 }  // namespace kvquant::cuda

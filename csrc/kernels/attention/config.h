@@ -20,6 +20,7 @@ constexpr int kBlockCost = 256;  // tokens' worth of a block's other work
 struct InstanceShape {
   int tiles;          // of kTile tokens, that a warp takes at once
   int warps, blocks;  // of a block; of a multiprocessor
+  bool ring;          // tokens on their way are in shared memory
 
   constexpr int threads() const { return warps * 32; }
   constexpr int step() const { return warps * tiles * kTile; }  // tokens a block takes at once
@@ -28,11 +29,19 @@ struct InstanceShape {
 // rows: query rows of a block, 8, 16 or 32. float32 weights are taken twice, as fp16 and what fp16
 // left of them.
 constexpr InstanceShape instance_shape(int head_dim, int rows, bool float32) {
+  const int accumulators = head_dim / 4 * (float32 ? 2 : rows / 8);
+  if (accumulators >= 128) return {1, 4, 2, true};  // 255 registers a thread
   const int tiles = head_dim <= 64 && rows <= 8 ? 2 : 1;
-  const int need = head_dim / 4 * (float32 ? 2 : rows / 8) + (head_dim / 4 + 8) * tiles;
-  if (need <= 80) return {tiles, 8, 2};   // 128 registers a thread
-  if (need <= 112) return {tiles, 4, 3};  // 168
-  return {tiles, 4, 2};                   // 255
+  const int need = accumulators + (head_dim / 4 + 8) * tiles;
+  if (need <= 80) return {tiles, 8, 2, false};   // 128
+  if (need <= 112) return {tiles, 4, 3, false};  // 168
+  return {tiles, 4, 2, false};                   // 255
+}
+
+// Stages of a warp's ring: tokens on their way. More than this gain nothing.
+constexpr int kMaxStages = 4;
+constexpr int ring_stages(int bytes, int besides, int stage_bytes) {
+  return std::max(1, std::min(kMaxStages, (bytes - besides) / stage_bytes));
 }
 
 // Query rows a block takes at most. 32 rows of more channels exceed the registers.

@@ -41,37 +41,40 @@ __device__ __forceinline__ float shape_scores(const AttentionCall& p,
   return most;
 }
 
-// A warp's way through tokens up to `end`: every kWarps-th piece of one or two tiles, the next one
-// loading while this one is worked on.
+// A warp's way through tokens up to `end`: every kWarps-th piece of one or two tiles, the next ones
+// on their way while one is worked on.
 template <class Traits>
 struct Walk {
   const AttentionCall& p;
   const Paging& paging;
-  const LanePieces<Traits::kDim> pieces;
   const int32_t* const table;  // of the sequence
   // Tiles from clean_begin on and up to clean_end need no look at single scores.
   int clean_begin, clean_end;
   const int end;
   int token;
-  int block[Traits::kTiles];  // of the tiles in registers, -1: it is lost
-  Tile<Traits::kDim> tile[Traits::kTiles];
+  int block[Traits::kTiles];  // of the piece that was asked for last, -1: none
+  int asked = 0;              // pieces, before the first one is taken
+  Pieces<Traits> pieces;
 
-  __device__ __forceinline__ Walk(const AttentionCall& p, const RowTile& rows, const Paging& paging,
-                                  int begin, int end, int g, int t)
+  __device__ __forceinline__ Walk(const AttentionCall& p, AttentionShared<Traits>& shared,
+                                  const RowTile& rows, const Paging& paging, int first_block,
+                                  int begin, int end)
       : p(p),
         paging(paging),
-        pieces(p.cache, rows.head, g, t),
         table(p.seqs.block_table + rows.sequence * p.seqs.block_table_stride),
         clean_begin(p.softcap == 0.f && !p.alibi_slopes ? rows.all_begin : 1 << 30),
         clean_end(rows.all_end - kTile),
         end(end),
         token(begin + int(threadIdx.x / 32) * kTile * Traits::kTiles),
-        tile{} {}
+        pieces(p.cache, rows.head, shared.rings, p.stages) {
+#pragma unroll
+    for (int u = 0; u < Traits::kTiles; ++u) block[u] = checked(first_block);
+  }
 
   __device__ __forceinline__ int checked(int id) const {
     return unsigned(id) < unsigned(p.cache.num_blocks) ? id : -1;
   }
-  // Nothing to look up where a sequence has one block.
+  // Blocks of the piece at `at`. Nothing to look up where a sequence has one.
   __device__ __forceinline__ void find_blocks(int at, int (&found)[Traits::kTiles]) const {
     if (p.seqs.max_blocks == 1) return;
 #pragma unroll
@@ -79,43 +82,47 @@ struct Walk {
       found[u] = checked(table[min((at + u * kTile) >> paging.shift, p.seqs.max_blocks - 1)]);
     }
   }
-  // Of a lost block, the first one is read in its place, and not used.
-  __device__ __forceinline__ void load_keys(int at, const int (&from)[Traits::kTiles]) {
+  __device__ __forceinline__ void ask_keys(int at, const int (&blocks)[Traits::kTiles]) {
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) {
       if (at + u * kTile >= end) break;
-      pieces.load_keys(tile[u], max(from[u], 0), (at + u * kTile) & paging.mask);
+      pieces.ask_keys(u, blocks[u], (at + u * kTile) & paging.mask);
     }
   }
-  __device__ __forceinline__ void load_values(int at, const int (&from)[Traits::kTiles]) {
+  __device__ __forceinline__ void ask_values(int at, const int (&blocks)[Traits::kTiles]) {
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) {
       if (at + u * kTile >= end) break;
-      pieces.load_values(tile[u], max(from[u], 0), (at + u * kTile) & paging.mask);
+      pieces.ask_values(u, blocks[u], (at + u * kTile) & paging.mask);
     }
+    pieces.close();
   }
-  __device__ __forceinline__ void load_first(int first_block) {
-    if (token >= end) return;
-#pragma unroll
-    for (int u = 0; u < Traits::kTiles; ++u) block[u] = checked(first_block);
-    find_blocks(token, block);
-    load_keys(token, block);
-    load_values(token, block);
+  // Asks for the first pieces, as many as `most`, if they end before `until`.
+  __device__ __forceinline__ void fill(int most, int until) {
+    for (; asked < min(most, pieces.stages()); ++asked) {
+      const int at = token + asked * Traits::kStep;
+      if (at < end && at + kTile * Traits::kTiles > until) return;
+      find_blocks(at, block);
+      ask_keys(at, block);
+      ask_values(at, block);
+    }
   }
 
-  // Takes the tiles before `until`. shared.dots are of groups from first_group on.
+  // Takes the pieces before `until`. shared.dots are of groups from first_group on.
   __device__ __forceinline__ void run(const AttentionShared<Traits>& shared,
                                       const Query<Traits>& query, int first_group, int until,
                                       Accumulator<Traits>& acc) {
-    const int g = pieces.g, t = pieces.t;
-    const float* const dots = &shared.dots[0][g] - first_group * Traits::kRows;
+    const int g = query.g, t = query.t;
+    const float* const dots = &shared.walked.dots[0][g] - first_group * Traits::kRows;
     while (token < until) {
-      const int next = token + Traits::kStep;
+      const int next = token + pieces.stages() * Traits::kStep;
       int next_block[Traits::kTiles];
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) next_block[u] = block[u];
       find_blocks(next, next_block);
+      pieces.wait();
       float score[Traits::kTiles][Traits::kRowSets][4], v_scale = 0.f;
+      uint4 v_params[Traits::kTiles];
       bool clean[Traits::kTiles];
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) {
@@ -125,14 +132,17 @@ struct Walk {
         for (int r = 0; r < Traits::kRowSets; ++r) {
           dot[r] = dots[(at >> paging.group_shift) * Traits::kRows + 8 * r];
         }
-        score_tile(tile[u], query, dot, score[u]);
-        clean[u] = at >= clean_begin && at <= clean_end && block[u] >= 0;
+        const auto& tile = pieces.keys(u);
+        score_tile(tile, query, dot, score[u]);
+        v_params[u] = tile.v_params;
+        const bool usable = pieces.usable(u, block[u]);
+        clean[u] = at >= clean_begin && at <= clean_end && usable;
         if (clean[u]) {
-          const uint4& v = tile[u].v_params;
+          const uint4& v = v_params[u];
           const uint32_t most = max_halves(max_halves(v.x, v.y), max_halves(v.z, v.w));
           v_scale = fmaxf(v_scale, half2_floats(most).x);
-        } else if (at < end && block[u] >= 0) {
-          v_scale = fmaxf(v_scale, shape_scores(p, shared, at, g, t, tile[u].v_params, score[u]));
+        } else if (at < end && usable) {
+          v_scale = fmaxf(v_scale, shape_scores(p, shared, at, g, t, v_params[u], score[u]));
         } else {
 #pragma unroll
           for (int r = 0; r < Traits::kRowSets; ++r) {
@@ -141,7 +151,7 @@ struct Walk {
           }
         }
       }
-      load_keys(next, next_block);
+      ask_keys(next, next_block);
       float best[Traits::kRowSets];
 #pragma unroll
       for (int r = 0; r < Traits::kRowSets; ++r) {
@@ -159,14 +169,14 @@ struct Walk {
       for (int u = 0; u < Traits::kTiles; ++u) {
         uint32_t weight[Traits::kOutTiles][2];
         if (clean[u]) {
-          weigh<false>(acc, tile[u].v_params, score[u], weight);
+          weigh<false>(acc, v_params[u], score[u], weight);
         } else {
-          weigh<true>(acc, tile[u].v_params, score[u], weight);
+          weigh<true>(acc, v_params[u], score[u], weight);
         }
-        add_values(acc, tile[u], weight);
+        add_values(acc, pieces.values(u), weight);
       }
-      load_values(next, next_block);
-      token = next;
+      ask_values(next, next_block);
+      token += Traits::kStep;
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) block[u] = next_block[u];
     }
@@ -282,9 +292,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
       own_mean.load(mean_slot(own, first_own & -p.cache.group), own_slot);
     }
   }
-  Walk<Traits> walk(p, rows, paging, begin, end, g, t);
-  const bool waits = has_own && walk.token + kTile * Traits::kTiles > first_own;
-  if (!waits) walk.load_first(first_block);
+  Walk<Traits> walk(p, shared, rows, paging, first_block, begin, end);
+  const int ready = has_own ? first_own : 1 << 30;
+  walk.fill(1, ready);
   const int reach = dots_reach<Traits>(p.cache);
   GroupMeans<Traits> means;
   const auto load_means = [&](int from) {
@@ -292,15 +302,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
                (min(end, from + reach) - 1) >> paging.group_shift, g, t);
   };
   load_means(begin);
+  walk.fill(kMaxStages, ready);
   if (has_own) write_row(own, own_slot, own_row, own_mean);
-  prepare_query(p, raw, shared.query, shared.scale);
+  prepare_query(p, raw, shared.walked.query, shared.scale);
   __syncthreads();
-  if (waits) walk.load_first(first_block);
+  walk.fill(kMaxStages, 1 << 30);
   const int read = readers && leads ? atomicAdd(readers, 1) : 0;
-  const Query<Traits> query(shared.query, shared.scale, g, t);
+  const Query<Traits> query(shared.walked.query, shared.scale, g, t);
   Accumulator<Traits> acc;
   for (int from = begin;;) {
-    means.multiply(query, shared.dots);
+    means.multiply(query, shared.walked.dots);
     __syncthreads();
     walk.run(shared, query, from >> paging.group_shift, min(end, from + reach), acc);
     from += reach;

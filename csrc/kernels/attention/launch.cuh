@@ -8,32 +8,58 @@
 
 namespace kvquant::cuda {
 
-// Lets an instance have its shared memory: asked once a device.
+// What a device gives an instance, asked once.
+struct Allowance {
+  cudaError_t error;
+  int stages;  // of a warp's ring
+  size_t bytes;
+};
+
 template <class Traits>
-cudaError_t allow_shared_memory() {
-  static_assert(sizeof(AttentionShared<Traits>) <= 64 << 10, "what a block of sm_75 may have");
-  constexpr int kDevices = 64;
-  static std::once_flag asked[kDevices];
-  static cudaError_t errors[kDevices];
-  int device = 0;
-  cudaGetDevice(&device);
-  if (device >= kDevices) return cudaErrorInvalidDevice;
-  std::call_once(asked[device], [&] {
-    errors[device] =
-        cudaFuncSetAttribute(attention_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             int(sizeof(AttentionShared<Traits>)));
-  });
-  return errors[device];
+Allowance ask_device(int device) {
+  using Shared = AttentionShared<Traits>;
+  static_assert(Shared::bytes(1) <= 64 << 10, "what a block of sm_75 may have");
+  int stages = 1, carveout = cudaSharedmemCarveoutDefault;
+  if constexpr (Traits::kShape.ring) {
+    int most = 0, all = 0, reserved = 0;
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
+    stages = ring_stages(std::min(most, all / Traits::kShape.blocks - reserved),
+                         int(Shared::bytes(0)), Shared::kStageBytes);
+    carveout = cudaSharedmemCarveoutMaxShared;
+  }
+  const size_t bytes = Shared::bytes(stages);
+  void (*const kernel)(AttentionCall) = attention_kernel<Traits>;
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, carveout);
+  }
+  return {error, stages, bytes};
 }
 
 template <class Traits>
-cudaError_t launch_instance(const AttentionCall& call, cudaStream_t stream) {
-  const cudaError_t error = allow_shared_memory<Traits>();
-  if (error != cudaSuccess) return error;
+const Allowance& allowance() {
+  constexpr int kDevices = 64;
+  static const Allowance none{cudaErrorInvalidDevice, 0, 0};
+  static std::once_flag asked[kDevices];
+  static Allowance allowances[kDevices];
+  int device = 0;
+  cudaGetDevice(&device);
+  if (device >= kDevices) return none;
+  std::call_once(asked[device], [&] { allowances[device] = ask_device<Traits>(device); });
+  return allowances[device];
+}
+
+template <class Traits>
+cudaError_t launch_instance(AttentionCall call, cudaStream_t stream) {
+  const Allowance& allowed = allowance<Traits>();
+  if (allowed.error != cudaSuccess) return allowed.error;
+  call.stages = allowed.stages;
   const dim3 grid(unsigned(call.row_tiles * call.splits), unsigned(call.cache.kv_heads),
                   unsigned(call.seqs.batch));
-  attention_kernel<Traits>
-      <<<grid, Traits::kThreads, sizeof(AttentionShared<Traits>), stream>>>(call);
+  attention_kernel<Traits><<<grid, Traits::kThreads, allowed.bytes, stream>>>(call);
   return cudaGetLastError();
 }
 

@@ -2,6 +2,8 @@
 // and the rows are written.
 #pragma once
 
+#include <cstddef>
+
 #include "kernels/append/rows.cuh"
 #include "kernels/attention/means.cuh"
 #include "kernels/attention/tile.cuh"
@@ -11,18 +13,22 @@ namespace kvquant::cuda {
 template <class Traits>
 struct AttentionShared {
   static constexpr int kMergeWidth = Traits::kDim < 128 ? Traits::kDim : 128;
-  union {
+  static constexpr int kStageBytes = Traits::kWarps * Pieces<Traits>::kSharedBytes;
+
+  // Bytes of a launch whose warps' rings have as many stages.
+  static constexpr size_t bytes(int stages) {
+    const size_t besides = offsetof(AttentionShared, rings), rings = size_t(stages) * kStageBytes;
+    return stages && besides + rings < sizeof(AttentionShared) ? sizeof(AttentionShared)
+                                                               : besides + rings;
+  }
+
+  struct Walked {
     QueryShared<Traits> query;
-    alignas(16) float result[Traits::kRows][Traits::kDim];
+    float dots[kGroups<Traits>][Traits::kRows];
   };
   union {
-    float dots[kGroups<Traits>][Traits::kRows];
-    alignas(16) float merge[Traits::kWarps][8][kMergeWidth + 4];
-    float weights[kMaxSplits][8];
-    struct {
-      MeanScratch scratch;
-      float mean[Traits::kDim];
-    } append;
+    Walked walked;
+    alignas(16) float result[Traits::kRows][Traits::kDim];
   };
   float4 row[Traits::kWarps][Traits::kRows];  // (base, sum, offsets) of a warp
   RowScale scale[Traits::kRows];
@@ -30,6 +36,15 @@ struct AttentionShared {
   RowTile rows;
   RowView views[Traits::kRows];
   bool last;
+  union {
+    alignas(16) unsigned char rings[16];  // and beyond
+    alignas(16) float merge[Traits::kWarps][8][kMergeWidth + 4];
+    float weights[kMaxSplits][8];
+    struct {
+      MeanScratch scratch;
+      float mean[Traits::kDim];
+    } append;
+  };
 };
 
 // Sums the warps' accumulators into shared.result and shared.total, in the warps' order.

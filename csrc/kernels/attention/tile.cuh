@@ -1,5 +1,4 @@
-// One warp's work on 16 tokens, from global memory to the accumulators: rows go straight into the
-// registers that are the tensor core's operands.
+// One warp's work on 16 tokens, from a tile in registers to the accumulators.
 //
 //   Q K^T  of integers: A = query rows, B = tokens. A lane reads 16 consecutive bytes of a token's
 //          row: with the channels of a k-step permuted alike in A and B, two of its words are one
@@ -20,100 +19,12 @@
 // core's adder truncates (relative error 3e-3 after 1k tokens of a warp).
 #pragma once
 
-#include "kernels/attention/query.cuh"
+#include "kernels/attention/pieces.cuh"
 
 namespace kvquant::cuda {
 
 constexpr float kLazyGrowth = 6.f;  // log2: bases follow larger scores only beyond it
 constexpr float kScaleHeadroom = 256.f;
-
-// One warp's 16 tokens in registers.
-template <int kDim>
-struct Tile {
-  uint4 k[2][kDim / 64];     // of token 4 (g >> 1) + (g & 1) + 2 j: channels 64 s + 16 t ...
-  uint32_t v[4][kDim / 32];  // of token 4 t + i: word w, see value_channel
-  uint4 k_params, v_params;  // of tokens 4 t .. 4 t + 3
-};
-
-// First value channel of word w of a lane.
-template <int kDim>
-__device__ __forceinline__ int value_channel(int w, int g) {
-  constexpr int kWide = kDim / 128;
-  return w < kWide * 4 ? (w / 4) * 128 + g * 16 + (w % 4) * 4
-                       : kWide * 128 + g * 8 + (w - kWide * 4) * 4;
-}
-
-// Where this lane's pieces of a head's rows are. Lanes whose channels are beyond the row read other
-// ones of it: they meet zeros of the query, or become channels that are not written.
-template <int kDim>
-struct LanePieces {
-  static constexpr int kWide = kDim / 128;
-  // Of one slab: the pieces in block 0 and what a block adds, in 16 bytes.
-  struct Stream {
-    const uint8_t* base;
-    uint32_t block16;
-
-    __device__ __forceinline__ Stream(const Slab& slab, int head, int offset)
-        : base(rows_of<uint8_t>(slab, 0, head) + offset),
-          block16(uint32_t(slab.block_stride >> 4)) {
-      asm volatile("" : "+l"(base));  // to be kept, not worked out anew at each load
-    }
-    __device__ __forceinline__ const uint8_t* at(int block, int row, int bytes) const {
-      return offset_by(offset_by(base, uint32_t(block) * 16u, block16), row, bytes);
-    }
-  };
-  Stream k, v, k_params, v_params;
-  int k_dim, v_dim, g, t;
-
-  __device__ __forceinline__ LanePieces(const CacheView& cache, int head, int g, int t)
-      : k(cache.k_data, head,
-          (4 * (g >> 1) + (g & 1)) * cache.k_dim + min(t * 16, cache.k_dim - 16)),
-        v(cache.v_data, head, 4 * t * cache.v_dim + min(g * piece(), cache.v_dim - piece())),
-        k_params(cache.k_params, head, 16 * t),
-        v_params(cache.v_params, head, 16 * t),
-        k_dim(cache.k_dim),
-        v_dim(cache.v_dim),
-        g(g),
-        t(t) {}
-
-  static __device__ constexpr int piece() { return kDim < 128 ? 8 : 16; }  // bytes of a value's
-  // What piece s adds to the first one.
-  __device__ __forceinline__ int k_step(int s) const {
-    return min(s * 64 + t * 16, k_dim - 16) - min(t * 16, k_dim - 16);
-  }
-  __device__ __forceinline__ int v_step(int at, int bytes) const {
-    return min(at, v_dim - bytes) - min(g * piece(), v_dim - piece());
-  }
-
-  __device__ __forceinline__ void load_keys(Tile<kDim>& tile, int block, int row) const {
-    const uint8_t* base = k.at(block, row, k_dim);
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-#pragma unroll
-      for (int s = 0; s < kDim / 64; ++s) {
-        tile.k[j][s] = load_stream<uint4>(base + j * 2 * k_dim + k_step(s));
-      }
-    }
-    tile.k_params = load_keep(k_params.at(block, row, 4));
-  }
-  __device__ __forceinline__ void load_values(Tile<kDim>& tile, int block, int row) const {
-    const uint8_t* base = v.at(block, row, v_dim);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int s = 0; s < kWide; ++s) {
-        const uint4 u = load_stream<uint4>(base + i * v_dim + v_step(s * 128 + g * 16, 16));
-        tile.v[i][4 * s] = u.x, tile.v[i][4 * s + 1] = u.y;
-        tile.v[i][4 * s + 2] = u.z, tile.v[i][4 * s + 3] = u.w;
-      }
-      if constexpr (kDim % 128 != 0) {
-        const uint2 u = load_stream<uint2>(base + i * v_dim + v_step(kWide * 128 + g * 8, 8));
-        tile.v[i][4 * kWide] = u.x, tile.v[i][4 * kWide + 1] = u.y;
-      }
-    }
-    tile.v_params = load_keep(v_params.at(block, row, 4));
-  }
-};
 
 __device__ __forceinline__ uint32_t word_of(const uint4& u, int i) {
   return i == 0 ? u.x : i == 1 ? u.y : i == 2 ? u.z : u.w;

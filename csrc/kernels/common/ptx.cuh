@@ -26,6 +26,37 @@ __device__ __forceinline__ uint2 load_stream<uint2>(const void* p) {
                : "l"(p));
   return u;
 }
+// Bytes whose cache line other warps need too.
+__device__ __forceinline__ uint4 load_keep(const void* p) {
+  uint4 u;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(u.x), "=r"(u.y), "=r"(u.z), "=r"(u.w)
+               : "l"(p));
+  return u;
+}
+// Copies 16 bytes to shared memory, not waited for. Copies belong to the group that their thread
+// closes next. sm_75 copies at once.
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
+                   uint32_t(__cvta_generic_to_shared(to))),
+               "l"(from));
+#else
+  *static_cast<uint4*>(to) = load_keep(from);
+#endif
+}
+__device__ __forceinline__ void close_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Waits for this thread's groups but the latest kLeft.
+template <int kLeft>
+__device__ __forceinline__ void wait_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+#endif
+}
 // One element, asked for where this stands: the compiler would move an ordinary load to its use.
 template <class T>
 __device__ __forceinline__ T load_early(const T* p) {
@@ -40,14 +71,6 @@ __device__ __forceinline__ T load_early(const T* p) {
     memcpy(&x, &u, 4);
   }
   return x;
-}
-// Bytes whose cache line other warps need too.
-__device__ __forceinline__ uint4 load_keep(const void* p) {
-  uint4 u;
-  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(u.x), "=r"(u.y), "=r"(u.z), "=r"(u.w)
-               : "l"(p));
-  return u;
 }
 
 __device__ __forceinline__ float exp2_approx(float x) {

@@ -67,7 +67,8 @@ __global__ void __launch_bounds__(kThreads) quantize_rows(const QuantizeParams p
   const bool finite = row_max(all_finite(x) ? 0.f : 1.f, at) == 0.f;
   const Pair pair = make_pair(low, high, finite, p.qmin, p.qmax);
   const float inverse = __fdiv_rn(1.f, pair.scale);
-  const uint4 codes = encode16(x, p.qmin, p.qmax, [&](float y) { return code_of(y, pair, inverse); });
+  const uint4 codes =
+      encode16(x, p.qmin, p.qmax, [&](float y) { return code_of(y, pair, inverse); });
   if (!mine) return;
   *reinterpret_cast<uint4*>(p.q + row * p.dim + at.channel()) = codes;
   if (at.index == 0) {
