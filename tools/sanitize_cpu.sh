@@ -27,8 +27,8 @@ case $first in
     preload=(tsan)
     # ignore_noninstrumented_modules: what torch's threads do looks like races, because its OpenMP is
     # not built for the sanitizer; the calls of our extension are checked.
-    # intercept_tls_get_addr=0: where a thread's variables begin 16 bytes into a page, the runtime of
-    # GCC 12 takes what lies before them for their size, and ends the process over mapping that much.
+    # intercept_tls_get_addr=0: GCC 12's runtime sometimes takes what lies before a new thread's
+    # variables for their size, and ends the process over mapping that much.
     export TSAN_OPTIONS="ignore_noninstrumented_modules=1 intercept_tls_get_addr=0"
     run=(setarch -R "${run[@]}")  # the sanitizer knows the memory map without randomisation
     ;;
