@@ -50,10 +50,10 @@ struct Source {
   uint16_t* mean_at(int64_t token) const { return mean_of(p.cache, p.seqs, sequence, head, token); }
 };
 
-Range range_of(const float* x, int dim) {
+bool is_finite(const float* x, int dim) {
   Range range;
   for (int c = 0; c < dim; c += kWidth) range.add(Vec::load(x + c));
-  return range;
+  return all(in_range(range.lowest(), range.high));
 }
 void add_to(float* sum, const float* x, int dim) {
   for (int c = 0; c < dim; c += kWidth) (Vec::load(sum + c) + Vec::load(x + c)).store(sum + c);
@@ -71,7 +71,7 @@ int mean_of_rows(const Source& src, int64_t begin, int64_t end, float* mean) {
       const int i = int(token - src.length);
       if (src.place(i).block < 0) continue;
       src.load(i, x);
-      if (!range_of(x, src.dim).finite()) continue;
+      if (!is_finite(x, src.dim)) continue;
       add_to(incoming, x, src.dim);
     } else {
       const Place at = src.stored(token);
@@ -111,7 +111,7 @@ void group_mean(const Source& src, int64_t start, int64_t end, float* mean) {
 }
 
 void write_row(const Source& src, const float* mean, Place to, float* x) {
-  const bool finite = range_of(x, src.dim).finite();
+  const bool finite = is_finite(x, src.dim);
   rotate(x, src.dim, src.rotation);
   Range range;
   for (int c = 0; c < src.dim; c += kWidth) {

@@ -25,15 +25,7 @@ KVQUANT_INLINE Pairs make_pairs(Vec low, Vec high, Mask finite, float qmin, floa
   return {kept, select(finite, Vec::set(qmin) - low / scale, nan), Vec::set(1.f) / kept};
 }
 
-KVQUANT_INLINE Vec code_of(Vec x, Vec inverse, Vec zero, Vec qmin, Vec qmax) {
-  return min(max(x * inverse + zero, qmin), qmax);  // a NaN becomes qmin
-}
-KVQUANT_INLINE void store_codes(uint8_t* to, int count, Vec code) {
-  if (count == kWidth) return code.store_codes(to);
-  uint8_t rest[kWidth];
-  code.store_codes(rest);
-  memcpy(to, rest, size_t(count));
-}
+KVQUANT_INLINE Vec code_of(Vec x, Vec inverse, Vec zero) { return x * inverse + zero; }
 
 // One head's rows of elements E.
 template <class E>
@@ -56,32 +48,47 @@ struct Source {
     for (; c + kWidth <= end; c += kWidth) f(c, kWidth, E::load(row + c));
     if (c < end) f(c, end - c, load_some(E{}, row + c, end - c));
   }
-  KVQUANT_INLINE uint8_t* codes(int token) const { return q + int64_t(token) * p.dim; }
+  // Stores code(c, elements), rounded and clamped, for the channels [begin, end) of a token.
+  template <class F>
+  KVQUANT_INLINE void store_codes(int token, int begin, int end, const F& code) const {
+    const auto* const row = x + token * p.token_stride;
+    uint8_t* const to = q + int64_t(token) * p.dim;
+    const auto at = [&](int c) { return code(c, E::load(row + c)); };
+    const int low = int(p.qmin), high = int(p.qmax);  // here: a byte stored may be anything's
+    int c = begin;
+    for (; c + 4 * kWidth <= end; c += 4 * kWidth) {
+      store_codes4(to + c, at(c), at(c + kWidth), at(c + 2 * kWidth), at(c + 3 * kWidth), low,
+                   high);
+    }
+    each(token, c, end, [&](int c, int count, Vec x) {
+      uint8_t codes[kWidth];
+      clamp(code(c, x), p.qmin, p.qmax).store_codes(codes);
+      memcpy(to + c, codes, size_t(count));
+    });
+  }
   KVQUANT_INLINE void store_row(int token, float inverse, float zero) const {
     const Vec by = Vec::set(inverse), from = Vec::set(zero);
-    const Vec qmin = Vec::set(p.qmin), qmax = Vec::set(p.qmax);
-    uint8_t* const to = codes(token);
-    each(token, 0, p.dim, [=](int c, int count, Vec x) {
-      store_codes(to + c, count, code_of(x, by, from, qmin, qmax));
-    });
+    store_codes(token, 0, p.dim, [=](int, Vec x) { return code_of(x, by, from); });
   }
 };
 
 // Ranges of rows, and the pairs that follow.
 struct RowPairs {
-  alignas(64) float low[kPairRows], high[kPairRows], finite[kPairRows];
+  alignas(64) float low[kPairRows], high[kPairRows];
   alignas(64) float scale[kPairRows], zero_point[kPairRows], inverse[kPairRows];
 
-  KVQUANT_INLINE void set(int i, const Range& range) {
-    low[i] = reduce_min(range.low), high[i] = reduce_max(range.high);
-    finite[i] = all(range.nothing <= zero()) ? 1.f : 0.f;
+  KVQUANT_INLINE void set4(int i, const Range (&of)[4]) {
+    reduce4(
+        of[0].lowest(), of[1].lowest(), of[2].lowest(), of[3].lowest(),
+        [](Vec a, Vec b) { return min(a, b); }, low + i);
+    reduce4(
+        of[0].high, of[1].high, of[2].high, of[3].high, [](Vec a, Vec b) { return max(a, b); },
+        high + i);
   }
   KVQUANT_INLINE void make(float qmin, float qmax) {
     for (int i = 0; i < kPairRows; i += kWidth) {
-      const Mask usable = both(zero() < Vec::load(finite + i),
-                               both(Vec::set(-int8::kMaxAbs) <= Vec::load(low + i),
-                                    Vec::load(high + i) <= Vec::set(int8::kMaxAbs)));
-      const Pairs pairs = make_pairs(Vec::load(low + i), Vec::load(high + i), usable, qmin, qmax);
+      const Vec lowest = Vec::load(low + i), highest = Vec::load(high + i);
+      const Pairs pairs = make_pairs(lowest, highest, in_range(lowest, highest), qmin, qmax);
       pairs.scale.store(scale + i);
       pairs.zero.store(zero_point + i);
       pairs.inverse.store(inverse + i);
@@ -95,10 +102,12 @@ void quantize_tokens(const Source<E>& src, int begin, int end, float* scale, flo
   const QuantizeParams& p = src.p;
   const int count = end - begin;
   RowPairs pairs{};
-  for (int i = 0; i < count; ++i) {
-    Range range;
-    src.each(begin + i, 0, p.dim, [&](int, int, Vec x) { range.add(x); });
-    pairs.set(i, range);
+  for (int i = 0; i < count; i += 4) {
+    Range ranges[4];
+    for (int k = 0; k < 4; ++k) {  // beyond the last token: that one again
+      src.each(least(begin + i + k, end - 1), 0, p.dim, [&](int, int, Vec x) { ranges[k].add(x); });
+    }
+    pairs.set4(i, ranges);
   }
   pairs.make(p.qmin, p.qmax);
   for (int i = 0; i < count; ++i) src.store_row(begin + i, pairs.inverse[i], pairs.zero_point[i]);
@@ -115,7 +124,7 @@ void quantize_head(const Source<E>& src, float* scale, float* zero_point) {
     src.each(token, 0, p.dim, [&](int, int, Vec x) { range.add(x); });
   }
   RowPairs pairs{};
-  pairs.set(0, range);
+  pairs.low[0] = reduce_min(range.lowest()), pairs.high[0] = reduce_max(range.high);
   pairs.make(p.qmin, p.qmax);
   for (int token = 0; token < p.tokens; ++token) {
     src.store_row(token, pairs.inverse[0], pairs.zero_point[0]);
@@ -136,16 +145,15 @@ void quantize_channels(const Source<E>& src, int begin, int end, int first, int 
   for (int c = first; c < last; c += kWidth) {
     const Range& range = ranges[(c - first) / kWidth];
     Pairs& pair = pairs[(c - first) / kWidth];
-    pair = make_pairs(range.low, range.high, range.in_range(), p.qmin, p.qmax);
+    const Vec lowest = range.lowest();
+    pair = make_pairs(lowest, range.high, in_range(lowest, range.high), p.qmin, p.qmax);
     store_some(Float32{}, scale + c, least(kWidth, last - c), pair.scale);
     store_some(Float32{}, zero_point + c, least(kWidth, last - c), pair.zero);
   }
-  const Vec qmin = Vec::set(p.qmin), qmax = Vec::set(p.qmax);
   for (int token = begin; token < end; ++token) {
-    uint8_t* const to = src.codes(token);
-    src.each(token, first, last, [&](int c, int count, Vec x) {
+    src.store_codes(token, first, last, [&](int c, Vec x) {
       const Pairs& pair = pairs[(c - first) / kWidth];
-      store_codes(to + c, count, code_of(x, pair.inverse, pair.zero, qmin, qmax));
+      return code_of(x, pair.inverse, pair.zero);
     });
   }
 }

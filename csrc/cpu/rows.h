@@ -109,9 +109,9 @@ KVQUANT_INLINE void with_element(Dtype dtype, const F& f) {
 }
 
 // The first `count` elements, fewer than a vector, and behind them the last of these again. What
-// is beyond the row is not touched.
+// is beyond the row is not touched. Out of line: inlined, it took the registers of the loops.
 template <class E>
-KVQUANT_INLINE Vec load_some(E, const typename E::Word* p, int count) {
+__attribute__((noinline, cold)) Vec load_some(E, const typename E::Word* p, int count) {
   typename E::Word words[kWidth];
   for (int i = 0; i < kWidth; ++i) words[i] = p[least(i, count - 1)];
   return E::load(words);
@@ -194,11 +194,12 @@ struct Range {
     high = max(x, high);
     nothing = fma(x, zero(), nothing);
   }
-  KVQUANT_INLINE Mask in_range() const {
-    const Vec most = Vec::set(int8::kMaxAbs);
-    return both(nothing <= zero(), both(zero() - most <= low, high <= most));
-  }
-  KVQUANT_INLINE bool finite() const { return all(in_range()); }
+  // Minus infinity in the place of a NaN.
+  KVQUANT_INLINE Vec lowest() const { return select(nothing <= zero(), low, Vec::set(-kInfinity)); }
 };
+KVQUANT_INLINE Mask in_range(Vec lowest, Vec highest) {
+  const Vec most = Vec::set(int8::kMaxAbs);
+  return both(zero() - most <= lowest, highest <= most);
+}
 
 }  // namespace kvquant::cpu::KVQUANT_ISA

@@ -21,19 +21,26 @@ std::atomic<bool> busy{false};
 [[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { busy = true; });
 
 // The job, of the caller that set `busy`. Its memory is ordered by `next`, and not only by the
-// runtime's barriers, which thread sanitizers do not see: nothing else of it is touched before an
-// item is taken or after none is left.
+// runtime's barriers, which thread sanitizers do not see: a thread first reads it, and changes it
+// last of all.
 struct {
   Work work;
   void* context;
   int64_t count;
+  int64_t share;              // a thread takes this part of the items that are left
   std::atomic<int64_t> next;  // item - count
 } job;
 
+// Takes runs of items, ever shorter ones, so that neighbours in memory go to one thread: two
+// threads that took turns at 64 rows quantised no faster than one.
 void take_items(void*) {
-  for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_acq_rel)) < 0;) {
-    job.work(job.context, job.count + i);
+  for (int64_t i = job.next.load(std::memory_order_acquire); i < 0;) {
+    const int64_t end = i + (-i + job.share - 1) / job.share;
+    if (!job.next.compare_exchange_weak(i, end, std::memory_order_acquire)) continue;
+    for (; i < end; ++i) job.work(job.context, job.count + i);
+    i = job.next.load(std::memory_order_acquire);
   }
+  job.next.fetch_add(0, std::memory_order_release);
 }
 
 struct Memory {
@@ -59,6 +66,7 @@ void run_parallel(int threads, int64_t count, Work work, void* context) {
     return;
   }
   job.work = work, job.context = context, job.count = count;
+  job.share = 4 * int64_t(threads);
   job.next.store(-count, std::memory_order_release);
   // All threads, however few the items: the runtime ends threads that a smaller team leaves out.
   parallel(take_items, nullptr, unsigned(threads), 0);

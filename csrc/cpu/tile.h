@@ -45,8 +45,9 @@ KVQUANT_INLINE void qk_block(const float* x, int x_stride, const E* const* tile,
       for (int t = 0; t < kQkTokens; ++t) sum[r][t] = fma(q, k[t], sum[r][t]);
     }
   }
+  const auto add = [](Vec a, Vec b) { return a + b; };
   for (int r = 0; r < kRows; ++r) {
-    reduce_add4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], scores + r * scores_stride);
+    reduce4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], add, scores + r * scores_stride);
   }
 }
 

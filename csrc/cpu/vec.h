@@ -7,6 +7,9 @@
 //
 // min(a, b) and max(a, b) give b where either is NaN, as the instructions do: min(x, bound) drops
 // a NaN, min(bound, x) keeps it.
+//
+// store_codes4(p, a, b, c, d, low, high) stores four vectors side by side as bytes, rounded half to
+// even and then within [low, high], 0 to 255. They are at most 2^21, or a NaN, which becomes low.
 #pragma once
 
 #include <cstdint>

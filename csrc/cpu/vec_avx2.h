@@ -99,9 +99,26 @@ KVQUANT_INLINE float reduce_max(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 
-KVQUANT_INLINE void reduce_add4(Vec a, Vec b, Vec c, Vec d, float* to) {
-  const __m256 quads = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
-  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
+// Four reductions at once, by any of the operations on two vectors.
+template <class Op>
+KVQUANT_INLINE void reduce4(Vec a, Vec b, Vec c, Vec d, const Op& op, float* to) {
+  const auto halved = [&](Vec a, Vec b) {
+    return op(Vec{_mm256_shuffle_ps(a.v, b.v, 0x88)}, Vec{_mm256_shuffle_ps(a.v, b.v, 0xdd)});
+  };
+  const Vec quads = halved(halved(a, b), halved(c, d));
+  const Vec all = op(quads, Vec{_mm256_permute2f128_ps(quads.v, quads.v, 1)});
+  _mm_storeu_ps(to, _mm256_castps256_ps128(all.v));
+}
+
+// Four vectors' codes, as store_codes4() of vec.h says.
+KVQUANT_INLINE void store_codes4(uint8_t* p, Vec a, Vec b, Vec c, Vec d, int low, int high) {
+  const __m256i least = _mm256_set1_epi16(short(low)), most = _mm256_set1_epi16(short(high));
+  const __m256i ab = _mm256_packs_epi32(_mm256_cvtps_epi32(a.v), _mm256_cvtps_epi32(b.v));
+  const __m256i cd = _mm256_packs_epi32(_mm256_cvtps_epi32(c.v), _mm256_cvtps_epi32(d.v));
+  const __m256i codes = _mm256_packus_epi16(_mm256_min_epi16(_mm256_max_epi16(ab, least), most),
+                                            _mm256_min_epi16(_mm256_max_epi16(cd, least), most));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packed within 128 bits each
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(codes, order));
 }
 
 // One butterfly step: lanes i and i + step become a + b and a - b.

@@ -31,8 +31,12 @@ struct Vec {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
   static KVQUANT_INLINE Vec load_bf16(const uint16_t* p) {
+    // One permutation to the upper halves, with zeros below: widening and shifting are two.
     const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16))};
+    const __m512i order = _mm512_slli_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 16);
+    return {_mm512_castsi512_ps(
+        _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, order, _mm512_castsi256_si512(words)))};
   }
   // 0, 1, 2, ...
   static KVQUANT_INLINE Vec iota() {
@@ -84,15 +88,27 @@ KVQUANT_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 KVQUANT_INLINE float reduce_min(Vec a) { return _mm512_reduce_min_ps(a.v); }
 KVQUANT_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
-// Four sums at once: a quarter of the shuffles of four reductions.
-KVQUANT_INLINE void reduce_add4(Vec a, Vec b, Vec c, Vec d, float* to) {
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
-  const __m512 quads =
-      _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-  const __m256 half =
-      _mm256_add_ps(_mm512_castps512_ps256(quads), _mm512_extractf32x8_ps(quads, 1));
-  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+// Four reductions at once, by any of the operations on two vectors: a quarter of the shuffles.
+template <class Op>
+KVQUANT_INLINE void reduce4(Vec a, Vec b, Vec c, Vec d, const Op& op, float* to) {
+  const Vec ab = op(Vec{_mm512_unpacklo_ps(a.v, b.v)}, Vec{_mm512_unpackhi_ps(a.v, b.v)});
+  const Vec cd = op(Vec{_mm512_unpacklo_ps(c.v, d.v)}, Vec{_mm512_unpackhi_ps(c.v, d.v)});
+  const Vec quads =
+      op(Vec{_mm512_shuffle_ps(ab.v, cd.v, 0x44)}, Vec{_mm512_shuffle_ps(ab.v, cd.v, 0xee)});
+  const Vec pairs = op(quads, Vec{_mm512_shuffle_f32x4(quads.v, quads.v, 0x4e)});
+  const Vec all = op(pairs, Vec{_mm512_shuffle_f32x4(pairs.v, pairs.v, 0xb1)});
+  _mm_storeu_ps(to, _mm512_castps512_ps128(all.v));
+}
+
+// Four vectors' codes, as store_codes4() of vec.h says.
+KVQUANT_INLINE void store_codes4(uint8_t* p, Vec a, Vec b, Vec c, Vec d, int low, int high) {
+  const __m512i least = _mm512_set1_epi16(short(low)), most = _mm512_set1_epi16(short(high));
+  const __m512i ab = _mm512_packs_epi32(_mm512_cvtps_epi32(a.v), _mm512_cvtps_epi32(b.v));
+  const __m512i cd = _mm512_packs_epi32(_mm512_cvtps_epi32(c.v), _mm512_cvtps_epi32(d.v));
+  const __m512i codes = _mm512_packus_epi16(_mm512_min_epi16(_mm512_max_epi16(ab, least), most),
+                                            _mm512_min_epi16(_mm512_max_epi16(cd, least), most));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, codes));  // packed within 128 bits each
 }
 
 // One butterfly step: lanes i and i + step become a + b and a - b.

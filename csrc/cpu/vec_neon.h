@@ -88,8 +88,24 @@ KVQUANT_INLINE Vec select(Mask m, Vec a, Vec b) { return {vbslq_f32(m.v, a.v, b.
 KVQUANT_INLINE float reduce_add(Vec a) { return vaddvq_f32(a.v); }
 KVQUANT_INLINE float reduce_min(Vec a) { return vminvq_f32(a.v); }
 KVQUANT_INLINE float reduce_max(Vec a) { return vmaxvq_f32(a.v); }
-KVQUANT_INLINE void reduce_add4(Vec a, Vec b, Vec c, Vec d, float* to) {
-  vst1q_f32(to, vpaddq_f32(vpaddq_f32(a.v, b.v), vpaddq_f32(c.v, d.v)));
+// Four reductions at once, by any of the operations on two vectors.
+template <class Op>
+KVQUANT_INLINE void reduce4(Vec a, Vec b, Vec c, Vec d, const Op& op, float* to) {
+  const auto halved = [&](Vec a, Vec b) {
+    return op(Vec{vuzp1q_f32(a.v, b.v)}, Vec{vuzp2q_f32(a.v, b.v)});
+  };
+  halved(halved(a, b), halved(c, d)).store(to);
+}
+
+// Four vectors' codes, as store_codes4() of vec.h says. The conversion makes a NaN 0.
+KVQUANT_INLINE uint8x8_t codes2(Vec a, Vec b, int low, int high) {
+  const int16x8_t words =
+      vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(a.v)), vqmovn_s32(vcvtnq_s32_f32(b.v)));
+  const int16x8_t least = vdupq_n_s16(int16_t(low)), most = vdupq_n_s16(int16_t(high));
+  return vqmovun_s16(vminq_s16(vmaxq_s16(words, least), most));
+}
+KVQUANT_INLINE void store_codes4(uint8_t* p, Vec a, Vec b, Vec c, Vec d, int low, int high) {
+  vst1q_u8(p, vcombine_u8(codes2(a, b, low, high), codes2(c, d, low, high)));
 }
 
 // One butterfly step: lanes i and i + step become a + b and a - b.

@@ -124,10 +124,20 @@ KVQUANT_INLINE float reduce_max(Vec a) {
   const float x = a.v[0] > a.v[2] ? a.v[0] : a.v[2], y = a.v[1] > a.v[3] ? a.v[1] : a.v[3];
   return x > y ? x : y;
 }
-KVQUANT_INLINE void reduce_add4(Vec a, Vec b, Vec c, Vec d, float* to) {
-  const Floats x = {a.v[0], b.v[0], c.v[0], d.v[0]}, y = {a.v[1], b.v[1], c.v[1], d.v[1]};
-  const Floats z = {a.v[2], b.v[2], c.v[2], d.v[2]}, w = {a.v[3], b.v[3], c.v[3], d.v[3]};
-  Vec{(x + z) + (y + w)}.store(to);
+// Four reductions at once, by any of the operations on two vectors.
+template <class Op>
+KVQUANT_INLINE void reduce4(Vec a, Vec b, Vec c, Vec d, const Op& op, float* to) {
+  const auto lane = [&](int i) { return Vec{Floats{a.v[i], b.v[i], c.v[i], d.v[i]}}; };
+  op(op(lane(0), lane(2)), op(lane(1), lane(3))).store(to);
+}
+
+// Four vectors' codes, as store_codes4() of vec.h says.
+KVQUANT_INLINE void store_codes4(uint8_t* p, Vec a, Vec b, Vec c, Vec d, int low, int high) {
+  const Vec least = Vec::set(float(low)), most = Vec::set(float(high));
+  min(max(a, least), most).store_codes(p);
+  min(max(b, least), most).store_codes(p + 4);
+  min(max(c, least), most).store_codes(p + 8);
+  min(max(d, least), most).store_codes(p + 12);
 }
 
 // One butterfly step: lanes i and i + step become a + b and a - b.
