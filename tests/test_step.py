@@ -34,6 +34,7 @@ CASES = [  # dtype, (q_heads, kv_heads), (k_dim, v_dim), layout, format, tokens 
     ("bf16", (3, 1), (96, 80), "contiguous", "plain", 5, {"causal": False}),
     ("fp16", (6, 2), (256, 256), "paged256", "rotated", 2, {}),
     ("bf16", (8, 1), (192, 192), "paged16", "mean64", 2, {}),
+    ("fp16", (100, 100), (128, 128), "paged16", "default", 1, {}),  # a GPU has no room for them all
     ("bf16", (8, 1), (64, 64), "paged16", "default", 40, {}),  # more rows than a block takes
 ]
 

@@ -112,11 +112,21 @@ def cache_cases(device: str) -> Iterator[None]:
             {"alibi_slopes": torch.tensor([0.1, 0.02, 0.3, 0.05])},
         ]
     )
-    for dims, tokens, dtype in itertools.product(
-        [(64, 64), (128, 128), (192, 80), (16, 256)], [1, 4, 20], DTYPES
-    ):
-        arguments = (dims, (4, 2), tokens, dtype, next(blocks), next(formats), next(options))
-        name = f"attention {dims} {tokens} tokens {dtype} {arguments[4]}"
+    cases = [
+        (dims, (4, 2), tokens, dtype, next(blocks), next(formats), next(options))
+        for dims, tokens, dtype in itertools.product(
+            [(64, 64), (128, 128), (192, 80), (16, 256)], [1, 4, 20], DTYPES
+        )
+    ]
+    many = [  # more blocks than a device holds at once
+        ((128, 128), (256, 256), 1, dtype, block, kvquant.CacheFormat(), extra)
+        for dtype, block, extra in (
+            (torch.float16, 16, {}), (torch.bfloat16, 512, {"softcap": 20.0})
+        )
+    ]  # fmt: skip
+    for arguments in cases + many:
+        dims, heads, tokens, dtype, block, *_ = arguments
+        name = f"attention {dims} {heads} heads {tokens} tokens {dtype} {block}"
         both(lambda move, a=arguments: cache_case(move, *a), device, name, TOLERANCE[dtype])
         yield
 

@@ -27,8 +27,10 @@ struct InstanceShape {
 };
 
 // rows: query rows of a block, 8, 16 or 32. float32 weights are taken twice, as fp16 and what fp16
-// left of them.
-constexpr InstanceShape instance_shape(int head_dim, int rows, bool float32) {
+// left of them. many: blocks enough for their turns to even out what a ring makes uneven, the
+// multiprocessors' shares of the memory's bandwidth.
+constexpr InstanceShape instance_shape(int head_dim, int rows, bool float32, bool many) {
+  if (many && head_dim == 128 && rows == 8 && !float32) return {1, 8, 2, true};
   const int accumulators = head_dim / 4 * (float32 ? 2 : rows / 8);
   if (accumulators >= 128) return {1, 4, 2, true};  // 255 registers a thread
   const int tiles = head_dim <= 64 && rows <= 8 ? 2 : 1;
@@ -52,6 +54,7 @@ struct AttentionShape {
   int head_dim;   // of the instance: a multiple of 64 that covers both head_dims
   int rows;       // of a block
   int row_tiles;  // of a sequence and KV head
+  bool many;      // more blocks than the device holds at once
   InstanceShape instance;
   int64_t units;  // of (sequence, KV head, row tile)
   int64_t slots;  // blocks that the device holds
@@ -100,9 +103,11 @@ inline AttentionShape shape_attention(int batch, int tokens, int q_heads, int kv
   for (shape.rows = 8; shape.rows < most_rows && shape.rows < query_rows; shape.rows *= 2) {
   }
   shape.row_tiles = int((query_rows + shape.rows - 1) / shape.rows);
-  shape.instance = instance_shape(shape.head_dim, shape.rows, float32);
   shape.units = std::max<int64_t>(1, int64_t(batch) * kv_heads * shape.row_tiles);
-  shape.slots = int64_t(multiprocessors) * shape.instance.blocks;
+  const int blocks = instance_shape(shape.head_dim, shape.rows, float32, false).blocks;
+  shape.slots = int64_t(multiprocessors) * blocks;
+  shape.many = shape.row_tiles == 1 && 2 * shape.units >= 3 * shape.slots;
+  shape.instance = instance_shape(shape.head_dim, shape.rows, float32, shape.many);
   shape.fills = shape.row_tiles == 1 && shape.units >= shape.slots;
   return shape;
 }

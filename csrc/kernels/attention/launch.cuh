@@ -73,20 +73,32 @@ cudaError_t with_rows(int rows, F&& f) {
 }
 
 // The usual instance where it serves, else the one that knows all features.
-template <int kDim, int kRows, class T>
-cudaError_t launch_rows(const AttentionCall& call, cudaStream_t stream) {
-  using Usual = AttentionTraits<kDim, kRows, T, true>;
+template <int kDim, int kRows, class T, bool kMany>
+cudaError_t launch_features(const AttentionCall& call, cudaStream_t stream) {
+  using Usual = AttentionTraits<kDim, kRows, T, true, kMany>;
   return Usual::serves(call)
              ? launch_instance<Usual>(call, stream)
-             : launch_instance<AttentionTraits<kDim, kRows, T, false>>(call, stream);
+             : launch_instance<AttentionTraits<kDim, kRows, T, false, kMany>>(call, stream);
+}
+
+template <int kDim, int kRows, class T>
+cudaError_t launch_rows(const AttentionCall& call, bool many, cudaStream_t stream) {
+  constexpr bool kFloat = std::is_same_v<T, float>;
+  constexpr bool kDiffer = instance_shape(kDim, kRows, kFloat, true).ring !=
+                           instance_shape(kDim, kRows, kFloat, false).ring;
+  if constexpr (kDiffer) {
+    if (many) return launch_features<kDim, kRows, T, true>(call, stream);
+  }
+  return launch_features<kDim, kRows, T, false>(call, stream);
 }
 
 template <int kDim>
-cudaError_t launch_dim(const AttentionCall& call, int rows, cudaStream_t stream) {
-  if (call.dtype == Dtype::kFloat32) return launch_rows<kDim, 8, float>(call, stream);
+cudaError_t launch_dim(const AttentionCall& call, int rows, bool many, cudaStream_t stream) {
+  if (call.dtype == Dtype::kFloat32) return launch_rows<kDim, 8, float>(call, many, stream);
   return with_rows<max_rows(kDim)>(rows, [&](auto rows) {
-    return call.dtype == Dtype::kFloat16 ? launch_rows<kDim, rows(), __half>(call, stream)
-                                         : launch_rows<kDim, rows(), __nv_bfloat16>(call, stream);
+    return call.dtype == Dtype::kFloat16
+               ? launch_rows<kDim, rows(), __half>(call, many, stream)
+               : launch_rows<kDim, rows(), __nv_bfloat16>(call, many, stream);
   });
 }
 

@@ -125,13 +125,13 @@ struct RowTile {
 
 // The compile-time choices of one instance. A usual call has none of the rarer features and rows
 // that fill the instance; its code is half as long, which a short call waits for.
-template <int kHeadDim, int kRowCount, class T, bool kUsual>
+template <int kHeadDim, int kRowCount, class T, bool kUsual, bool kMany>
 struct AttentionTraits {
   using Element = T;  // of query and output
   // float32 weights are kept as fp16 and what fp16 left of them.
   static constexpr bool kSplit = std::is_same_v<T, float>;
   static constexpr int kLimbs = kSplit ? 3 : 2;  // bytes of a query's integer
-  static constexpr InstanceShape kShape = instance_shape(kHeadDim, kRowCount, kSplit);
+  static constexpr InstanceShape kShape = instance_shape(kHeadDim, kRowCount, kSplit, kMany);
   static constexpr int kDim = kHeadDim;
   static constexpr int kRows = kRowCount;  // query rows of a block
   static constexpr int kWarps = kShape.warps;
