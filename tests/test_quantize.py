@@ -209,3 +209,15 @@ def test_any_shape_and_stride(backend, device, shape, granularity, group, order,
     if granularity == "channel":
         options["group_size"] = group
     check(x, options)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("dim", [128, 144])
+def test_more_than_a_cache_holds(native, dim, granularity):
+    """The CPU's kernels write many codes past the cache, where rows are aligned so."""
+    x = torch.randn(1, 8, 2100, dim, device=native).to(BF16)
+    got = quantize_cache_v(x, **GRANULARITIES[granularity])
+    with use_backend("reference"):
+        expected = quantize_cache_v(x, **GRANULARITIES[granularity])
+    for mine, theirs in zip(got, expected, strict=True):
+        assert same_bits(mine, theirs)

@@ -8,9 +8,10 @@
 namespace kvquant::cpu::KVQUANT_ISA {
 namespace {
 
-constexpr int kPiece = 256;    // channels of an item of work with a pair a channel
-constexpr int kItemRows = 64;  // tokens of one with a pair a token
-constexpr int kPairRows = 16;  // tokens whose pairs are made together
+constexpr int kPiece = 256;                // channels of an item of work with a pair a channel
+constexpr int kItemRows = 64;              // tokens of one with a pair a token
+constexpr int kPairRows = 16;              // tokens whose pairs are made together
+constexpr int64_t kCachedBytes = 2 << 20;  // of codes; more go past the cache: it would read them
 static_assert(kPairRows % kWidth == 0 && kItemRows % kPairRows == 0, "whole vectors of pairs");
 
 // The steps of the reference, none of them fused.
@@ -33,12 +34,17 @@ struct Source {
   const QuantizeParams& p;
   const typename E::Word* x;
   uint8_t* q;
+  bool past_cache;
 
   KVQUANT_INLINE Source(const QuantizeParams& p, int64_t head)
       : p(p),
         x(static_cast<const typename E::Word*>(p.x) + head / p.heads * p.batch_stride +
           head % p.heads * p.head_stride),
-        q(p.q + head * p.tokens * p.dim) {}
+        q(p.q + head * p.tokens * p.dim),
+        past_cache(int64_t(p.batch) * p.heads * p.tokens * p.dim > kCachedBytes) {}
+  KVQUANT_INLINE ~Source() {
+    if (past_cache) end_stores();
+  }
 
   // Calls f(c, count, elements) for the vectors of channels [begin, end) of a token.
   template <class F>
@@ -57,8 +63,8 @@ struct Source {
     const int low = int(p.qmin), high = int(p.qmax);  // here: a byte stored may be anything's
     int c = begin;
     for (; c + 4 * kWidth <= end; c += 4 * kWidth) {
-      store_codes4(to + c, at(c), at(c + kWidth), at(c + 2 * kWidth), at(c + 3 * kWidth), low,
-                   high);
+      store_codes4(to + c, at(c), at(c + kWidth), at(c + 2 * kWidth), at(c + 3 * kWidth), low, high,
+                   past_cache);
     }
     each(token, c, end, [&](int c, int count, Vec x) {
       uint8_t codes[kWidth];

@@ -10,6 +10,8 @@
 //
 // store_codes4(p, a, b, c, d, low, high) stores four vectors side by side as bytes, rounded half to
 // even and then within [low, high], 0 to 255. They are at most 2^21, or a NaN, which becomes low.
+// With `past_cache`, straight to memory where the instruction set and the address allow;
+// end_stores() then comes before another thread may look.
 #pragma once
 
 #include <cstdint>

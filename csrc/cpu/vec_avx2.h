@@ -111,15 +111,22 @@ KVQUANT_INLINE void reduce4(Vec a, Vec b, Vec c, Vec d, const Op& op, float* to)
 }
 
 // Four vectors' codes, as store_codes4() of vec.h says.
-KVQUANT_INLINE void store_codes4(uint8_t* p, Vec a, Vec b, Vec c, Vec d, int low, int high) {
+KVQUANT_INLINE void store_codes4(uint8_t* p, Vec a, Vec b, Vec c, Vec d, int low, int high,
+                                 bool past_cache) {
   const __m256i least = _mm256_set1_epi16(short(low)), most = _mm256_set1_epi16(short(high));
   const __m256i ab = _mm256_packs_epi32(_mm256_cvtps_epi32(a.v), _mm256_cvtps_epi32(b.v));
   const __m256i cd = _mm256_packs_epi32(_mm256_cvtps_epi32(c.v), _mm256_cvtps_epi32(d.v));
   const __m256i codes = _mm256_packus_epi16(_mm256_min_epi16(_mm256_max_epi16(ab, least), most),
                                             _mm256_min_epi16(_mm256_max_epi16(cd, least), most));
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packed within 128 bits each
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(codes, order));
+  const __m256i packed = _mm256_permutevar8x32_epi32(codes, order);
+  if (past_cache && uintptr_t(p) % 32 == 0) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), packed);
+  } else {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
+  }
 }
+KVQUANT_INLINE void end_stores() { _mm_sfence(); }
 
 // One butterfly step: lanes i and i + step become a + b and a - b.
 template <int kStep>

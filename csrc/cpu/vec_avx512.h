@@ -101,15 +101,22 @@ KVQUANT_INLINE void reduce4(Vec a, Vec b, Vec c, Vec d, const Op& op, float* to)
 }
 
 // Four vectors' codes, as store_codes4() of vec.h says.
-KVQUANT_INLINE void store_codes4(uint8_t* p, Vec a, Vec b, Vec c, Vec d, int low, int high) {
+KVQUANT_INLINE void store_codes4(uint8_t* p, Vec a, Vec b, Vec c, Vec d, int low, int high,
+                                 bool past_cache) {
   const __m512i least = _mm512_set1_epi16(short(low)), most = _mm512_set1_epi16(short(high));
   const __m512i ab = _mm512_packs_epi32(_mm512_cvtps_epi32(a.v), _mm512_cvtps_epi32(b.v));
   const __m512i cd = _mm512_packs_epi32(_mm512_cvtps_epi32(c.v), _mm512_cvtps_epi32(d.v));
   const __m512i codes = _mm512_packus_epi16(_mm512_min_epi16(_mm512_max_epi16(ab, least), most),
                                             _mm512_min_epi16(_mm512_max_epi16(cd, least), most));
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, codes));  // packed within 128 bits each
+  const __m512i packed = _mm512_permutexvar_epi32(order, codes);  // within 128 bits each, before
+  if (past_cache && uintptr_t(p) % 64 == 0) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), packed);
+  } else {
+    _mm512_storeu_si512(p, packed);
+  }
 }
+KVQUANT_INLINE void end_stores() { _mm_sfence(); }
 
 // One butterfly step: lanes i and i + step become a + b and a - b.
 template <int kStep>

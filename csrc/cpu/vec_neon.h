@@ -104,9 +104,10 @@ KVQUANT_INLINE uint8x8_t codes2(Vec a, Vec b, int low, int high) {
   const int16x8_t least = vdupq_n_s16(int16_t(low)), most = vdupq_n_s16(int16_t(high));
   return vqmovun_s16(vminq_s16(vmaxq_s16(words, least), most));
 }
-KVQUANT_INLINE void store_codes4(uint8_t* p, Vec a, Vec b, Vec c, Vec d, int low, int high) {
+KVQUANT_INLINE void store_codes4(uint8_t* p, Vec a, Vec b, Vec c, Vec d, int low, int high, bool) {
   vst1q_u8(p, vcombine_u8(codes2(a, b, low, high), codes2(c, d, low, high)));
 }
+KVQUANT_INLINE void end_stores() {}
 
 // One butterfly step: lanes i and i + step become a + b and a - b.
 template <int kStep>

@@ -132,13 +132,14 @@ KVQUANT_INLINE void reduce4(Vec a, Vec b, Vec c, Vec d, const Op& op, float* to)
 }
 
 // Four vectors' codes, as store_codes4() of vec.h says.
-KVQUANT_INLINE void store_codes4(uint8_t* p, Vec a, Vec b, Vec c, Vec d, int low, int high) {
+KVQUANT_INLINE void store_codes4(uint8_t* p, Vec a, Vec b, Vec c, Vec d, int low, int high, bool) {
   const Vec least = Vec::set(float(low)), most = Vec::set(float(high));
   min(max(a, least), most).store_codes(p);
   min(max(b, least), most).store_codes(p + 4);
   min(max(c, least), most).store_codes(p + 8);
   min(max(d, least), most).store_codes(p + 12);
 }
+KVQUANT_INLINE void end_stores() {}
 
 // One butterfly step: lanes i and i + step become a + b and a - b.
 template <int kStep>
