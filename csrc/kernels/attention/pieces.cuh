@@ -162,7 +162,7 @@ class Ring {
         stages_(stages) {}
 
   __device__ __forceinline__ int stages() const { return stages_; }
-  // For the oldest piece; also for all lanes to have read the one before.
+  // For the oldest piece, which all lanes have copied.
   __device__ __forceinline__ void wait() {
     static_assert(kMaxStages == 4);
     if (stages_ == 4) {

@@ -60,9 +60,9 @@ __device__ __forceinline__ void rotate(float (&x)[kLaneChannels], int length, co
   }
   for (int step = 1; step < length / kLaneChannels; step <<= 1) {
     const float sign = at.index & step ? -1.f : 1.f;
+    // Rounds once: what the multiplication gives is exact.
 #pragma unroll
-    for (int i = 0; i < kLaneChannels;
-         ++i) {  // rounds once: what the multiplication gives is exact
+    for (int i = 0; i < kLaneChannels; ++i) {
       x[i] = fmaf(x[i], sign, __shfl_xor_sync(kFullWarp, x[i], step));
     }
   }
