@@ -1,6 +1,6 @@
 // A warp's tokens on their way to the tensor core. Held: rows go straight into registers, the next
-// tokens' where the last ones' were used up. Ring: where accumulators fill the registers, rows wait
-// in slots of shared memory that copies fill without waiting.
+// tokens' where the last ones' were used up. Ring: where accumulators fill the registers, or blocks
+// are many, rows wait in slots of shared memory that copies fill without waiting.
 #pragma once
 
 #include "kernels/attention/query.cuh"
