@@ -53,11 +53,15 @@ def time_kvquant(b: int, hq: int, hk: int, s: int, d: int, tq: int) -> tuple[flo
     return attention, graph_ms(steps, before=rewind), caches[0].read_bytes
 
 
-def time_layout(b: int, hq: int, hk: int, s: int, d: int, **layout: Any) -> tuple[float, int]:
+def time_layout(
+    b: int, hq: int, hk: int, s: int, d: int, split_size: int | None = None, **layout: Any
+) -> tuple[float, int]:
     """Milliseconds of the attention of one query token on a cache of another layout, and bytes."""
-    cache = RandomCache.make(b, hk, s, d, **layout)
+    count = buffers_for(b * hk * s * 2 * (d + 4))
+    caches = [RandomCache.make(b, hk, s, d, **layout) for _ in range(count)]
     query = torch.randn(b, 1, hq, d, device="cuda", dtype=torch.float16)
-    return graph_ms([lambda: cache.attend(query)]), cache.read_bytes
+    calls = [lambda c=cache: c.attend(query, split_size=split_size) for cache in caches]
+    return graph_ms(calls), caches[0].read_bytes
 
 
 def time_flashinfer(dtype: torch.dtype, b: int, hq: int, hk: int, s: int, d: int) -> float:
@@ -141,19 +145,27 @@ def main(
             ratio=best / ms,
             ratio_fp8=peers["fi8"] / ms,
         )
-    layouts = Report("Other layouts, 64 sequences, 32 query and 8 KV heads of 128 channels")
+    layouts = Report("Other layouts and splits, 32 query and 8 KV heads of 128 channels")
     lengths = torch.randint(1, 16385, (64,), generator=torch.Generator().manual_seed(0))
     even = int(lengths.float().mean())
-    for name, tokens, layout in (
-        ("contiguous", 8192, {}),
-        ("blocks of 16", 8192, {"block_size": 16}),
-        ("blocks of 64", 8192, {"block_size": 64}),
-        ("ragged, 1 to 16384", 16384, {"seq_lens": lengths.to("cuda", torch.int32)}),
-        (f"even, of {even}", even, {}),
+    for batch, name, tokens, layout in (
+        (64, "contiguous", 8192, {}),
+        (64, "blocks of 16", 8192, {"block_size": 16}),
+        (64, "blocks of 64", 8192, {"block_size": 64}),
+        (64, "ragged, 1 to 16384", 16384, {"seq_lens": lengths.to("cuda", torch.int32)}),
+        (64, f"even, of {even}", even, {}),
+        *((64, f"splits of {n}", 8192, {"split_size": n}) for n in (4096, 2048, 1024, 512)),
+        (8, "contiguous", 4096, {}),
+        *((8, f"splits of {n}", 4096, {"split_size": n}) for n in (2048, 1024, 512)),
+        (1, "contiguous", 32768, {}),
+        *((1, f"splits of {n}", 32768, {"split_size": n}) for n in (2048, 1024, 512)),
     ):
-        ms, nbytes = time_layout(64, 32, 8, tokens, 128, **layout)
+        ms, nbytes = time_layout(batch, 32, 8, tokens, 128, **layout)
         torch.cuda.empty_cache()
-        layouts.add(layout=name, ms=ms, percent=nbytes / ms / 1e9 / ceiling * 100)
+        layouts.add(
+            batch=batch, tokens=tokens, layout=name, ms=ms,
+            percent=nbytes / ms / 1e9 / ceiling * 100,
+        )  # fmt: skip
     layouts.print()
     report.facts["layouts"] = layouts.rows
     report.finish(json)

@@ -33,7 +33,7 @@ def main(
     lens = torch.full((1,), 16, dtype=torch.int32, device="cuda")
     attention_args = (
         query, storage.k_data, storage.k_params, storage.k_mean, storage.v_data, storage.v_params,
-        table, lens, None, None, None, None, 256, 128, 1, 1, dim**-0.5, True, 0, 0.0, False,
+        table, lens, None, None, None, None, 256, 128, 1, 1, dim**-0.5, True, 0, 0.0, 0, False,
     )  # fmt: skip
     append_args = (
         key, value, storage.k_data, storage.k_params, storage.k_mean, storage.v_data,

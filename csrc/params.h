@@ -81,8 +81,9 @@ struct AttentionParams {
   const float* alibi_slopes;  // [q_heads] score -= slope * |i - j|; null: none
   // CUDA: room for the splits' partial results, see kernels/attention/config.h
   float* partial;
-  int32_t* counters;  // zeros, left zero: one a (sequence, KV head, row tile), one a sequence
-  int32_t splits;     // most splits of a sequence
+  int32_t* counters;   // zeros, left zero: one a (sequence, KV head, row tile), one a sequence
+  int32_t splits;      // most splits of a sequence
+  int32_t split_size;  // tokens of every split, whatever the call's sizes; 0: as these ask for
 };
 
 // Dequantises tokens 0 .. tokens-1 of every sequence; those outside [seq_start, seq_len) are zero.

@@ -85,6 +85,12 @@ CASES = [
     Case("fp16", (2, 2), (96, 64), "paged16", "default", PACKED, MIXED,
          options={"causal": False, "sliding_window": 60, "alibi_slopes": None}),
     Case("fp32", (4, 2), (64, 64), "paged16", options={"softmax_scale": 0.3}),
+    Case("bf16", (8, 2), (128, 128), "paged64", lens=(2100, 1025, 3),
+         options={"split_size": 512}),
+    Case("fp16", (8, 2), (64, 256), "contiguous", queries=4, lens=(2100, 256, 257),
+         options={"split_size": 256}),
+    Case("fp32", (4, 1), (192, 80), "paged16", "default", PACKED, MIXED, (9, 0, 0, 16, 290, 3),
+         options={"split_size": 256, "sliding_window": 300, "sinks": None}),
     Case("fp16", (14, 2), (128, 128), "paged32", "default", PACKED, MIXED, (9, 0, 0, 16, 290, 3),
          options={"sliding_window": 200, "softcap": 20.0, "sinks": None, "alibi_slopes": None}),
 ]  # fmt: skip

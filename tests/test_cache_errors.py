@@ -77,6 +77,7 @@ BAD_ATTENDS = {
     "value missing": (ValueError, "key, value: expected both", (Q, K), {}),
     "window": (ValueError, "sliding_window: expected a pos", (Q, K, V), {"sliding_window": 0}),
     "softcap": (ValueError, "softcap: expected a positive", (Q, K, V), {"softcap": -1.0}),
+    "split size": (ValueError, "split_size: expected a pos", (Q, K, V), {"split_size": 100}),
     "scale": (ValueError, "softmax_scale: expected a fin", (Q, K, V), {"softmax_scale": torch.inf}),
     "sinks": (ValueError, "sinks: expected a contiguous", (Q, K, V), {"sinks": torch.ones(3)}),
     "offsets": (

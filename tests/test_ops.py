@@ -49,7 +49,7 @@ def arguments(name, device, fmt=DEFAULT):
         return key, value, *layer, cache.table, lens, rows, None, None, *form, 4, True
     query = torch.randn(2, 3, 4, 64, device=device, dtype=BF16)
     sinks = torch.rand(4, device=device)
-    rest = (3, 0.125, True, 20, 30.0, True)
+    rest = (3, 0.125, True, 20, 30.0, 512, True)
     return query, *layer, cache.table, cache.lens, None, None, sinks, None, *form, *rest
 
 

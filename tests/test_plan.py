@@ -17,7 +17,7 @@ def plan():
         pytest.skip("built without CUDA")
     from kvquant import _C
 
-    return _C.attention_plan
+    return lambda *shape, split_size=0: _C.attention_plan(*shape, split_size)
 
 
 def rows_of(query_rows: int, dim: int, float32: bool) -> int:
@@ -65,3 +65,68 @@ def test_longer_sequences_are_cut_where_they_fill_the_chip(plan):
     assert plan(64, 1, 32, 8, 128, 128, False, 8192, SMS)[0] == 1
     assert plan(64, 1, 32, 8, 128, 128, False, 16384, SMS)[0] == 4
     assert plan(64, 1, 32, 8, 128, 128, False, 16384, 4 * SMS)[0] == 2  # here they do not
+
+
+@given(
+    batch=st.integers(1, 300),
+    tokens=st.integers(1, 40),
+    dim=st.sampled_from([64, 128, 192, 256]),
+    capacity=st.integers(16, 200_000),
+    split_size=st.integers(1, 2**22).map(lambda n: 256 * n),
+)
+def test_splits_of_a_given_size_depend_on_the_capacity_alone(
+    plan, batch, tokens, dim, capacity, split_size
+):
+    splits, floats, counters = plan(
+        batch, tokens, 8, 2, dim, dim, False, capacity, SMS, split_size=split_size
+    )
+    rows = rows_of(tokens * 4, dim, False)
+    units = batch * 2 * -(-tokens * 4 // rows)
+    assert splits == -(-capacity // split_size)
+    assert counters == units + batch
+    assert floats == (units * splits * rows * (dim + 2) if splits > 1 else 0)
+
+
+@pytest.fixture(scope="module")
+def instance(plan):
+    from kvquant import _C
+
+    return lambda *shape: _C.attention_instance(*shape, SMS)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "dim", "float32", "capacity", "expected"),
+    [  # turns, head_dim, query rows, warps, blocks of a multiprocessor, stages of a ring
+        (1, 1, (32, 8), 128, False, 4096, ("alone", 128, 8, 8, 1, 0)),
+        (8, 1, (32, 8), 128, False, 4096, ("alone", 128, 8, 8, 1, 0)),
+        (1, 1, (32, 8), 128, False, 131072, ("one", 128, 8, 8, 2, 0)),
+        (32, 1, (32, 32), 128, False, 2048, ("one", 128, 8, 8, 2, 0)),
+        (64, 1, (32, 8), 128, False, 8192, ("many", 128, 8, 8, 2, 2)),
+        (64, 1, (32, 8), 64, False, 4096, ("many", 64, 8, 8, 2, 0)),
+        (8, 4, (32, 8), 128, False, 8192, ("one", 128, 16, 8, 1, 2)),
+        (64, 8, (32, 8), 128, False, 8192, ("many", 128, 32, 4, 2, 2)),
+        (1, 1, (32, 8), 80, True, 4096, ("alone", 128, 8, 8, 1, 2)),
+        (1, 1, (8, 1), 256, False, 4096, ("alone", 256, 8, 4, 2, 2)),
+        (1, 512, (32, 8), 192, False, 4096, ("one", 192, 16, 4, 2, 2)),
+    ],
+)
+def test_instance_of_a_call(instance, batch, tokens, heads, dim, float32, capacity, expected):
+    assert instance(batch, tokens, *heads, dim, dim, float32, capacity) == expected
+
+
+@given(
+    dim=st.sampled_from([64, 128, 192, 256]),
+    tokens=st.integers(1, 8),
+    float32=st.booleans(),
+    batches=st.tuples(st.integers(1, 500), st.integers(1, 500)),
+    capacities=st.tuples(st.integers(16, 200_000), st.integers(16, 200_000)),
+)
+def test_what_shares_tokens_out_does_not_depend_on_the_batch(
+    instance, dim, tokens, float32, batches, capacities
+):
+    """Rows and warps decide in which order a split is summed."""
+    a, b = (
+        instance(batch, tokens, 32, 8, dim, dim, float32, capacity)
+        for batch, capacity in zip(batches, capacities, strict=True)
+    )
+    assert a[1:4] == b[1:4]

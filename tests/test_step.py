@@ -34,6 +34,7 @@ CASES = [  # dtype, (q_heads, kv_heads), (k_dim, v_dim), layout, format, tokens 
     ("bf16", (3, 1), (96, 80), "contiguous", "plain", 5, {"causal": False}),
     ("fp16", (6, 2), (256, 256), "paged256", "rotated", 2, {}),
     ("bf16", (8, 1), (192, 192), "paged16", "mean64", 2, {}),
+    ("bf16", (8, 2), (128, 128), "paged64", "default", 4, {"split_size": 256}),
     ("fp16", (100, 100), (128, 128), "paged16", "default", 1, {}),  # a GPU has no room for them all
     ("bf16", (8, 1), (64, 64), "paged16", "default", 40, {}),  # more rows than a block takes
 ]
@@ -66,6 +67,7 @@ def test_a_step_is_an_append_and_an_attention(native, case, padded):
             step = ops.prepare_step(
                 tensors, query, key, value, rotations, k_dim**-0.5, options.get("causal", True),
                 options.get("sliding_window", 0), options.get("softcap", 0.0),
+                options.get("split_size", 0),
             )  # fmt: skip
         got = step(0, tensors, cache.table, cache.lens, cache.starts, query, key, value)
         where = {"block_table": cache.table, "seq_lens": lens, "seq_starts": cache.starts}

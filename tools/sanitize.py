@@ -48,10 +48,14 @@ def cache_case(
     block: int,
     format: kvquant.CacheFormat,
     options: dict[str, Any],
+    spare: int = 0,
 ) -> list[Tensor]:
-    """Append a ragged prompt, take a decode step, then attend and gather."""
+    """Append a ragged prompt, take a decode step, then attend and gather.
+
+    ``spare``: blocks of a sequence that stay empty.
+    """
     lens, kv_heads = (300, 17), heads[1]
-    blocks = -(-(max(lens) + tokens) // block)
+    blocks = -(-(max(lens) + tokens) // block) + spare
     table = move(torch.randperm(2 * blocks, dtype=torch.int32).view(2, blocks))
     storage = kvquant.LayerStorage.allocate(
         2 * blocks, kv_heads, block, *dims, format=format, device=table.device
@@ -119,12 +123,16 @@ def cache_cases(device: str) -> Iterator[None]:
         )
     ]
     many = [  # more blocks than a device holds at once
-        ((128, 128), (256, 256), 1, dtype, block, kvquant.CacheFormat(), extra)
+        ((128, 128), (512, 256), 1, dtype, block, kvquant.CacheFormat(), extra)
         for dtype, block, extra in (
             (torch.float16, 16, {}), (torch.bfloat16, 512, {"softcap": 20.0})
         )
     ]  # fmt: skip
-    for arguments in cases + many:
+    wide = [  # room for more splits than a cluster of blocks merges
+        ((128, 128), (4, 2), tokens, torch.float16, 512, kvquant.CacheFormat(), {}, 8)
+        for tokens in (1, 4)
+    ]
+    for arguments in cases + many + wide:
         dims, heads, tokens, dtype, block, *_ = arguments
         name = f"attention {dims} {heads} heads {tokens} tokens {dtype} {block}"
         both(lambda move, a=arguments: cache_case(move, *a), device, name, TOLERANCE[dtype])

@@ -58,7 +58,7 @@ void attention(const CacheView& cache, uintptr_t block_table, int64_t block_tabl
                uintptr_t out, int64_t o_batch, int64_t o_token, int64_t o_head, int dtype,
                uintptr_t lse, int q_heads, float softmax_scale, bool causal, int sliding_window,
                float softcap, uintptr_t sinks, uintptr_t alibi_slopes, uintptr_t partial,
-               uintptr_t counters, int splits, int device, uintptr_t queue) {
+               uintptr_t counters, int splits, int split_size, int device, uintptr_t queue) {
   const AttentionParams params{cache,
                                sequences(block_table, block_table_stride, batch, max_blocks,
                                          seq_lens, seq_starts, cu_seqlens, tokens),
@@ -75,7 +75,8 @@ void attention(const CacheView& cache, uintptr_t block_table, int64_t block_tabl
                                pointer<const float>(alibi_slopes),
                                pointer<float>(partial),
                                pointer<int32_t>(counters),
-                               splits};
+                               splits,
+                               split_size};
   KVQUANT_RUN(attention, params, device, queue);
 }
 
@@ -109,7 +110,7 @@ struct Layer {
 class Step {
  public:
   Step(py::tuple query, py::tuple key, py::tuple value, py::tuple out, int dtype, int q_heads,
-       float softmax_scale, bool causal, int sliding_window, float softcap) {
+       float softmax_scale, bool causal, int sliding_window, float softcap, int split_size) {
     append_.key = strided(key);
     append_.value = strided(value);
     attention_.query = strided(query);
@@ -120,6 +121,7 @@ class Step {
     attention_.causal = causal;
     attention_.sliding_window = sliding_window;
     attention_.softcap = softcap;
+    attention_.split_size = split_size;
   }
 
   // False, and nothing done, if the stream is being captured and `shared` says that the scratch is
@@ -167,12 +169,24 @@ class Step {
 
 // (splits, floats of partial results, counters) that an attention call needs on a CUDA device.
 py::tuple attention_plan(int batch, int tokens, int q_heads, int kv_heads, int k_dim, int v_dim,
-                         bool float32, int capacity, int multiprocessors) {
+                         bool float32, int capacity, int multiprocessors, int split_size) {
   const cuda::AttentionPlan plan =
       cuda::plan_attention(cuda::shape_attention(batch, tokens, q_heads, kv_heads, k_dim, v_dim,
-                                                 float32, multiprocessors),
-                           batch, capacity);
+                                                 float32, capacity, multiprocessors),
+                           batch, capacity, split_size);
   return py::make_tuple(plan.splits, plan.partial_floats, plan.counters);
+}
+
+// (turns, head_dim, query rows, warps, blocks of a multiprocessor, stages) of the kernel's instance
+// that such a call takes: see kernels/attention/config.h.
+py::tuple attention_instance(int batch, int tokens, int q_heads, int kv_heads, int k_dim, int v_dim,
+                             bool float32, int capacity, int multiprocessors) {
+  const cuda::AttentionShape shape = cuda::shape_attention(
+      batch, tokens, q_heads, kv_heads, k_dim, v_dim, float32, capacity, multiprocessors);
+  const char* const turns[] = {"alone", "one", "many"};
+  const cuda::InstanceShape& instance = shape.instance;
+  return py::make_tuple(turns[int(shape.turns)], shape.head_dim, shape.rows, instance.warps,
+                        instance.blocks, instance.stages);
 }
 
 }  // namespace
@@ -183,13 +197,14 @@ void define_cache(py::module_& m) {
       .def(py::init<const CacheView&, uintptr_t, int64_t, int, int, uintptr_t, uintptr_t, int,
                     int>());
   py::class_<Step>(m, "Step")
-      .def(
-          py::init<py::tuple, py::tuple, py::tuple, py::tuple, int, int, float, bool, int, float>())
+      .def(py::init<py::tuple, py::tuple, py::tuple, py::tuple, int, int, float, bool, int, float,
+                    int>())
       .def("run", &Step::run);
   m.def("append", &append);
   m.def("attention", &attention);
   m.def("gather", &gather);
   m.def("attention_plan", &attention_plan);
+  m.def("attention_instance", &attention_instance);
 }
 
 }  // namespace kvquant::bindings

@@ -19,6 +19,8 @@ __all__ = [
     "check_packed",
     "check_rows",
     "check_slots",
+    "check_split_size",
+    "check_splits",
     "check_storage",
     "check_table",
     "check_window",
@@ -26,6 +28,7 @@ __all__ = [
 ]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_SPLIT_STEP, _MAX_SPLIT_SIZE = 256, 2**30
 
 
 def require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
@@ -241,3 +244,27 @@ def check_window(sliding_window: float | None) -> int:
     if sliding_window != int(sliding_window):
         raise ValueError(f"sliding_window: expected an integer, got {sliding_window}")
     return min(int(sliding_window), 2**31 - 1)
+
+
+def check_split_size(split_size: int | None) -> int:
+    """The kernels' encoding of a length of splits: 0 for none given."""
+    if split_size is None:
+        return 0
+    if not isinstance(split_size, int) or isinstance(split_size, bool):
+        raise TypeError(f"split_size: expected an int or None, got {type(split_size).__name__}")
+    if not 0 < split_size <= _MAX_SPLIT_SIZE or split_size % _SPLIT_STEP:
+        raise ValueError(
+            f"split_size: expected a positive multiple of {_SPLIT_STEP}, at most "
+            f"{_MAX_SPLIT_SIZE}, got {split_size}"
+        )
+    return split_size
+
+
+def check_splits(split_size: int, capacity: int, most: int | None) -> None:
+    """At most ``most`` splits of a given size over a sequence's capacity."""
+    if split_size and most is not None and capacity > split_size * most:
+        step = _SPLIT_STEP * most
+        raise ValueError(
+            f"split_size: {split_size}, but a capacity of {capacity} tokens would be more than "
+            f"{most} splits: expected at least {-(-capacity // step) * _SPLIT_STEP}"
+        )

@@ -12,12 +12,12 @@ from typing_extensions import Self
 
 from kvquant import _serialize, functional
 from kvquant._calls import check_call, finite, look, positive, ragged
-from kvquant._checks import check_index, check_window
+from kvquant._checks import check_index, check_split_size, check_window
 from kvquant._prompt import exact_attention
 from kvquant._sequences import CacheSequences
 from kvquant._serialize import LayerPast
 from kvquant._state import CacheState
-from kvquant.ops import call, forced, is_plain, prepare_step
+from kvquant.ops import call, forced, is_plain, prepare_step, refuse_splits
 
 __all__ = ["QuantizedKVCache"]
 
@@ -124,6 +124,7 @@ class QuantizedKVCache(CacheSequences):
         softcap: float | None = None,
         sinks: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
+        split_size: int | None = None,
         return_lse: bool = False,
         exact_prompt: bool = True,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -143,6 +144,9 @@ class QuantizedKVCache(CacheSequences):
             softcap: Scores become ``softcap * tanh(score / softcap)``.
             sinks: float32 ``(q_heads,)``: a logit a head that joins the softmax with no value.
             alibi_slopes: float32 ``(q_heads,)``: scores lose ``slope * |i - j|``.
+            split_size: On CUDA, tokens of every split (a positive multiple of 256), so that a
+                sequence's result does not depend on the batch it is in; it can cost speed. See
+                `kvquant.attention`. What ``exact_prompt`` leaves to torch is torch's affair.
             return_lse: Also return the log-sum-exp of the scores.
             exact_prompt: The first tokens of an empty layer attend to the keys and values as they
                 are given, by torch, where no other option asks for more than that.
@@ -159,7 +163,7 @@ class QuantizedKVCache(CacheSequences):
         seen: tuple[Any, ...] = ()
         if cu_seqlens_q is None and sinks is None and alibi_slopes is None and not return_lse:
             seen = (look(query), look(key), look(value), softmax_scale, causal, sliding_window,
-                    softcap, forced())  # fmt: skip
+                    softcap, split_size, forced())  # fmt: skip
             known, state = self._step, self._state
             if known is not None and seen == known[0] and 0 <= layer < len(state.lens):
                 tokens, room = query.shape[1], state.room[layer]
@@ -170,6 +174,7 @@ class QuantizedKVCache(CacheSequences):
         scale = self._scale if softmax_scale is None else finite("softmax_scale", softmax_scale)
         window = check_window(sliding_window)
         cap = 0.0 if softcap is None else positive("softcap", softcap)
+        split = check_split_size(split_size)
         if sinks is not None or alibi_slopes is not None:
             check_index("sinks", sinks, query.shape[-2], self.device, torch.float32)
             check_index("alibi_slopes", alibi_slopes, query.shape[-2], self.device, torch.float32)
@@ -180,6 +185,8 @@ class QuantizedKVCache(CacheSequences):
             )
         before = None
         if key is not None and value is not None:
+            if split:
+                self._check_splits(layer, query, counts or [key.shape[1]] * key.shape[0], split)
             if exact_prompt and not (
                 state.high[layer] or return_lse or window or cap or tokens < 2
                 or counts is not None or tokens != key.shape[1] or query.dtype != key.dtype
@@ -199,7 +206,7 @@ class QuantizedKVCache(CacheSequences):
             out, lse = call(
                 "attention", query, *state.pool.args[layer], state.tables.device,
                 state.lens[layer], cu_seqlens_q, state.seq_starts, sinks, alibi_slopes,
-                *self._rotations, tokens, scale, causal, window, cap, return_lse,
+                *self._rotations, tokens, scale, causal, window, cap, split, return_lse,
             )  # fmt: skip
         except BaseException:
             if before is not None:
@@ -209,7 +216,7 @@ class QuantizedKVCache(CacheSequences):
         if repeats and key is not None and value is not None and tokens == key.shape[1]:
             step = prepare_step(
                 state.pool.args[layer], query, key, value, self._rotations, scale, causal, window,
-                cap,
+                cap, split,
             )  # fmt: skip
             self._step = None if step is None else (seen, step)
         return (out, lse) if return_lse else out
@@ -237,6 +244,14 @@ class QuantizedKVCache(CacheSequences):
             raise
 
     # ------------------------------------------------------------------------------------- checks
+
+    def _check_splits(self, layer: int, query: Tensor, counts: list[int], split_size: int) -> None:
+        """Make room for new tokens, then see whether attention can merge the splits of it all."""
+        state = self._state
+        if state.room[layer] < max(counts):
+            state.make_room(layer, counts)
+        capacity = state.tables.device.shape[1] * state.pool.layers[layer].block_size
+        refuse_splits((query, *state.pool.args[layer]), split_size, capacity)
 
     def _accept(
         self,

@@ -131,7 +131,7 @@ def _arguments(
         if op == "append_":
             new = (rows(1, 1, 1, head_dim), rows(1, 1, 1, v_dim))
             return (*new, *slabs, index, index[0], None, None, None, *kind, 1, False)
-        options = (1, head_dim**-0.5, True, 0, 0.0, False)
+        options = (1, head_dim**-0.5, True, 0, 0.0, 0, False)
         query = rows(1, 1, 1, head_dim)
         return (query, *slabs, index, index[0], None, None, None, None, *kind, *options)
     q = torch.empty(1, 1, 1, head_dim, dtype=torch.uint8, device=device)

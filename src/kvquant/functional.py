@@ -15,6 +15,7 @@ from kvquant._checks import (
     check_packed,
     check_rows,
     check_slots,
+    check_split_size,
     check_storage,
     check_table,
     check_window,
@@ -210,6 +211,7 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    split_size: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention straight on the 8-bit rows, flash-style (Dao et al.), split over tokens.
@@ -237,6 +239,14 @@ def attention(
         sinks: float32 ``(q_heads,)``: a logit a head that joins the softmax with no value
             (GPT-OSS).
         alibi_slopes: float32 ``(q_heads,)``: scores lose ``slope * |i - j|``.
+        split_size: On CUDA a sequence's tokens are cut into splits whose number depends on the
+            sizes of the whole call (batch, heads, capacity), so that the same sequence in another
+            batch may differ in its last bits. With a split_size every split has so many tokens (a
+            positive multiple of 256, at most 2**30), whatever else is in the call: a sequence's
+            result does not depend on the batch it is in. It can cost speed, and the capacity may
+            be 256 splits at most. Packed calls need the same max_seqlen_q for the same bits. On
+            the CPU and in the torch reference results never depend on the batch: there it changes
+            nothing.
         return_lse: Also return the log-sum-exp of the scores (and sinks).
 
     Returns:
@@ -269,6 +279,7 @@ def attention(
     check_index("alibi_slopes", alibi_slopes, heads, query.device, torch.float32)
     window = check_window(sliding_window)
     cap = _option("softcap", softcap)
+    split = check_split_size(split_size)
     scale = query.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     require(math.isfinite(scale), f"softmax_scale: expected a finite number, got {scale}")
     require(
@@ -276,6 +287,10 @@ def attention(
         "key, value: expected both or neither",
     )
     if key is not None and value is not None:
+        if split and not torch.compiler.is_compiling():
+            layer = (storage.k_data, storage.k_params, storage.k_mean, storage.v_data)
+            capacity = block_table.shape[1] * storage.block_size
+            ops.refuse_splits((query, *layer), split, capacity)
         append_(
             key,
             value,
@@ -313,6 +328,7 @@ def attention(
         causal,
         window,
         cap,
+        split,
         return_lse,
     )
     return (out, lse) if return_lse else out

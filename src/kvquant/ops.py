@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvquant._checks import check_splits
+
 __all__ = [
     "OPS",
     "Backend",
@@ -27,6 +29,7 @@ __all__ = [
     "forced",
     "is_plain",
     "prepare_step",
+    "refuse_splits",
     "register_backend",
     "use_backend",
 ]
@@ -62,8 +65,8 @@ OPS = {
     "attention": (
         f"(Tensor query, {_STORAGE}, Tensor block_table, Tensor seq_lens, Tensor? cu_seqlens,"
         f" Tensor? seq_starts, Tensor? sinks, Tensor? alibi_slopes, {_ROTATION}, int max_tokens,"
-        " float softmax_scale, bool causal, int sliding_window, float softcap, bool return_lse)"
-        " -> (Tensor, Tensor)"
+        " float softmax_scale, bool causal, int sliding_window, float softcap, int split_size,"
+        " bool return_lse) -> (Tensor, Tensor)"
     ),
 }
 
@@ -78,12 +81,14 @@ class Backend:
         refuses: Why a call cannot be served (operation name, its arguments), or None.
         step: Prepares an append and attention that is repeated on tensors that look alike; None:
             the backend has no shorter way than the two operations.
+        max_splits: Splits of a given size that a sequence may have at most; None: it has none.
     """
 
     name: str
     implementations: dict[str, Callable[..., Any]]
     refuses: Callable[[str, Sequence[Any]], str | None]
     step: Callable[..., Callable[..., Tensor]] | None = None
+    max_splits: int | None = None
 
 
 _backends: dict[str, Backend] = {}  # by device type; "reference" serves every other device
@@ -128,6 +133,11 @@ def choose(name: str, args: Sequence[Any]) -> tuple[Backend, str]:
     return backend, f"compiled {backend.name} kernels"
 
 
+def refuse_splits(args: Sequence[Any], split_size: int, capacity: int) -> None:
+    """Raise what an attention on ``args`` would, ahead of an append that comes before it."""
+    check_splits(split_size, capacity, choose("attention", args)[0].max_splits)
+
+
 def forced() -> str | None:
     """The backend that `use_backend` forces here, if any."""
     return _forced.get()
@@ -144,7 +154,7 @@ def prepare_step(
         key: ``(batch, tokens, kv_heads, head_dim)``.
         value: ``(batch, tokens, kv_heads, v_head_dim)``.
         *options: (mean_group, k_rotation, v_rotation), softmax_scale, causal, sliding_window,
-            softcap.
+            softcap, split_size.
 
     Returns:
         A function of (layer, storage, block_table, seq_lens, seq_starts, query, key, value) that

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const GatherParams p) 
   const int token = (int(blockIdx.x) * kWarps + int(threadIdx.x / 32)) * at.rows + at.row;
   const bool mine = at.row >= 0 && token < p.seqs.tokens;
   const bool stored = mine && token >= first_token(p.seqs, sequence) &&
-                      token < stored_tokens(cache, p.seqs, sequence);
+                      token < stored_tokens(cache, p.seqs, p.seqs.seq_lens[sequence]);
   const int block = stored ? block_of(cache, p.seqs, sequence, token >> paging.shift) : -1;
   float x[kLaneChannels] = {};
   if (block >= 0) {

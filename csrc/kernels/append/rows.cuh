@@ -57,14 +57,16 @@ struct MeanScratch {
   int counts[kRowWarps * 32];
 };
 
-// This thread's place among the rows that a block takes at once: `slot` of `slots`.
+// This thread's place among the rows that `warps` warps of a block take at once: `slot` of `slots`.
 struct RowSlot : RowLanes {
   int slots, slot;
+  int first;  // slot of its warp
 
-  __device__ __forceinline__ RowSlot(int dim, int warp) : RowLanes(dim) {
-    slots = kRowWarps * rows;
-    slot = warp * rows + row;
-    if (warp >= kRowWarps) row = -1;
+  __device__ __forceinline__ RowSlot(int dim, int warp, int warps = kRowWarps) : RowLanes(dim) {
+    slots = warps * rows;
+    first = warp * rows;
+    slot = first + row;
+    if (warp >= warps) row = -1;
   }
 };
 
@@ -140,13 +142,12 @@ __device__ __forceinline__ void for_rows(const Source<T>& src, const RowSlot& at
                                          int end, F&& body) {
   RowInFlight<T> next;
   next.load(src, at, begin, end);
-  for (int base = begin; base < end; base += at.slots) {
+  for (int base = begin; base + at.first < end; base += at.slots) {
     const RowInFlight<T> row = next;
     next.load(src, at, base + at.slots, end);
     body(row);
   }
 }
-
 // Adds the usable incoming rows of tokens [begin, end), not rotated, to this lane's sum.
 template <class T>
 __device__ __forceinline__ int sum_incoming(const Source<T>& src, const RowSlot& at, int begin,
@@ -290,11 +291,11 @@ __device__ __forceinline__ void write_row(const Source<T>& src, const RowSlot& a
   }
 }
 
-// Quantises tokens [begin, end) of the source. `warp` counts from the first one that takes rows.
-template <class T>
+// Quantises tokens [begin, end) of the source, by kWarps warps. `warp` counts from the first one.
+template <int kWarps, class T>
 __device__ __forceinline__ void write_rows(const Source<T>& src, int begin, int end,
                                            const __half* group_mean, int warp) {
-  const RowSlot at(src.dim(), warp);
+  const RowSlot at(src.dim(), warp, kWarps);
   LaneMean mean;
   mean.load(group_mean, at);
   for_rows(src, at, begin, end, [&](const RowInFlight<T>& row) { write_row(src, at, row, mean); });

@@ -13,37 +13,48 @@ constexpr int kMaxSplits = 256;  // of a sequence: what a merge has room for
 // Tokens of a split where there is work enough and sequences may be over twice as long: evens out
 // unequal ones (64 of 1 to 16384 tokens: 81% of the read ceiling without, 90% so).
 constexpr int kMaxSplit = 4096;
+constexpr int kMaxStages = 2;    // of a warp's ring
+constexpr int kMaxCluster = 8;   // blocks, on every device that has clusters
 constexpr int kBlockCost = 256;  // tokens' worth of a block's other work
+// Tokens of a multiprocessor up to which one block serves it best.
+constexpr int kMostAlone = 2560;
+
+// How a call's blocks come to the multiprocessors.
+enum class Turns {
+  // All at once, each with one for itself: less is on its way than where two share one, and that is
+  // shared out more evenly among multiprocessors.
+  kAlone,
+  kOne,   // all at once, or in a few turns
+  kMany,  // in turns enough to even out what a ring makes uneven, their shares of bandwidth
+};
 
 // What an instance is made of, chosen by the registers that it needs for accumulators and for the
 // tokens on their way.
 struct InstanceShape {
   int tiles;          // of kTile tokens, that a warp takes at once
   int warps, blocks;  // of a block; of a multiprocessor
-  bool ring;          // tokens on their way are in shared memory
+  int stages;         // at most, of a warp's ring of tokens on their way; 0: registers hold them
+  bool apart;         // a ring's keys are not waited for together with their values
 
   constexpr int threads() const { return warps * 32; }
   constexpr int step() const { return warps * tiles * kTile; }  // tokens a block takes at once
+  constexpr bool operator==(const InstanceShape& other) const {
+    return tiles == other.tiles && warps == other.warps && blocks == other.blocks &&
+           stages == other.stages && apart == other.apart;
+  }
 };
 
 // rows: query rows of a block, 8, 16 or 32. float32 weights are taken twice, as fp16 and what fp16
-// left of them. many: blocks enough for their turns to even out what a ring makes uneven, the
-// multiprocessors' shares of the memory's bandwidth.
-constexpr InstanceShape instance_shape(int head_dim, int rows, bool float32, bool many) {
-  if (many && head_dim == 128 && rows == 8 && !float32) return {1, 8, 2, true};
-  const int accumulators = head_dim / 4 * (float32 ? 2 : rows / 8);
-  if (accumulators >= 128) return {1, 4, 2, true};  // 255 registers a thread
-  const int tiles = head_dim <= 64 && rows <= 8 ? 2 : 1;
-  const int need = accumulators + (head_dim / 4 + 8) * tiles;
-  if (need <= 80) return {tiles, 8, 2, false};   // 128
-  if (need <= 112) return {tiles, 4, 3, false};  // 168
-  return {tiles, 4, 2, false};                   // 255
-}
-
-// Stages of a warp's ring: tokens on their way. Two were as fast as three where measured.
-constexpr int kMaxStages = 4;
-constexpr int ring_stages(int bytes, int besides, int stage_bytes) {
-  return std::max(1, std::min(kMaxStages, (bytes - besides) / stage_bytes));
+// left of them.
+constexpr InstanceShape instance_shape(int head_dim, int rows, bool float32, Turns turns) {
+  if (rows == 8 && head_dim <= 128 && !float32) {
+    const int tiles = head_dim <= 64 ? 2 : 1;
+    if (turns == Turns::kMany && head_dim == 128) return {tiles, 8, 2, kMaxStages, true};
+    return {tiles, 8, turns == Turns::kAlone ? 1 : 2, 0, false};
+  }
+  const bool fills_registers = head_dim > 128 || (head_dim == 128 && rows == 32);
+  return fills_registers ? InstanceShape{1, 4, 2, kMaxStages, false}
+                         : InstanceShape{1, 8, 1, kMaxStages, false};
 }
 
 // Query rows a block takes at most. 32 rows of more channels exceed the registers.
@@ -54,10 +65,10 @@ struct AttentionShape {
   int head_dim;   // of the instance: a multiple of 64 that covers both head_dims
   int rows;       // of a block
   int row_tiles;  // of a sequence and KV head
-  bool many;      // units of one row tile are half as many again as the device holds blocks
   InstanceShape instance;
   int64_t units;  // of (sequence, KV head, row tile)
-  int64_t slots;  // blocks that the device holds
+  Turns turns;
+  int64_t slots;  // blocks that the device runs at once
   // Units of one row tile alone fill the device: splits then are as long for every sequence.
   bool fills;
 };
@@ -94,8 +105,9 @@ inline int choose_splits(const AttentionShape& shape, int capacity) {
   return best;
 }
 
+// capacity: most tokens of a sequence.
 inline AttentionShape shape_attention(int batch, int tokens, int q_heads, int kv_heads, int k_dim,
-                                      int v_dim, bool float32, int multiprocessors) {
+                                      int v_dim, bool float32, int capacity, int multiprocessors) {
   AttentionShape shape{};
   const int64_t query_rows = std::max<int64_t>(1, int64_t(tokens) * (q_heads / kv_heads));
   shape.head_dim = (std::max(k_dim, v_dim) + 63) / 64 * 64;
@@ -104,22 +116,39 @@ inline AttentionShape shape_attention(int batch, int tokens, int q_heads, int kv
   }
   shape.row_tiles = int((query_rows + shape.rows - 1) / shape.rows);
   shape.units = std::max<int64_t>(1, int64_t(batch) * kv_heads * shape.row_tiles);
-  const int blocks = instance_shape(shape.head_dim, shape.rows, float32, false).blocks;
-  shape.slots = int64_t(multiprocessors) * blocks;
-  shape.many = shape.row_tiles == 1 && 2 * shape.units >= 3 * shape.slots;
-  shape.instance = instance_shape(shape.head_dim, shape.rows, float32, shape.many);
-  shape.fills = shape.row_tiles == 1 && shape.units >= shape.slots;
+  const auto instance = [&](Turns turns) {
+    return instance_shape(shape.head_dim, shape.rows, float32, turns);
+  };
+  const int64_t room = int64_t(multiprocessors) * instance(Turns::kOne).blocks;
+  const bool one_tile = shape.row_tiles == 1;
+  shape.turns = Turns::kOne;
+  if (one_tile && 2 * shape.units >= 3 * room && q_heads > kv_heads) shape.turns = Turns::kMany;
+  if (one_tile && shape.units <= multiprocessors &&
+      shape.units * capacity <= int64_t(multiprocessors) * kMostAlone) {
+    shape.turns = Turns::kAlone;
+  }
+  shape.instance = instance(shape.turns);
+  shape.slots = int64_t(multiprocessors) * shape.instance.blocks;
+  shape.fills = one_tile && shape.units >= shape.slots;
   return shape;
 }
 
-// capacity: most tokens of a sequence.
-inline AttentionPlan plan_attention(const AttentionShape& shape, int batch, int capacity) {
+// capacity, split_size: tokens; split_size 0: as suits the sizes.
+inline AttentionPlan plan_attention(const AttentionShape& shape, int batch, int capacity,
+                                    int split_size = 0) {
   AttentionPlan plan{};
-  plan.splits = choose_splits(shape, capacity);
+  plan.splits = split_size > 0 ? std::max(1, (capacity + split_size - 1) / split_size)
+                               : choose_splits(shape, capacity);
   plan.counters = shape.units + std::max(1, batch);
   plan.partial_floats =
       plan.splits > 1 ? shape.units * plan.splits * partial_floats(shape.head_dim, shape.rows) : 0;
   return plan;
+}
+
+// Whether the splits of each unit are merged within a cluster of blocks: where all of them run at
+// once. clusters[n]: how many clusters of n blocks do.
+inline bool can_cluster(int splits, int64_t units, const int (&clusters)[kMaxCluster + 1]) {
+  return splits > 1 && splits <= kMaxCluster && units <= clusters[splits];
 }
 
 }  // namespace kvquant::cuda

@@ -56,9 +56,8 @@ struct Walk {
   int asked = 0;              // pieces, before the first one is taken
   Pieces<Traits> pieces;
 
-  __device__ __forceinline__ Walk(const AttentionCall& p, AttentionShared<Traits>& shared,
-                                  const RowTile& rows, const Paging& paging, int first_block,
-                                  int begin, int end)
+  __device__ __forceinline__ Walk(const AttentionCall& p, unsigned char* rings, const RowTile& rows,
+                                  const Paging& paging, int first_block, int begin, int end)
       : p(p),
         paging(paging),
         table(p.seqs.block_table + rows.sequence * p.seqs.block_table_stride),
@@ -66,20 +65,18 @@ struct Walk {
         clean_end(rows.all_end - kTile),
         end(end),
         token(begin + int(threadIdx.x / 32) * kTile * Traits::kTiles),
-        pieces(p.cache, rows.head, shared.rings, p.stages) {
+        pieces(p.cache, rows.head, rings, p.stages) {
 #pragma unroll
-    for (int u = 0; u < Traits::kTiles; ++u) block[u] = checked(first_block);
+    for (int u = 0; u < Traits::kTiles; ++u) block[u] = first_block;
   }
 
-  __device__ __forceinline__ int checked(int id) const {
-    return unsigned(id) < unsigned(p.cache.num_blocks) ? id : -1;
-  }
   // Blocks of the piece at `at`. Nothing to look up where a sequence has one.
   __device__ __forceinline__ void find_blocks(int at, int (&found)[Traits::kTiles]) const {
     if (p.seqs.max_blocks == 1) return;
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) {
-      found[u] = checked(table[min((at + u * kTile) >> paging.shift, p.seqs.max_blocks - 1)]);
+      found[u] = checked_block(p.cache,
+                               table[min((at + u * kTile) >> paging.shift, p.seqs.max_blocks - 1)]);
     }
   }
   __device__ __forceinline__ void ask_keys(int at, const int (&blocks)[Traits::kTiles]) {
@@ -92,14 +89,17 @@ struct Walk {
   __device__ __forceinline__ void ask_values(int at, const int (&blocks)[Traits::kTiles]) {
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) {
-      if (at + u * kTile >= end) break;
+      if (at + u * kTile >= end) {
+        pieces.ask_nothing();
+        break;
+      }
       pieces.ask_values(u, blocks[u], (at + u * kTile) & paging.mask);
     }
     pieces.close();
   }
-  // Asks for the first pieces, as many as `most`, if they end before `until`.
-  __device__ __forceinline__ void fill(int most, int until) {
-    for (; asked < min(most, pieces.stages()); ++asked) {
+  // Asks for the first pieces, as many as have room, if they end before `until`.
+  __device__ __forceinline__ void fill(int until) {
+    for (; asked < pieces.stages(); ++asked) {
       const int at = token + asked * Traits::kStep;
       if (at < end && at + kTile * Traits::kTiles > until) return;
       find_blocks(at, block);
@@ -107,7 +107,6 @@ struct Walk {
       ask_values(at, block);
     }
   }
-
   // Takes the pieces before `until`. shared.dots are of groups from first_group on.
   __device__ __forceinline__ void run(const AttentionShared<Traits>& shared,
                                       const Query<Traits>& query, int first_group, int until,
@@ -120,7 +119,7 @@ struct Walk {
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) next_block[u] = block[u];
       find_blocks(next, next_block);
-      pieces.wait();
+      pieces.wait_keys();
       float score[Traits::kTiles][Traits::kRowSets][4], v_scale = 0.f;
       uint4 v_params[Traits::kTiles];
       bool clean[Traits::kTiles];
@@ -165,6 +164,7 @@ struct Walk {
         best[r] = fmaxf(best[r], __shfl_xor_sync(kFullWarp, best[r], 2));
       }
       follow(acc, best, v_scale, t);
+      pieces.wait_values();
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) {
         uint32_t weight[Traits::kOutTiles][2];
@@ -183,43 +183,34 @@ struct Walk {
   }
 };
 
-// The call's own keys or values, of this block's head.
+// The call's own keys or values, of this block's head, behind `stored` tokens.
 template <class Traits>
 __device__ __forceinline__ Source<typename Traits::Element> own_source(const AttentionCall& p,
-                                                                       const RowTile& rows,
-                                                                       const Paging& paging,
-                                                                       bool is_key, int whole) {
-  const CallRows call{rows.first_call_row, rows.tokens};
-  return {p.cache,     p.seqs,        nullptr,   is_key ? p.key : p.value,
-          is_key,      rows.sequence, rows.head, call,
-          rows.stored, paging,        whole};
+                                                                       bool is_key, int stored,
+                                                                       int whole = -1) {
+  const int sequence = blockIdx.z, head = blockIdx.y;
+  return {p.cache, p.seqs,
+          nullptr, is_key ? p.key : p.value,
+          is_key,  sequence,
+          head,    call_rows(p.seqs, sequence),
+          stored,  Paging(p.cache, p.seqs.max_blocks),
+          whole};
 }
 
-// Whether this block's own tokens [from, to) are in the way of its first loads: a group begins
-// among them, or they are more than its warps take at once.
+// Appends tokens [from, to) of the call's own, among which a group begins. Afterwards all threads
+// of the block find them in the cache.
 template <class Traits>
-__device__ __forceinline__ bool are_many(const CacheView& cache, int stored, int from, int to) {
-  const int dim = max(cache.k_dim, cache.v_dim), at_once = Traits::kWarps / 2 * (512 / dim);
-  const int last = to - 1, start = cache.group ? last & -cache.group : 0;
-  return to - from > at_once || start >= stored || start > from;
-}
-
-// Appends tokens [from, to) of the call's own, where a group begins among them or they are many.
-// Afterwards all threads of the block find them in the cache.
-template <class Traits>
-__device__ __noinline__ void append_many(const AttentionCall& p, AttentionShared<Traits>& shared,
-                                         int from, int to) {
-  const RowTile& rows = shared.rows;
-  const Paging paging(p.cache, p.seqs.max_blocks);
-  const auto key = own_source<Traits>(p, rows, paging, true, -1);
-  const auto value = own_source<Traits>(p, rows, paging, false, -1);
+__device__ __noinline__ void append_groups(const AttentionCall& p, AttentionShared<Traits>& shared,
+                                           int stored, int from, int to) {
+  const auto key = own_source<Traits>(p, true, stored);
+  const auto value = own_source<Traits>(p, false, stored);
   const int group = p.cache.group ? p.cache.group : 1 << 30;
   for (int start = from & -group; start < to; start += group) {
-    const int end = min(start + group, rows.stored + rows.tokens);
+    const int end = min(start + group, stored + key.call.count);
     const __half* mean =
         find_mean<Traits::kThreads>(key, start, end, shared.append.scratch, shared.append.mean);
-    write_rows(key, max(start, from), min(end, to), mean, threadIdx.x / 32);
-    write_rows(value, max(start, from), min(end, to), nullptr, threadIdx.x / 32);
+    write_rows<kRowWarps>(key, max(start, from), min(end, to), mean, threadIdx.x / 32);
+    write_rows<kRowWarps>(value, max(start, from), min(end, to), nullptr, threadIdx.x / 32);
   }
   __syncthreads();
 }
@@ -240,74 +231,77 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   }
   RowTile rows;
   if (!rows.find_rows(p, row_tile, Traits::kRows)) return;
-  // Asked for at once: lengths, the first block, the query.
-  const int first_block =
+  // Asked for at once: lengths, the first block, the query. What needs none of them comes next.
+  const int asked_block =
       load_early(p.seqs.block_table + rows.sequence * p.seqs.block_table_stride);
-  RawQuery<Traits> raw(p, rows);
-  rows.find_tokens(p);
+  const int asked_length = load_early(p.seqs.seq_lens + rows.sequence);
+  shared.walked.raw.ask(p, rows);
+  const Paging paging(p.cache, p.seqs.max_blocks);
+  rows.find_tokens(p, asked_length);
   const int span = rows.end - rows.begin;
   int length = p.divided_by.divide(span + p.splits - 1);
   length = max(p.min_split, (length + Traits::kStep - 1) / Traits::kStep * Traits::kStep);
   // The last block of a sequence that has read its length adds the call's tokens to it.
-  int* const readers =
-      p.advance ? p.counters + gridDim.z * gridDim.y * p.row_tiles + blockIdx.z : nullptr;
+  const auto readers = [&] {
+    return p.counters + gridDim.z * gridDim.y * p.row_tiles + blockIdx.z;
+  };
   const auto advance = [&](int read) {
     if (read != int(gridDim.x * gridDim.y) - 1) return;
-    *readers = 0;
-    p.advance[rows.sequence] += rows.tokens;
+    *readers() = 0;
+    p.advance[blockIdx.z] += call_rows(p.seqs, blockIdx.z).count;
   };
-  if (split > 0 && int64_t(split) * length >= span) {
-    if (readers) {
+  if (split > 0 && split * length >= span) {
+    wait_copies<0>(0);
+    if (p.advance) {
       __syncthreads();
-      if (leads) advance(atomicAdd(readers, 1));
+      if (leads) advance(atomicAdd(readers(), 1));
     }
     return;
   }
-  const int begin = rows.begin + split * length, end = min(rows.end, begin + length);
-
   if (leads) shared.rows = rows;
   if (threadIdx.x < Traits::kRows) shared.views[threadIdx.x] = rows.view(p, threadIdx.x);
-
-  const Paging paging(p.cache, p.seqs.max_blocks);
-  const int warp = threadIdx.x / 32, g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+  const int begin = rows.begin + split * length, end = min(rows.end, begin + length);
+  const int first_block = checked_block(p.cache, asked_block);
+  const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
   const int first_own = split == 0 ? rows.stored : max(rows.stored, begin);
   const int own_end = end == rows.end ? rows.stored + rows.tokens : end;
-  bool has_own = p.key.data && first_own < own_end;
-  if (has_own && are_many<Traits>(p.cache, rows.stored, first_own, own_end)) {
-    __syncthreads();
-    append_many(call, shared, first_own, own_end);
-    has_own = false;
-  }
-  // Half of the warps append keys, half values, between their first loads and the first tile.
-  const bool is_key = warp < Traits::kWarps / 2;
-  const bool usable = unsigned(first_block) < unsigned(p.cache.num_blocks);
-  const int whole = p.seqs.max_blocks == 1 && usable ? first_block : -1;
-  const auto own = own_source<Traits>(p, rows, paging, is_key, whole);
-  const RowSlot own_slot(own.dim(), warp % (Traits::kWarps / 2));
-  RowInFlight<typename Traits::Element> own_row;
-  LaneMean own_mean;
-  if (has_own) {
-    own_row.load(own, own_slot, first_own, own_end);
-    if (is_key && p.cache.group) {
-      own_mean.load(mean_slot(own, first_own & -p.cache.group), own_slot);
-    }
-  }
-  Walk<Traits> walk(p, shared, rows, paging, first_block, begin, end);
-  const int ready = has_own ? first_own : 1 << 30;
-  walk.fill(1, ready);
+  // A call's own tokens are in the cache before the barrier below, or, where a group begins among
+  // them, at once.
+  const int group = p.cache.group ? p.cache.group : 1 << 30, last_group = (own_end - 1) & -group;
+  const bool has_own = p.key.data && first_own < own_end;
+  const bool begins = has_own && (last_group >= rows.stored || last_group > first_own);
+  if (begins) append_groups(call, shared, rows.stored, first_own, own_end);
+  const auto append_own = [&] {  // by half of the warps keys, by half values
+    if (!has_own || begins) return;
+    constexpr int kHalf = Traits::kWarps / 2;
+    const int warp = threadIdx.x / 32, whole = p.seqs.max_blocks == 1 ? first_block : -1;
+    const auto own = own_source<Traits>(p, warp < kHalf, rows.stored, whole);
+    const bool has_mean = own.is_key && p.cache.group;
+    write_rows<kHalf>(own, first_own, own_end,
+                      has_mean ? mean_slot(own, first_own & -group) : nullptr, warp % kHalf);
+  };
+  const int ready = has_own && !begins ? first_own : 1 << 30;
   const int reach = dots_reach<Traits>(p.cache);
   GroupMeans<Traits> means;
-  const auto load_means = [&](int from) {
-    means.load(p, rows, paging, from >> paging.group_shift,
-               (min(end, from + reach) - 1) >> paging.group_shift, g, t);
+  const auto find_means = [&](int from) {
+    means.find(p, rows, paging, first_block, from >> paging.group_shift,
+               (min(end, from + reach) - 1) >> paging.group_shift, g);
   };
-  load_means(begin);
-  walk.fill(kMaxStages, ready);
-  if (has_own) write_row(own, own_slot, own_row, own_mean);
-  prepare_query(p, raw, shared.walked.query, shared.scale);
+  find_means(begin);
+  Walk<Traits> walk(p, shared.rings, rows, paging, first_block, begin, end);
+  // As measured: registers that will hold tokens serve the append before, and means are asked for
+  // first where little else is on its way.
+  constexpr bool kHeld = Traits::kShape.stages == 0, kAlone = kHeld && Traits::kShape.blocks == 1;
+  if (kHeld) append_own();
+  if (kAlone) means.load(p, rows, paging, t);
+  walk.fill(ready);
+  if (!kHeld) append_own();
+  if (!kAlone) means.load(p, rows, paging, t);
+  wait_copies<2 * kMaxStages>(Pieces<Traits>::kGroups * walk.asked);
+  prepare_query(p, shared.walked.raw, shared.walked.query, shared.scale);
   __syncthreads();
-  walk.fill(kMaxStages, 1 << 30);
-  const int read = readers && leads ? atomicAdd(readers, 1) : 0;
+  walk.fill(1 << 30);
+  const int read = p.advance && leads ? atomicAdd(readers(), 1) : 0;
   const Query<Traits> query(shared.walked.query, shared.scale, g, t);
   Accumulator<Traits> acc;
   for (int from = begin;;) {
@@ -316,16 +310,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
     walk.run(shared, query, from >> paging.group_shift, min(end, from + reach), acc);
     from += reach;
     if (from >= end) break;
-    load_means(from);
+    find_means(from);
+    means.load(p, rows, paging, t);
     __syncthreads();
   }
   merge_warps(shared, acc, g, t);
   const int splits = max(1, (span + length - 1) / length);
   const int64_t unit = (int64_t(blockIdx.z) * gridDim.y + blockIdx.y) * p.row_tiles + row_tile;
-  if (splits == 1 || merge_splits(p, shared, unit, split, splits)) {
-    finish_rows(p, shared);
+  if (p.clustered) {
+    finish_cluster(p, shared, split, splits);
+  } else if (splits == 1 || merge_splits(p, shared, unit, split, splits)) {
+    finish_block(p, shared);
   }
-  if (readers && leads) advance(read);
+  if (p.advance && leads) advance(read);
 }
 
 }  // namespace kvquant::cuda

@@ -8,7 +8,7 @@
 namespace kvquant::cuda {
 
 template <int kDim>
-cudaError_t launch_dim(const AttentionCall&, int rows, bool many, cudaStream_t);
+cudaError_t launch_dim(const AttentionCall&, int rows, Turns turns, cudaStream_t);
 
 namespace {
 
@@ -25,9 +25,14 @@ int multiprocessors(int device) {
   return std::max(1, count);
 }
 
+int capacity_of(const Sequences& seqs, const CacheView& cache) {
+  return int(std::min<int64_t>(int64_t(seqs.max_blocks) * cache.block_size, 1 << 30));
+}
+
 AttentionShape shape_of(const AttentionParams& p, int device) {
   return shape_attention(p.seqs.batch, p.seqs.tokens, p.q_heads, p.cache.kv_heads, p.cache.k_dim,
-                         p.cache.v_dim, p.dtype == Dtype::kFloat32, multiprocessors(device));
+                         p.cache.v_dim, p.dtype == Dtype::kFloat32, capacity_of(p.seqs, p.cache),
+                         multiprocessors(device));
 }
 
 Status launch_shape(AttentionCall call, const AttentionShape& shape, Launch launch) {
@@ -42,19 +47,21 @@ Status launch_shape(AttentionCall call, const AttentionShape& shape, Launch laun
   call.share = Divisor::of(call.q_heads / call.cache.kv_heads);
   call.divided_by = Divisor::of(call.splits);
   call.row_tiles = shape.row_tiles;
-  const int capacity = call.seqs.max_blocks * call.cache.block_size;
+  const int capacity = capacity_of(call.seqs, call.cache);
   const int even = split_length(capacity, call.splits, shape.instance.step());
-  call.min_split = shape.fills ? std::max(kMinSplit, even) : kMinSplit;
+  call.min_split = call.split_size > 0 ? call.split_size
+                   : shape.fills       ? std::max(kMinSplit, even)
+                                       : kMinSplit;
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   switch (shape.head_dim) {
     case 64:
-      return to_status(launch_dim<64>(call, shape.rows, shape.many, stream));
+      return to_status(launch_dim<64>(call, shape.rows, shape.turns, stream));
     case 128:
-      return to_status(launch_dim<128>(call, shape.rows, shape.many, stream));
+      return to_status(launch_dim<128>(call, shape.rows, shape.turns, stream));
     case 192:
-      return to_status(launch_dim<192>(call, shape.rows, shape.many, stream));
+      return to_status(launch_dim<192>(call, shape.rows, shape.turns, stream));
     case 256:
-      return to_status(launch_dim<256>(call, shape.rows, shape.many, stream));
+      return to_status(launch_dim<256>(call, shape.rows, shape.turns, stream));
   }
   return Status::unsupported("head_dim over 256");
 }

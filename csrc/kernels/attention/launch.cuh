@@ -13,36 +13,66 @@ struct Allowance {
   cudaError_t error;
   int stages;  // of a warp's ring
   size_t bytes;
+  int clusters[kMaxCluster + 1];  // of as many blocks, that it runs at once
+};
+
+// A launch whose blocks are clusters of `cluster` along x.
+struct Launched {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attribute{};
+
+  Launched(dim3 grid, int threads, size_t bytes, cudaStream_t stream, int cluster) {
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = bytes;
+    config.stream = stream;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute;
+    config.numAttrs = cluster > 1;
+  }
+  Launched(const Launched&) = delete;
 };
 
 template <class Traits>
 Allowance ask_device(int device) {
   using Shared = AttentionShared<Traits>;
   static_assert(Shared::bytes(1) <= 64 << 10, "what a block of sm_75 may have");
-  int stages = 1, carveout = cudaSharedmemCarveoutDefault;
-  if constexpr (Traits::kShape.ring) {
+  Allowance allowed{cudaSuccess, 1, 0, {}};
+  int carveout = cudaSharedmemCarveoutDefault;
+  if constexpr (Traits::kShape.stages > 0) {
     int most = 0, all = 0, reserved = 0;
     cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
     cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
-    stages = ring_stages(std::min(most, all / Traits::kShape.blocks - reserved),
-                         int(Shared::bytes(0)), Shared::kStageBytes);
+    const int room = std::min(most, all / Traits::kShape.blocks - reserved) - int(Shared::bytes(0));
+    allowed.stages = std::max(1, std::min(Traits::kShape.stages, room / Shared::kStageBytes));
     carveout = cudaSharedmemCarveoutMaxShared;
   }
-  const size_t bytes = Shared::bytes(stages);
+  allowed.bytes = Shared::bytes(allowed.stages);
   void (*const kernel)(AttentionCall) = attention_kernel<Traits>;
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, carveout);
+  const auto set = [&](cudaFuncAttribute attribute, int value) {
+    if (allowed.error == cudaSuccess)
+      allowed.error = cudaFuncSetAttribute(kernel, attribute, value);
+  };
+  set(cudaFuncAttributeMaxDynamicSharedMemorySize, int(allowed.bytes));
+  set(cudaFuncAttributePreferredSharedMemoryCarveout, carveout);
+  int has_clusters = 0;
+  cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device);
+  if (allowed.error != cudaSuccess || !has_clusters) return allowed;
+  for (int size = 2; size <= kMaxCluster; ++size) {
+    const Launched launched(dim3(size), Traits::kThreads, allowed.bytes, nullptr, size);
+    cudaOccupancyMaxActiveClusters(&allowed.clusters[size], kernel, &launched.config);
   }
-  return {error, stages, bytes};
+  cudaGetLastError();  // of sizes that the device does not have
+  return allowed;
 }
 
 template <class Traits>
 const Allowance& allowance() {
   constexpr int kDevices = 64;
-  static const Allowance none{cudaErrorInvalidDevice, 0, 0};
+  static const Allowance none{cudaErrorInvalidDevice, 0, 0, {}};
   static std::once_flag asked[kDevices];
   static Allowance allowances[kDevices];
   int device = 0;
@@ -56,11 +86,14 @@ template <class Traits>
 cudaError_t launch_instance(AttentionCall call, cudaStream_t stream) {
   const Allowance& allowed = allowance<Traits>();
   if (allowed.error != cudaSuccess) return allowed.error;
-  call.stages = allowed.stages;
   const dim3 grid(unsigned(call.row_tiles * call.splits), unsigned(call.cache.kv_heads),
                   unsigned(call.seqs.batch));
-  attention_kernel<Traits><<<grid, Traits::kThreads, allowed.bytes, stream>>>(call);
-  return cudaGetLastError();
+  const int64_t units = int64_t(call.row_tiles) * call.cache.kv_heads * call.seqs.batch;
+  call.stages = allowed.stages;
+  call.clustered = call.row_tiles == 1 && can_cluster(call.splits, units, allowed.clusters);
+  const Launched launched(grid, Traits::kThreads, allowed.bytes, stream,
+                          call.clustered ? call.splits : 1);
+  return cudaLaunchKernelEx(&launched.config, attention_kernel<Traits>, call);
 }
 
 // Calls f with the constant that equals `rows`.
@@ -73,32 +106,39 @@ cudaError_t with_rows(int rows, F&& f) {
 }
 
 // The usual instance where it serves, else the one that knows all features.
-template <int kDim, int kRows, class T, bool kMany>
+template <int kDim, int kRows, class T, Turns kTurns>
 cudaError_t launch_features(const AttentionCall& call, cudaStream_t stream) {
-  using Usual = AttentionTraits<kDim, kRows, T, true, kMany>;
+  using Usual = AttentionTraits<kDim, kRows, T, true, kTurns>;
   return Usual::serves(call)
              ? launch_instance<Usual>(call, stream)
-             : launch_instance<AttentionTraits<kDim, kRows, T, false, kMany>>(call, stream);
+             : launch_instance<AttentionTraits<kDim, kRows, T, false, kTurns>>(call, stream);
 }
 
 template <int kDim, int kRows, class T>
-cudaError_t launch_rows(const AttentionCall& call, bool many, cudaStream_t stream) {
-  constexpr bool kFloat = std::is_same_v<T, float>;
-  constexpr bool kDiffer = instance_shape(kDim, kRows, kFloat, true).ring !=
-                           instance_shape(kDim, kRows, kFloat, false).ring;
-  if constexpr (kDiffer) {
-    if (many) return launch_features<kDim, kRows, T, true>(call, stream);
+cudaError_t launch_rows(const AttentionCall& call, Turns turns, cudaStream_t stream) {
+  constexpr auto differs = [](Turns turns) {
+    constexpr bool kFloat = std::is_same_v<T, float>;
+    return !(instance_shape(kDim, kRows, kFloat, turns) ==
+             instance_shape(kDim, kRows, kFloat, Turns::kOne));
+  };
+  if constexpr (differs(Turns::kAlone)) {
+    if (turns == Turns::kAlone) {
+      return launch_features<kDim, kRows, T, Turns::kAlone>(call, stream);
+    }
   }
-  return launch_features<kDim, kRows, T, false>(call, stream);
+  if constexpr (differs(Turns::kMany)) {
+    if (turns == Turns::kMany) return launch_features<kDim, kRows, T, Turns::kMany>(call, stream);
+  }
+  return launch_features<kDim, kRows, T, Turns::kOne>(call, stream);
 }
 
 template <int kDim>
-cudaError_t launch_dim(const AttentionCall& call, int rows, bool many, cudaStream_t stream) {
-  if (call.dtype == Dtype::kFloat32) return launch_rows<kDim, 8, float>(call, many, stream);
+cudaError_t launch_dim(const AttentionCall& call, int rows, Turns turns, cudaStream_t stream) {
+  if (call.dtype == Dtype::kFloat32) return launch_rows<kDim, 8, float>(call, turns, stream);
   return with_rows<max_rows(kDim)>(rows, [&](auto rows) {
     return call.dtype == Dtype::kFloat16
-               ? launch_rows<kDim, rows(), __half>(call, many, stream)
-               : launch_rows<kDim, rows(), __nv_bfloat16>(call, many, stream);
+               ? launch_rows<kDim, rows(), __half>(call, turns, stream)
+               : launch_rows<kDim, rows(), __nv_bfloat16>(call, turns, stream);
   });
 }
 

@@ -23,15 +23,25 @@ __device__ __forceinline__ int dots_reach(const CacheView& cache) {
 // pieces of keys. Groups beyond `last`, and those whose block is lost, count as zero.
 template <class Traits>
 struct GroupMeans {
+  int index, block;  // of this lane's group; -1: none
+  bool any;          // of the warp's groups is wanted
   uint4 x[Traits::kDim / 64][2];
 
+  // Finds the block, `first_block` where the sequence has one.
+  __device__ __forceinline__ void find(const AttentionCall& p, const RowTile& rows,
+                                       const Paging& paging, int first_block, int first, int last,
+                                       int g) {
+    index = first + int(threadIdx.x / 32) * kMeanGroups;
+    any = index <= last;
+    index += g;
+    block = -1;
+    if (!p.cache.group || index > last) return;
+    block = p.seqs.max_blocks == 1 ? first_block
+                                   : block_of(p.cache, p.seqs, rows.sequence,
+                                              index << paging.group_shift >> paging.shift);
+  }
   __device__ __forceinline__ void load(const AttentionCall& p, const RowTile& rows,
-                                       const Paging& paging, int first, int last, int g, int t) {
-    const int index = first + int(threadIdx.x / 32) * kMeanGroups + g;
-    int block = -1;
-    if (p.cache.group && index <= last) {
-      block = block_of(p.cache, p.seqs, rows.sequence, index << paging.group_shift >> paging.shift);
-    }
+                                       const Paging& paging, int t) {
     const __half* mean =
         rows_of<__half>(p.cache.k_mean, max(block, 0), rows.head) +
         int64_t((index << paging.group_shift & paging.mask) >> paging.group_shift) * p.cache.k_dim +
@@ -47,6 +57,7 @@ struct GroupMeans {
   // This warp's dots[group - first][row].
   __device__ __forceinline__ void multiply(const Query<Traits>& query,
                                            float (*dots)[Traits::kRows]) const {
+    if (!any) return;
     float c[Traits::kFragments][4] = {};
 #pragma unroll
     for (int step = 0; step < Traits::kDim / 32; ++step) {

@@ -24,7 +24,10 @@ struct AttentionShared {
 
   struct Walked {
     QueryShared<Traits> query;
-    float dots[kGroups<Traits>][Traits::kRows];
+    union {
+      RawQuery<Traits> raw;  // until the query is prepared
+      float dots[kGroups<Traits>][Traits::kRows];
+    };
   };
   union {
     Walked walked;
@@ -191,22 +194,23 @@ __device__ __forceinline__ bool merge_splits(const AttentionCall& p,
   return true;
 }
 
-// Sinks, division by the sum, the values' rotation; writes the rows and their log-sum-exp.
-template <class Traits>
-__device__ __forceinline__ void finish_rows(const AttentionCall& p,
-                                            const AttentionShared<Traits>& shared) {
+// Sinks, division by the sum, the values' rotation; writes rows `first`, `first` + `step`, ... and
+// their log-sum-exp. read(row, x) gives a lane's channels and (base, sum); rows up to kTogether
+// steps beyond the last one are read too.
+template <class Traits, int kTogether, class F>
+__device__ __forceinline__ void finish_rows(const AttentionCall& p, const RowTile& rows, int first,
+                                            int step, F&& read) {
   using Element = typename Traits::Element;
-  constexpr int kCount = Traits::kDim / 32;
-  constexpr int kTogether = Traits::kRows / Traits::kWarps < 4 ? Traits::kRows / Traits::kWarps : 4;
-  const RowTile& rows = shared.rows;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  using Row = WarpRow<Traits::kDim>;
+  const int lane = threadIdx.x & 31;
   const CallRows call{rows.first_call_row, 0};
-  for (int first = warp; first < rows.count; first += Traits::kWarps * kTogether) {
-    float x[kTogether][kCount];
+  for (; first < rows.count; first += step * kTogether) {
+    float x[kTogether][Row::kCount];
 #pragma unroll
     for (int r = 0; r < kTogether; ++r) {
-      const int row = first + r * Traits::kWarps;
-      float max = shared.total[row].x, sum = shared.total[row].y, weight = 1.f;
+      const int row = first + r * step;
+      auto [max, sum] = read(row, x[r]);
+      float weight = 1.f;
       if (sum == 0.f) max = -INFINITY, weight = 0.f;  // sees nothing
       if (p.sinks && row < rows.count) {
         const float sink = p.sinks[rows.head_of(row)] * kLog2e, most = fmaxf(max, sink);
@@ -217,30 +221,96 @@ __device__ __forceinline__ void finish_rows(const AttentionCall& p,
       // A NaN may have no maximum to weigh it against a sink.
       const float factor = isnan(sum) ? sum : weight == 0.f ? 0.f : weight / sum;
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const float y = shared.result[row][32 * i + lane];
-        x[r][i] = factor == 0.f ? 0.f : y * factor;
-      }
+      for (int i = 0; i < Row::kCount; ++i) x[r][i] = factor == 0.f ? 0.f : x[r][i] * factor;
       if (p.lse && lane == 0 && row < rows.count) {
         const float lse = sum == 0.f ? -INFINITY : (max + log2f(sum)) * kLn2;
         p.lse[(rows.first_call_row + rows.token_of(row)) * p.q_heads + rows.head_of(row)] = lse;
       }
     }
-    if (p.cache.v_rotation > 1) rotate_warp(x, p.cache.v_rotation);
+    if (p.cache.v_rotation > 1) rotate_warp<Traits::kDim>(x, p.cache.v_rotation);
 #pragma unroll
     for (int r = 0; r < kTogether; ++r) {
-      const int row = first + r * Traits::kWarps;
+      const int row = first + r * step;
       if (row >= rows.count) break;
       Element* out = static_cast<Element*>(p.out.data) +
                      row_offset(p.out, p.seqs, call, rows.sequence, rows.token_of(row)) +
                      rows.head_of(row) * p.out.head_stride;
+      Row::pieces([&](auto width, int i, int c) {
+        alignas(16) Element y[width()];
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const int c = 32 * i + lane;
-        if (c < p.cache.v_dim) out[c] = from_float<Element>(x[r][i]);
-      }
+        for (int j = 0; j < width(); ++j) y[j] = from_float<Element>(x[r][i + j]);
+        if constexpr (Traits::kUsual) {
+          store_vector<width()>(out + c, y);
+        } else {
+#pragma unroll
+          for (int j = 0; j < width(); ++j) {
+            if (c + j < p.cache.v_dim) out[c + j] = y[j];
+          }
+        }
+      });
     }
   }
+}
+
+// Writes the rows of a block that has all results.
+template <class Traits>
+__device__ __forceinline__ void finish_block(const AttentionCall& p,
+                                             const AttentionShared<Traits>& shared) {
+  constexpr int kTogether = Traits::kRowsPerWarp < 4 ? Traits::kRowsPerWarp : 4;
+  using Row = WarpRow<Traits::kDim>;
+  finish_rows<Traits, kTogether>(p, shared.rows, threadIdx.x / 32, Traits::kWarps,
+                                 [&](int row, float (&x)[Row::kCount]) {
+                                   Row::pieces([&](auto width, int i, int c) {
+#pragma unroll
+                                     for (int j = 0; j < width(); ++j) {
+                                       x[i + j] = shared.result[row][c + j];
+                                     }
+                                   });
+                                   return shared.total[row];
+                                 });
+}
+
+// Merges the splits of blocks that are one cluster, through each other's shared memory, and writes
+// the rows: each block those whose number is its own, counted around.
+template <class Traits>
+__device__ __forceinline__ void finish_cluster(const AttentionCall& p,
+                                               AttentionShared<Traits>& shared, int split,
+                                               int splits) {
+  using Row = WarpRow<Traits::kDim>;
+  constexpr int kInFlight = 8;  // splits whose results are on their way at once
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  cluster_barrier<true>();
+  const auto read = [&](int row, float (&x)[Row::kCount]) {
+    float y[kInFlight][Row::kCount];
+    const auto fetch = [&](int base) {
+#pragma unroll
+      for (int s = 0; s < kInFlight; ++s) {
+        Row::pieces([&](auto width, int i, int c) {
+          load_peer<width()>(&shared.result[row][c], min(base + s, splits - 1), &y[s][i]);
+        });
+      }
+    };
+    fetch(0);
+    float part[2] = {kNoScore, 0.f};
+    if (lane < splits) load_peer<2>(&shared.total[row].x, lane, part);
+    const float max = warp_max(part[0]), weights = exp2_approx(part[0] - max);
+    const float sum = warp_sum(weights * part[1]);
+#pragma unroll
+    for (int i = 0; i < Row::kCount; ++i) x[i] = 0.f;
+    for (int base = 0; base < splits; base += kInFlight) {
+      if (base > 0) fetch(base);
+#pragma unroll
+      for (int s = 0; s < kInFlight; ++s) {
+        const float weight = __shfl_sync(kFullWarp, weights, (base + s) & 31);
+        if (base + s >= splits || weight == 0.f) continue;  // its rows may see nothing
+#pragma unroll
+        for (int i = 0; i < Row::kCount; ++i) x[i] = fmaf(weight, y[s][i], x[i]);
+      }
+    }
+    return make_float2(max, sum);
+  };
+  finish_rows<Traits, 1>(p, shared.rows, split + warp * splits, splits * Traits::kWarps, read);
+  cluster_barrier<false>();  // nobody's memory is read any more
 }
 
 }  // namespace kvquant::cuda

@@ -1,6 +1,6 @@
 // A warp's tokens on their way to the tensor core. Held: rows go straight into registers, the next
-// tokens' where the last ones' were used up. Ring: where accumulators fill the registers, or blocks
-// are many, rows wait in slots of shared memory that copies fill without waiting.
+// tokens' where the last ones' were used up. Ring: rows wait in slots of shared memory that copies
+// fill without waiting; where accumulators leave few registers, or blocks come in turns.
 #pragma once
 
 #include "kernels/attention/query.cuh"
@@ -86,9 +86,10 @@ struct Stream {
   const uint8_t* base;
   uint32_t block16;
 
-  __device__ __forceinline__ Stream(const Slab& slab, int head, int offset)
+  // kept: in registers; else it is worked out anew at each load, where these are short.
+  __device__ __forceinline__ Stream(const Slab& slab, int head, int offset, bool kept)
       : base(rows_of<uint8_t>(slab, 0, head) + offset), block16(uint32_t(slab.block_stride >> 4)) {
-    asm volatile("" : "+l"(base));  // to be kept, not worked out anew at each load
+    if (kept) asm volatile("" : "+l"(base));
   }
   __device__ __forceinline__ const uint8_t* at(int block, int row, int bytes) const {
     return offset_by(offset_by(base, uint32_t(block) * 16u, block16), row, bytes);
@@ -103,20 +104,23 @@ struct Stream {
 template <class Traits>
 class Held {
   using Lane = LanePieces<Traits::kDim, false>;
+  static constexpr bool kKept = Traits::kShape.blocks == 1;
 
  public:
   static constexpr int kSharedBytes = 0;  // of a stage of a warp
+  static constexpr int kGroups = 0;       // of copies, a piece
 
   __device__ __forceinline__ Held(const CacheView& cache, int head, unsigned char*, int)
       : pieces_{cache.k_dim, cache.v_dim, int(threadIdx.x & 31) >> 2, int(threadIdx.x & 3)},
-        k_(cache.k_data, head, pieces_.first_key()),
-        v_(cache.v_data, head, pieces_.first_value()),
-        k_params_(cache.k_params, head, 16 * pieces_.t),
-        v_params_(cache.v_params, head, 16 * pieces_.t),
+        k_(cache.k_data, head, pieces_.first_key(), kKept),
+        v_(cache.v_data, head, pieces_.first_value(), kKept),
+        k_params_(cache.k_params, head, 16 * pieces_.t, kKept),
+        v_params_(cache.v_params, head, 16 * pieces_.t, kKept),
         tile_{} {}
 
   __device__ __forceinline__ constexpr int stages() const { return 1; }
-  __device__ __forceinline__ void wait() {}
+  __device__ __forceinline__ void wait_keys() {}
+  __device__ __forceinline__ void wait_values() {}
   __device__ __forceinline__ bool usable(int, int block) const { return block >= 0; }
   __device__ __forceinline__ const Tile<Traits::kDim>& keys(int u) const { return tile_[u]; }
   __device__ __forceinline__ const Tile<Traits::kDim>& values(int u) const { return tile_[u]; }
@@ -130,6 +134,7 @@ class Held {
     pieces_.load_values(tile_[u], v_.at(block, row, pieces_.v_dim));
     tile_[u].v_params = load_keep(v_params_.at(block, row, 4));
   }
+  __device__ __forceinline__ void ask_nothing() {}
   __device__ __forceinline__ void close() {}
 
  private:
@@ -150,31 +155,24 @@ class Ring {
 
  public:
   static constexpr int kSharedBytes = sizeof(Piece);
+  static constexpr int kGroups = Traits::kShape.apart ? 2 : 1;  // of copies, a piece
+  static_assert(Traits::kTiles == 1);
 
   __device__ __forceinline__ Ring(const CacheView& cache, int head, unsigned char* memory,
                                   int stages)
       : lane_(threadIdx.x & 31),
         pieces_{cache.k_dim, cache.v_dim, lane_ >> 2, lane_ & 3},
-        k_(cache.k_data, head, lane_ * 16),
-        v_(cache.v_data, head, lane_ * 16),
-        params_(lane_ < 4 ? cache.k_params : cache.v_params, head, lane_ % 4 * 16),
+        k_(cache.k_data, head, lane_ * 16, true),
+        v_(cache.v_data, head, lane_ * 16, true),
+        params_(lane_ < 4 ? cache.k_params : cache.v_params, head, lane_ % 4 * 16, true),
         first_(reinterpret_cast<Piece*>(memory) + threadIdx.x / 32 * stages),
         stages_(stages) {}
 
   __device__ __forceinline__ int stages() const { return stages_; }
-  // For the oldest piece, which all lanes have copied.
-  __device__ __forceinline__ void wait() {
-    static_assert(kMaxStages == 4);
-    if (stages_ == 4) {
-      wait_copies<3>();
-    } else if (stages_ == 3) {
-      wait_copies<2>();
-    } else if (stages_ == 2) {
-      wait_copies<1>();
-    } else {
-      wait_copies<0>();
-    }
-    __syncwarp();
+  // For the oldest piece's keys, which all lanes have copied, then for its values.
+  __device__ __forceinline__ void wait_keys() { wait(kGroups * stages_ - 1); }
+  __device__ __forceinline__ void wait_values() {
+    if (kGroups == 2) wait(2 * stages_ - 2);
   }
   __device__ __forceinline__ bool usable(int u, int) const { return !(lost_ & bit(u)); }
   __device__ __forceinline__ Tile<kDim> keys(int u) const {
@@ -197,19 +195,24 @@ class Ring {
     lost_ = block < 0 ? lost_ | bit(u) : lost_ & ~bit(u);
     block = max(block, 0);
     if (u == 0) __syncwarp();  // all lanes have read the piece
-    if (lane_ < 8) copy_async(&slot.params[0][lane_], params_.at(block, row, 4));
+    if (lane_ < 8) copy_async<16>(&slot.params[0][lane_], params_.at(block, row, 4));
     const uint8_t* const key = k_.at(block, row, pieces_.k_dim);
     const uint8_t* const value = v_.at(block, row, pieces_.v_dim);
 #pragma unroll
     for (int i = 0; i < kDim / 32; ++i) {
       const int at = i * 512 + lane_ * 16;
-      if (at < 16 * pieces_.k_dim) copy_async(slot.k + at, key + i * 512);
+      if (at < 16 * pieces_.k_dim) copy_async<16>(slot.k + at, key + i * 512);
     }
+    if (kGroups == 2) close_copies();
 #pragma unroll
     for (int i = 0; i < kDim / 32; ++i) {
       const int at = i * 512 + lane_ * 16;
-      if (at < 16 * pieces_.v_dim) copy_async(slot.v + at, value + i * 512);
+      if (at < 16 * pieces_.v_dim) copy_async<16>(slot.v + at, value + i * 512);
     }
+  }
+  // As many groups as if there were something.
+  __device__ __forceinline__ void ask_nothing() {
+    if (kGroups == 2) close_copies();
   }
   __device__ __forceinline__ void close() {
     close_copies();
@@ -224,12 +227,16 @@ class Ring {
   int stages_, oldest_ = 0;
   unsigned lost_ = 0;  // a bit a slot: it is of no block
 
+  __device__ __forceinline__ void wait(int left) {
+    wait_copies<2 * kMaxStages - 1>(left);
+    __syncwarp();
+  }
   __device__ __forceinline__ unsigned bit(int u) const {
     return 1u << (oldest_ * Traits::kTiles + u);
   }
 };
 
 template <class Traits>
-using Pieces = std::conditional_t<Traits::kShape.ring, Ring<Traits>, Held<Traits>>;
+using Pieces = std::conditional_t<(Traits::kShape.stages > 0), Ring<Traits>, Held<Traits>>;
 
 }  // namespace kvquant::cuda

@@ -2,8 +2,6 @@
 // the order that the tensor core's operands want. Rows are query tokens x heads of one KV head.
 #pragma once
 
-#include <type_traits>
-
 #include "formats/int8.h"
 #include "kernels/attention/call.h"
 #include "kernels/attention/config.h"
@@ -17,40 +15,70 @@ namespace kvquant::cuda {
 constexpr float kNoScore = -1e30f;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// Rotation of rows that a warp holds as x[r][i] = channel 32 i + lane.
-template <int kRows, int kCount>
-__device__ __forceinline__ void rotate_warp(float (&x)[kRows][kCount], int length) {
-  for (int step = 1; step < min(length, 32); step <<= 1) {
-    const float sign = threadIdx.x & step ? -1.f : 1.f;
+// A row of kDim channels in a warp: of each 128 a lane has four neighbours, of a last 64 two.
+template <int kDim>
+struct WarpRow {
+  static constexpr int kCount = kDim / 32, kWide = kDim / 128 * 4;  // a lane's; those in fours
+
+  static constexpr int width(int i) { return i < kWide ? 4 : 2; }  // of the piece that i is of
+
+  // Calls f(width, i, c) for each piece of this lane: channels c, c + 1, ... are its i-th, ...
+  template <class F>
+  static __device__ __forceinline__ void pieces(F&& f) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int i = 0; i < kWide; i += 4) f(std::integral_constant<int, 4>{}, i, i * 32 + lane * 4);
+    if constexpr (kWide < kCount) {
+      f(std::integral_constant<int, 2>{}, kWide, kWide * 32 + lane * 2);
+    }
+  }
+};
+
+// Rotation of rows that a warp holds as WarpRow says, in blocks of `length` channels.
+template <int kDim, int kRows>
+__device__ __forceinline__ void rotate_warp(float (&x)[kRows][kDim / 32], int length) {
+  using Row = WarpRow<kDim>;
+  const auto butterfly = [&](int i, int j) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
+      const float a = x[r][i], b = x[r][j];
+      x[r][i] = a + b;
+      x[r][j] = a - b;
+    }
+  };
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
+  for (int i = 0; i < Row::kCount; i += 2) butterfly(i, i + 1);
+  if (length > 2) {
+#pragma unroll
+    for (int i = 0; i < Row::kWide; i += 4) butterfly(i, i + 2), butterfly(i + 1, i + 3);
+  }
+#pragma unroll
+  for (int step = 1; step < 32; step <<= 1) {
+    const float sign = threadIdx.x & step ? -1.f : 1.f;
+#pragma unroll
+    for (int i = 0; i < Row::kCount; ++i) {
+      if (step * Row::width(i) >= length) continue;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
         x[r][i] = fmaf(x[r][i], sign, __shfl_xor_sync(kFullWarp, x[r][i], step));
       }
+    }
+  }
+  if constexpr (Row::kWide == 8) {
+    if (length > 128) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) butterfly(i, i + 4);
     }
   }
   const float norm = int8::hadamard_norm(length);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-    for (int step = 1; step < kCount; step <<= 1) {
-      if (length < 64 * step) break;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        if (i & step || i + step >= kCount) continue;
-        const float a = x[r][i], b = x[r][i + step];
-        x[r][i] = a + b;
-        x[r][i + step] = a - b;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) x[r][i] *= norm;
+    for (int i = 0; i < Row::kCount; ++i) x[r][i] *= norm;
   }
 }
 
-template <class T>
-__device__ __forceinline__ T warp_sum(T x) {
+__device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(kFullWarp, x, step);
   return x;
@@ -59,6 +87,25 @@ __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
   for (int step = 16; step; step >>= 1) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, step));
   return x;
+}
+// Of integers, by one instruction where there is one.
+__device__ __forceinline__ int warp_sum_int(int x) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(kFullWarp, x);
+#else
+#pragma unroll
+  for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(kFullWarp, x, step);
+  return x;
+#endif
+}
+__device__ __forceinline__ uint32_t warp_max_bits(uint32_t x) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(kFullWarp, x);
+#else
+#pragma unroll
+  for (int step = 16; step; step >>= 1) x = max(x, __shfl_xor_sync(kFullWarp, x, step));
+  return x;
+#endif
 }
 
 // The tokens that one query row sees, and its ALiBi slope in log2 units.
@@ -104,10 +151,11 @@ struct RowTile {
     count = min(rows_per_tile, tokens * int(share.divisor) - first);
     return count > 0;
   }
-  __device__ __forceinline__ void find_tokens(const AttentionCall& p) {
+  // seq_len: the sequence's, as it is on the device.
+  __device__ __forceinline__ void find_tokens(const AttentionCall& p, int seq_len) {
     start = first_token(p.seqs, sequence);
-    length = stored_tokens(p.cache, p.seqs, sequence, p.key.data ? tokens : 0);
-    stored = p.key.data ? stored_tokens(p.cache, p.seqs, sequence) : length;
+    length = stored_tokens(p.cache, p.seqs, seq_len, p.key.data ? tokens : 0);
+    stored = p.key.data ? stored_tokens(p.cache, p.seqs, seq_len) : length;
     position = length - tokens;
     const int low = position_of(0), high = position_of(count - 1);
     begin = first_seen(p, low) / kTile * kTile;
@@ -125,13 +173,14 @@ struct RowTile {
 
 // The compile-time choices of one instance. A usual call has none of the rarer features and rows
 // that fill the instance; its code is half as long, which a short call waits for.
-template <int kHeadDim, int kRowCount, class T, bool kUsual, bool kMany>
+template <int kHeadDim, int kRowCount, class T, bool kUsualCall, Turns kTurns>
 struct AttentionTraits {
+  static constexpr bool kUsual = kUsualCall;
   using Element = T;  // of query and output
   // float32 weights are kept as fp16 and what fp16 left of them.
   static constexpr bool kSplit = std::is_same_v<T, float>;
   static constexpr int kLimbs = kSplit ? 3 : 2;  // bytes of a query's integer
-  static constexpr InstanceShape kShape = instance_shape(kHeadDim, kRowCount, kSplit, kMany);
+  static constexpr InstanceShape kShape = instance_shape(kHeadDim, kRowCount, kSplit, kTurns);
   static constexpr int kDim = kHeadDim;
   static constexpr int kRows = kRowCount;  // query rows of a block
   static constexpr int kWarps = kShape.warps;
@@ -139,6 +188,7 @@ struct AttentionTraits {
   static constexpr int kStep = kShape.step();  // tokens a block takes at once
   static constexpr int kTiles = kShape.tiles;  // of a warp
   static constexpr int kRowSets = kRows / 8;   // softmax rows of a lane
+  static constexpr int kRowsPerWarp = (kRows + kWarps - 1) / kWarps;  // to prepare, and to write
   // Of 16 rows of bytes: the highest ones of all rows come first.
   static constexpr int kFragments = (kLimbs * kRows + 15) / 16;
   static constexpr int kOutTiles = kSplit ? 2 : kRowSets;  // n-tiles of P V
@@ -146,11 +196,19 @@ struct AttentionTraits {
 
   static constexpr int kRotation = kDim & -kDim;  // the longest that fits rows
   static bool serves(const AttentionCall& call) {
-    return !kUsual || (call.cache.k_dim == kDim && call.cache.v_dim == kDim &&
+    return !kUsual || (is_aligned(call.query) && is_aligned(call.out) && call.cache.k_dim == kDim &&
+                       call.cache.v_dim == kDim &&
                        (call.cache.k_rotation <= 1 || call.cache.k_rotation == kRotation) &&
                        call.cache.v_rotation <= 1 && !call.seqs.seq_starts &&
                        !call.seqs.cu_seqlens && !call.sliding_window && call.softcap == 0.f &&
                        !call.alibi_slopes && !call.sinks && !call.lse);
+  }
+  // Whether a lane's four channels of every row can be one access.
+  static bool is_aligned(const Rows& rows) {
+    const uint64_t any = reinterpret_cast<uintptr_t>(rows.data) / sizeof(T) |
+                         uint64_t(rows.batch_stride) | uint64_t(rows.token_stride) |
+                         uint64_t(rows.head_stride);
+    return any % 4 == 0;
   }
   // The call, with what is known of it as constants.
   static __device__ __forceinline__ AttentionCall known(AttentionCall call) {
@@ -175,37 +233,45 @@ struct QueryShared {
   static constexpr int kSteps = Traits::kDim / 32;
   uint4 words[Traits::kFragments][kSteps][32];
 
-  __device__ __forceinline__ void put(int row, int c, int byte) {
+  // Bytes of neighbouring channels from c on, which is a multiple of their number.
+  template <class Bytes>
+  __device__ __forceinline__ void put(int row, int c, Bytes bytes) {
     const int lane = row % 8 * 4 + c % 64 / 16;
     uint4& at = words[row / 16][c / 64 * 2 + c % 16 / 8][lane];
-    reinterpret_cast<int8_t*>(&at)[c % 8 / 4 * 8 + row % 16 / 8 * 4 + c % 4] = int8_t(byte);
+    *reinterpret_cast<Bytes*>(reinterpret_cast<uint8_t*>(&at) + c % 8 / 4 * 8 + row % 16 / 8 * 4 +
+                              c % 4) = bytes;
   }
 };
 
-// This warp's query rows on their way from memory: what a block asks for first.
+// The query rows as they come from memory, each for the warp that asks for it: what a block asks
+// for first.
 template <class Traits>
 struct RawQuery {
   using Element = typename Traits::Element;
-  static constexpr int kCount = Traits::kDim / 32, kPerWarp = Traits::kRows / Traits::kWarps;
-  Element x[kPerWarp][kCount];
+  alignas(16) Element rows[Traits::kRows][Traits::kDim];
 
-  __device__ __forceinline__ RawQuery(const AttentionCall& p, const RowTile& tile) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  __device__ __forceinline__ void ask(const AttentionCall& p, const RowTile& tile) {
+    const int warp = threadIdx.x / 32;
     const CallRows call{tile.first_call_row, 0};
     const Element* query = static_cast<const Element*>(p.query.data);
 #pragma unroll
-    for (int i = 0; i < kPerWarp; ++i) {
-      const int row = warp + i * Traits::kWarps;
-      const int64_t base = row_offset(p.query, p.seqs, call, tile.sequence, tile.token_of(row)) +
-                           tile.head_of(row) * p.query.head_stride;
+    for (int row = warp; row < Traits::kRows; row += Traits::kWarps) {
+      const int at = min(row, tile.count - 1);  // rows that are none repeat the last one
+      const Element* const from =
+          query + row_offset(p.query, p.seqs, call, tile.sequence, tile.token_of(at)) +
+          tile.head_of(at) * p.query.head_stride;
+      WarpRow<Traits::kDim>::pieces([&](auto width, int, int c) {
+        if constexpr (Traits::kUsual) {
+          copy_async<width() * sizeof(Element)>(&rows[row][c], from + c);
+        } else {
 #pragma unroll
-      for (int k = 0; k < kCount; ++k) {
-        const int c = 32 * k + lane;
-        const bool there = row < tile.count && c < p.cache.k_dim;
-        x[i][k] = from_float<Element>(0.f);
-        if (there) x[i][k] = load_early(query + base + c);
-      }
+          for (int j = c; j < c + width(); ++j) {
+            rows[row][j] = j < p.cache.k_dim ? from[j] : from_float<Element>(0.f);
+          }
+        }
+      });
     }
+    close_copies();
   }
 };
 
@@ -215,57 +281,67 @@ struct RowScale {
   float sum, gain;
 };
 
-// Rotates, scales and rounds this warp's rows into shared memory.
+// Rotates, scales and rounds this warp's rows.
 template <class Traits>
 __device__ __forceinline__ void prepare_query(const AttentionCall& p, const RawQuery<Traits>& raw,
                                               QueryShared<Traits>& shared, RowScale* scales) {
-  constexpr int kCount = Traits::kDim / 32, kPerWarp = RawQuery<Traits>::kPerWarp;
+  using Row = WarpRow<Traits::kDim>;
+  constexpr int kPerWarp = Traits::kRowsPerWarp;
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-  float x[kPerWarp][kCount];
+  if (Traits::kRows < Traits::kWarps && warp >= Traits::kRows) return;
+  float x[kPerWarp][Row::kCount];
 #pragma unroll
   for (int i = 0; i < kPerWarp; ++i) {
+    Row::pieces([&](auto width, int k, int c) {
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) x[i][k] = to_float(raw.x[i][k]);
+      for (int j = 0; j < width(); ++j) {
+        x[i][k + j] = to_float(raw.rows[warp + i * Traits::kWarps][c + j]);
+      }
+    });
   }
-  if (p.cache.k_rotation > 1) rotate_warp(x, p.cache.k_rotation);
-  float most[kPerWarp];
-  bool finite[kPerWarp];
-#pragma unroll
-  for (int i = 0; i < kPerWarp; ++i) {
-    most[i] = 0.f;
-    finite[i] = true;
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      most[i] = fmaxf(most[i], fabsf(x[i][k]));
-      finite[i] = finite[i] && isfinite(x[i][k]);
-    }
+  if (p.cache.k_rotation > 1) {
+    rotate_warp<Traits::kDim>(x, Traits::kUsual ? Traits::kRotation : p.cache.k_rotation);
   }
-#pragma unroll
-  for (int i = 0; i < kPerWarp; ++i) most[i] = warp_max(most[i]);
 #pragma unroll
   for (int i = 0; i < kPerWarp; ++i) {
     const int row = warp + i * Traits::kWarps;
+    uint32_t most = 0;  // of magnitudes, whose bits are in their order; beyond infinity: a NaN
+#pragma unroll
+    for (int k = 0; k < Row::kCount; ++k) most = max(most, __float_as_uint(x[i][k]) & 0x7fffffffu);
+    most = warp_max_bits(most);
     constexpr float kLargest = Traits::kLimbs == 3 ? 127.f * 65536.f : 127.f * 256.f;
     // Zeros of any sign, and rows so small that their unit is none, count as zeros.
-    const float unit = most[i] / kLargest, inverse = unit > 1e-37f ? 1.f / unit : 0.f;
+    const float unit = __uint_as_float(most) * (1.f / kLargest);
+    const float inverse = unit > 1e-37f ? 1.f / unit : 0.f;
     int sum = 0;
+    Row::pieces([&](auto width, int k, int c) {
+      uint32_t bytes[Traits::kLimbs] = {};  // of each limb, the highest one first
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      int rest = __float2int_rn(x[i][k] * inverse);
-      sum += rest;
-      if constexpr (Traits::kLimbs == 3) {  // what is left then fits two signed bytes
-        const int high = (rest + 0x8080) >> 16;
-        shared.put(row, 32 * k + lane, high);
-        rest -= high << 16;
+      for (int j = 0; j < width(); ++j) {
+        int rest = __float2int_rn(x[i][k + j] * inverse);
+        sum += rest;
+#pragma unroll
+        for (int n = 0; n < Traits::kLimbs; ++n) {
+          const int shift = 8 * (Traits::kLimbs - 1 - n), half = shift ? 0x8080 >> (16 - shift) : 0;
+          const int limb = (rest + half) >> shift;
+          rest -= limb << shift;
+          bytes[n] |= uint32_t(limb & 0xff) << (8 * j);
+        }
       }
-      const int high = (rest + 0x80) >> 8;
-      shared.put(row + (Traits::kLimbs - 2) * Traits::kRows, 32 * k + lane, high);
-      shared.put(row + (Traits::kLimbs - 1) * Traits::kRows, 32 * k + lane, rest - (high << 8));
-    }
-    sum = warp_sum(sum);
-    const bool all_finite = __all_sync(kFullWarp, finite[i]);
+#pragma unroll
+      for (int n = 0; n < Traits::kLimbs; ++n) {
+        const int at = row + n * Traits::kRows;
+        if constexpr (width() == 4) {
+          shared.put(at, c, bytes[n]);
+        } else {
+          shared.put(at, c, uint16_t(bytes[n]));
+        }
+      }
+    });
+    sum = warp_sum_int(sum);
     if (lane == 0) {
-      scales[row] = {float(sum), all_finite ? unit * p.softmax_scale * kLog2e : NAN};
+      const bool finite = most < 0x7f800000u;
+      scales[row] = {float(sum), finite ? unit * p.softmax_scale * kLog2e : NAN};
     }
   }
 }

@@ -20,11 +20,13 @@ struct Paging {
   }
 };
 
+__device__ __forceinline__ int checked_block(const CacheView& cache, int block) {
+  return unsigned(block) < unsigned(cache.num_blocks) ? block : -1;
+}
 __device__ __forceinline__ int block_of(const CacheView& cache, const Sequences& seqs, int sequence,
                                         int index) {
   if (index < 0 || index >= seqs.max_blocks) return -1;
-  const int block = seqs.block_table[sequence * seqs.block_table_stride + index];
-  return block >= 0 && block < cache.num_blocks ? block : -1;
+  return checked_block(cache, seqs.block_table[sequence * seqs.block_table_stride + index]);
 }
 
 template <class T>
@@ -34,10 +36,9 @@ __device__ __forceinline__ T* rows_of(const Slab& slab, int block, int head) {
 
 // The tokens stored for a sequence, whatever its length says, and `more`.
 __device__ __forceinline__ int stored_tokens(const CacheView& cache, const Sequences& seqs,
-                                             int sequence, int more = 0) {
-  const int64_t capacity = int64_t(seqs.max_blocks) * cache.block_size;
-  const int64_t length = int64_t(seqs.seq_lens[sequence]) + more;
-  return int(max(int64_t(0), min(length, capacity)));
+                                             int seq_len, int more = 0) {
+  const int capacity = int(min(int64_t(seqs.max_blocks) * cache.block_size, int64_t(1) << 30));
+  return min(max(0, min(seq_len, capacity) + more), capacity);
 }
 __device__ __forceinline__ int first_token(const Sequences& seqs, int sequence) {
   return seqs.seq_starts ? min(max(0, seqs.seq_starts[sequence]), 1 << 30) : 0;

@@ -4,6 +4,8 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 namespace kvquant::cuda {
 
@@ -34,15 +36,19 @@ __device__ __forceinline__ uint4 load_keep(const void* p) {
                : "l"(p));
   return u;
 }
-// Copies 16 bytes to shared memory, not waited for. Copies belong to the group that their thread
-// closes next. sm_75 copies at once.
+// Copies kBytes (4, 8 or 16) to shared memory, not waited for. Copies belong to the group that
+// their thread closes next. sm_75 copies at once.
+template <int kBytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
-                   uint32_t(__cvta_generic_to_shared(to))),
-               "l"(from));
+  const auto at = uint32_t(__cvta_generic_to_shared(to));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(at), "l"(from));
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(kBytes));
+  }
 #else
-  *static_cast<uint4*>(to) = load_keep(from);
+  memcpy(__builtin_assume_aligned(to, kBytes), __builtin_assume_aligned(from, kBytes), kBytes);
 #endif
 }
 __device__ __forceinline__ void close_copies() {
@@ -50,27 +56,32 @@ __device__ __forceinline__ void close_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
-// Waits for this thread's groups but the latest kLeft.
-template <int kLeft>
-__device__ __forceinline__ void wait_copies() {
+// Waits for this thread's groups but the latest `left`, at most kMost.
+template <int kMost>
+__device__ __forceinline__ void wait_copies(int left) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+  if constexpr (kMost > 0) {
+    if (left < kMost) return wait_copies<kMost - 1>(left);
+  }
+  asm volatile("cp.async.wait_group %0;" ::"n"(kMost) : "memory");
 #endif
 }
-// One element, asked for where this stands: the compiler would move an ordinary load to its use.
-template <class T>
-__device__ __forceinline__ T load_early(const T* p) {
-  T x;
-  if constexpr (sizeof(T) == 2) {
-    uint16_t u;
-    asm volatile("ld.global.u16 %0, [%1];" : "=h"(u) : "l"(p));
-    memcpy(&x, &u, 2);
-  } else {
-    uint32_t u;
-    asm volatile("ld.global.u32 %0, [%1];" : "=r"(u) : "l"(p));
-    memcpy(&x, &u, 4);
-  }
+// A word, asked for where this stands: the compiler would move an ordinary load to its use.
+__device__ __forceinline__ int load_early(const int* p) {
+  int x;
+  asm volatile("ld.global.s32 %0, [%1];" : "=r"(x) : "l"(p));
   return x;
+}
+// kCount elements in one access.
+template <int kCount, class T>
+__device__ __forceinline__ void store_vector(T* p, const T* x) {
+  constexpr int kBytes = kCount * sizeof(T);
+  using Word =
+      std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, uint32_t>>;
+  static_assert(sizeof(Word) == kBytes);
+  Word word;
+  memcpy(&word, x, kBytes);
+  *reinterpret_cast<Word*>(p) = word;
 }
 
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -99,6 +110,38 @@ __device__ __forceinline__ int add_acquire_release(int* p, int value) {
                : "l"(p), "r"(value)
                : "memory");
   return before;
+}
+
+// Blocks of a cluster wait for one another: those that have not ended. kShow: they then see what
+// was written before.
+template <bool kShow>
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (kShow) {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  } else {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  }
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// kCount (2 or 4) floats of another block of the cluster, from where this one has `mine`.
+template <int kCount>
+__device__ __forceinline__ void load_peer(const float* mine, int rank, float* x) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t at;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(at)
+               : "r"(uint32_t(__cvta_generic_to_shared(mine))), "r"(rank));
+  if constexpr (kCount == 4) {
+    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+                 : "r"(at));
+  } else {
+    static_assert(kCount == 2);
+    asm volatile("ld.shared::cluster.v2.f32 {%0,%1}, [%2];" : "=f"(x[0]), "=f"(x[1]) : "r"(at));
+  }
+#endif
 }
 
 // c += a b for fp16 a (16 x 16, rows) and b (16 x 8, columns), fp32 c. sm_75 has the instruction

@@ -61,9 +61,10 @@ class CompiledStep:
         causal: bool,
         sliding_window: int,
         softcap: float,
+        split_size: int = 0,
     ) -> None:
         self._compiled = compiled
-        self._rotation = rotation
+        self._rotation, self._split_size = rotation, split_size
         self._shape = (*query.shape[:-1], value.shape[-1])
         self._dtype, self._device = query.dtype, query.device
         # Like query, the fastest of torch's ways to the right tensor, where that is what it gives.
@@ -72,7 +73,7 @@ class CompiledStep:
         out = (tokens * heads * v_dim, heads * v_dim, v_dim)
         self._native = _native.module.Step(
             query.stride()[:3], key.stride()[:3], value.stride()[:3], out, _DTYPES[query.dtype],
-            heads, softmax_scale, causal, sliding_window, softcap,
+            heads, softmax_scale, causal, sliding_window, softcap, split_size,
         )  # fmt: skip
         self._bound: dict[int, tuple[Any, ...]] = {}
         self._kept: tuple[Any, ...] | None = None  # queue, sizes and addresses of a workspace
@@ -132,7 +133,7 @@ class CompiledStep:
         (batch, max_blocks), (_, tokens, heads, k_dim) = table.shape, query.shape
         splits, floats, counters = self._compiled.plan(
             query, batch, tokens, heads, k_data.shape[1], k_dim, v_data.shape[3],
-            max_blocks * k_data.shape[2],
+            max_blocks * k_data.shape[2], self._split_size,
         )  # fmt: skip
         native = _native.module.Layer(
             _view(k_data, k_params, k_mean, v_data, v_params, *self._rotation),
@@ -148,6 +149,7 @@ class Compiled(ABC):
     """The operations by the extension, on one kind of device."""
 
     name: ClassVar[str]
+    max_splits: ClassVar[int | None] = None
 
     @abstractmethod
     def queue(self, x: Tensor) -> tuple[int, int]:
@@ -160,7 +162,7 @@ class Compiled(ABC):
     def plan(self, query: Tensor, *shape: int) -> tuple[int, int, int]:
         """(splits, floats of partial results, counters) of an attention call.
 
-        ``shape``: batch, tokens, q_heads, kv_heads, k_dim, v_dim, capacity.
+        ``shape``: batch, tokens, q_heads, kv_heads, k_dim, v_dim, capacity, split_size.
         """
         return 1, 0, 0
 
@@ -188,6 +190,7 @@ class Compiled(ABC):
             implementations=implementations,
             refuses=self.refuses,
             step=partial(CompiledStep, self),
+            max_splits=self.max_splits,
         )
 
     def refuses(self, op: str, args: Sequence[Any]) -> str | None:
@@ -353,6 +356,7 @@ class Compiled(ABC):
         causal: bool,
         sliding_window: int,
         softcap: float,
+        split_size: int,
         return_lse: bool,
     ) -> tuple[Tensor, Tensor]:
         lead, v_dim, device = query.shape[:-1], v_data.shape[3], query.device
@@ -369,7 +373,7 @@ class Compiled(ABC):
             return out.zero_(), lse
         splits, floats, counts = self.plan(
             query, batch, max_tokens, lead[-1], kv_heads, query.shape[-1], v_dim,
-            max_blocks * block_size,
+            max_blocks * block_size, split_size,
         )  # fmt: skip
         partials, counters, _alive = self.workspace(self.queue(query), floats, counts)
         _native.module.attention(
@@ -378,7 +382,7 @@ class Compiled(ABC):
             _pointer(seq_starts), _pointer(cu_seqlens), max_tokens, *_rows(query), *_rows(out),
             _DTYPES[query.dtype], lse.data_ptr() if return_lse else 0, lead[-1], softmax_scale,
             causal, sliding_window, softcap, _pointer(sinks), _pointer(alibi_slopes), partials,
-            counters, splits, *self.queue(query),
+            counters, splits, split_size, *self.queue(query),
         )  # fmt: skip
         return out, lse
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvquant import _native
+from kvquant._checks import check_splits
 from kvquant.backends._compiled import Compiled
 from kvquant.ops import Backend
 
@@ -29,6 +30,7 @@ _is_capturing: Callable[[], bool] = getattr(
 
 class _Cuda(Compiled):
     name = "cuda"
+    max_splits = 256  # kMaxSplits of csrc/kernels/attention/config.h
 
     def __init__(self) -> None:
         self._workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by device and stream
@@ -41,6 +43,8 @@ class _Cuda(Compiled):
         return _unavailable(x.get_device())
 
     def plan(self, query: Tensor, *shape: int) -> tuple[int, int, int]:
+        capacity, split_size = shape[-2:]
+        check_splits(split_size, capacity, self.max_splits)
         return _plan(query.dtype == torch.float32, _multiprocessors(query.get_device()), *shape)
 
     def is_capturing(self) -> bool:
@@ -100,6 +104,7 @@ def _plan(
     k_dim: int,
     v_dim: int,
     capacity: int,
+    split_size: int,
 ) -> tuple[int, int, int]:
     """Most splits of a sequence, floats of partial results, counters."""
     plan: tuple[int, int, int] = _native.module.attention_plan(
@@ -112,6 +117,7 @@ def _plan(
         float32,
         capacity,
         multiprocessors,
+        split_size,
     )
     return plan
 

@@ -283,6 +283,7 @@ def _attention(
     causal: bool,
     sliding_window: int,
     softcap: float,
+    split_size: int,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     slabs = _Slabs(
