@@ -185,10 +185,10 @@ struct AttentionTraits {
   static constexpr int kRows = kRowCount;  // query rows of a block
   static constexpr int kWarps = kShape.warps;
   static constexpr int kThreads = kShape.threads();
-  static constexpr int kStep = kShape.step();  // tokens a block takes at once
-  static constexpr int kTiles = kShape.tiles;  // of a warp
-  static constexpr int kRowSets = kRows / 8;   // softmax rows of a lane
-  static constexpr int kRowsPerWarp = (kRows + kWarps - 1) / kWarps;  // to prepare, and to write
+  static constexpr int kStep = kShape.step();          // tokens a block takes at once
+  static constexpr int kTiles = kShape.tiles;          // of a warp
+  static constexpr int kRowSets = kRows / 8;           // softmax rows of a lane
+  static constexpr int kRowsPerWarp = kRows / kWarps;  // to prepare, and to write
   // Of 16 rows of bytes: the highest ones of all rows come first.
   static constexpr int kFragments = (kLimbs * kRows + 15) / 16;
   static constexpr int kOutTiles = kSplit ? 2 : kRowSets;  // n-tiles of P V
@@ -288,7 +288,6 @@ __device__ __forceinline__ void prepare_query(const AttentionCall& p, const RawQ
   using Row = WarpRow<Traits::kDim>;
   constexpr int kPerWarp = Traits::kRowsPerWarp;
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-  if (Traits::kRows < Traits::kWarps && warp >= Traits::kRows) return;
   float x[kPerWarp][Row::kCount];
 #pragma unroll
   for (int i = 0; i < kPerWarp; ++i) {
