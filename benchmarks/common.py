@@ -63,8 +63,8 @@ def host_us(call: Call, calls: int = 300, rounds: int = 9) -> float:
     return statistics.median(times)
 
 
-def read_ceiling() -> float:
-    """TB/s of a kernel that only reads 2 GiB: the ceiling for whatever reads a cache."""
+def read_ms(nbytes: int, *, rounds: int = 7, per_graph: int = 10) -> float:
+    """Milliseconds of a kernel that only reads about ``nbytes``: the best of some launches."""
     import triton
     import triton.language as tl
 
@@ -77,17 +77,36 @@ def read_ceiling() -> float:
             total += tl.load(x + at + tl.arange(0, block))
         tl.store(out + program, tl.sum(total, 0))
 
-    x = torch.randint(0, 255, (1 << 29,), dtype=torch.int32, device="cuda")
-    best = 0.0
-    for block, steps in ((4096, 8), (2048, 16), (8192, 16), (1024, 64)):
-        programs = x.numel() // (block * steps)
+    words = nbytes // 4
+    buffers = [
+        torch.randint(0, 255, (words,), dtype=torch.int32, device="cuda")
+        for _ in range(buffers_for(nbytes))
+    ]
+    best = float("inf")
+    for block, programs in (
+        (4096, words // 32768), (2048, words // 32768), (8192, words // 131072),
+        (1024, words // 65536),
+        (2048, 264), (4096, 264), (2048, 528), (2048, 2112),
+    ):  # fmt: skip
+        steps = words // (block * max(1, programs))
+        if not steps or not programs:
+            continue
         out = torch.empty(programs, dtype=torch.int32, device="cuda")
 
-        def call(block: int = block, steps: int = steps, out: torch.Tensor = out) -> None:
+        def call(
+            x: torch.Tensor, block: int = block, steps: int = steps, out: torch.Tensor = out
+        ) -> None:
             read[(out.numel(),)](x, out, block, steps, num_warps=8)
 
-        best = max(best, x.nbytes / graph_ms([call], rounds=7, per_graph=3) / 1e9)
+        ms = graph_ms([lambda x=x: call(x) for x in buffers], rounds, per_graph)
+        best = min(best, ms * words / (block * steps * programs))
     return best
+
+
+def read_ceiling() -> float:
+    """TB/s of a kernel that only reads 2 GiB: the ceiling for whatever reads a cache."""
+    nbytes = 1 << 31
+    return nbytes / read_ms(nbytes, per_graph=3) / 1e9
 
 
 def buffers_for(nbytes: int, *, at_least: int = 400_000_000, most: int = 8) -> int:
