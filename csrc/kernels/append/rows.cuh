@@ -148,6 +148,7 @@ __device__ __forceinline__ void for_rows(const Source<T>& src, const RowSlot& at
     body(row);
   }
 }
+
 // Adds the usable incoming rows of tokens [begin, end), not rotated, to this lane's sum.
 template <class T>
 __device__ __forceinline__ int sum_incoming(const Source<T>& src, const RowSlot& at, int begin,

@@ -47,14 +47,15 @@ struct InstanceShape {
 // rows: query rows of a block, 8, 16 or 32. float32 weights are taken twice, as fp16 and what fp16
 // left of them.
 constexpr InstanceShape instance_shape(int head_dim, int rows, bool float32, Turns turns) {
-  if (rows == 8 && head_dim <= 128 && !float32) {
+  const bool few_registers = rows == 8 && !float32;  // for accumulators
+  if (few_registers && head_dim <= 128) {
     const int tiles = head_dim <= 64 ? 2 : 1;
     if (turns == Turns::kMany && head_dim == 128) return {tiles, 8, 2, kMaxStages, true};
     return {tiles, 8, turns == Turns::kAlone ? 1 : 2, 0, false};
   }
-  const bool fills_registers = head_dim > 128 || (head_dim == 128 && rows == 32);
-  return fills_registers ? InstanceShape{1, 4, 2, kMaxStages, false}
-                         : InstanceShape{1, 8, 1, kMaxStages, false};
+  if (head_dim > 128) return {1, 4, 2, few_registers ? 0 : kMaxStages, false};
+  if (head_dim == 128 && rows == 32) return {1, 4, 2, kMaxStages, false};
+  return {1, 8, 1, kMaxStages, false};
 }
 
 // Query rows a block takes at most. 32 rows of more channels exceed the registers.
