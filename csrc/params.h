@@ -79,9 +79,10 @@ struct AttentionParams {
   float softcap;              // score = softcap * tanh(score / softcap); 0: none
   const float* sinks;         // [q_heads] logits of a key with no value; null: none
   const float* alibi_slopes;  // [q_heads] score -= slope * |i - j|; null: none
-  // CUDA: room for the splits' partial results, see kernels/attention/config.h
+  // CUDA: room for the splits' partial results, see kernels/attention/config.h; bytes of 255, left
+  // so
   float* partial;
-  int32_t* counters;   // zeros, left zero: one a (sequence, KV head, row tile), one a sequence
+  int32_t* counters;   // zeros, left zero: one a sequence
   int32_t splits;      // most splits of a sequence
   int32_t split_size;  // tokens of every split, whatever the call's sizes; 0: as these ask for
 };

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import time
 from dataclasses import replace
 
 import pytest
@@ -249,3 +251,54 @@ def test_a_captured_step_does_not_lend_its_scratch(cuda):
     assert caches[0].seq_lens.tolist() == [3]
     whole = caches[0].attend(0, rows[2])
     assert torch.equal(found, whole)
+
+
+def captured(cuda, body):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = body()
+    return graph, result
+
+
+def test_graphs_beside_each_other_have_their_own_scratch(cuda):
+    """Replays of two graphs on two streams, each of calls whose splits are merged."""
+    caches = [filled_cache((4096, 3000), k_dim=128, device=cuda) for _ in range(2)]
+    queries = torch.randn(2, 2, 1, 4, 128, device=cuda, dtype=BF16)
+    expected = [dense(c, q) for c, q in zip(caches, queries, strict=True)]
+    graphs = [
+        captured(cuda, lambda c=c, q=q: [dense(c, q) for _ in range(20)])
+        for c, q in zip(caches, queries, strict=True)
+    ]
+    streams = [torch.cuda.Stream() for _ in graphs]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        for stream, (graph, _) in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for (_, results), wanted in zip(graphs, expected, strict=True):
+        assert all(torch.equal(x, wanted) for x in results)
+
+
+def test_scratch_is_lent_for_the_life_of_a_graph(cuda):
+    from kvquant import _C
+
+    def lend() -> list[tuple[int, int]]:
+        torch.zeros(1, device=cuda)  # a graph must not be empty
+        stream = torch.cuda.current_stream().cuda_stream
+        return [_C.lend_scratch(0, stream, 100, 10) for _ in range(2)]
+
+    first, (a, b) = captured(cuda, lend)
+    assert a == b
+    seen = set()
+    for _ in range(20):  # the driver may take its time to end a graph
+        other, (c, _) = captured(cuda, lend)
+        assert c != a
+        seen.add(c)
+        del other
+        gc.collect()
+        torch.cuda.synchronize()
+        time.sleep(0.05)
+    assert len(seen) < 10
+    first.replay()
+    torch.cuda.synchronize()

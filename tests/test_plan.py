@@ -44,7 +44,7 @@ def test_scratch_is_what_the_pieces_need(
     rows = rows_of(tokens * share, width, float32)
     units = batch * kv_heads * -(-tokens * share // rows)
     assert 1 <= splits <= min(256, max(1, -(-capacity // 256)))
-    assert counters == units + batch
+    assert counters == batch
     assert floats == (units * splits * rows * (width + 2) if splits > 1 else 0)
 
 
@@ -83,7 +83,7 @@ def test_splits_of_a_given_size_depend_on_the_capacity_alone(
     rows = rows_of(tokens * 4, dim, False)
     units = batch * 2 * -(-tokens * 4 // rows)
     assert splits == -(-capacity // split_size)
-    assert counters == units + batch
+    assert counters == batch
     assert floats == (units * splits * rows * (dim + 2) if splits > 1 else 0)
 
 

@@ -128,7 +128,7 @@ def cache_cases(device: str) -> Iterator[None]:
             (torch.float16, 16, {}), (torch.bfloat16, 512, {"softcap": 20.0})
         )
     ]  # fmt: skip
-    wide = [  # room for more splits than a cluster of blocks merges
+    wide = [  # room for more splits than are merged at once
         ((128, 128), (4, 2), tokens, torch.float16, 512, kvquant.CacheFormat(), {}, 8)
         for tokens in (1, 4)
     ]

@@ -129,7 +129,7 @@ class Step {
   bool run(const Layer& layer, uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out,
            uintptr_t partial, uintptr_t counters, bool shared, int device, uintptr_t queue) const {
 #ifdef KVQUANT_WITH_CUDA
-    if (device >= 0 && shared && cuda::is_capturing(pointer<void>(queue))) return false;
+    if (device >= 0 && shared && cuda::capture_id(pointer<void>(queue))) return false;
 #endif
     AppendParams append = append_;
     AttentionParams attention = attention_;
@@ -177,6 +177,27 @@ py::tuple attention_plan(int batch, int tokens, int q_heads, int kv_heads, int k
   return py::make_tuple(plan.splits, plan.partial_floats, plan.counters);
 }
 
+uint64_t capture_id([[maybe_unused]] uintptr_t stream) {
+#ifdef KVQUANT_WITH_CUDA
+  return cuda::capture_id(pointer<void>(stream));
+#else
+  return 0;
+#endif
+}
+
+// Addresses of partial results and of counters for the launches that a stream captures.
+py::tuple lend_scratch(int device, uintptr_t stream, size_t floats, size_t counters) {
+  cuda::Scratch scratch{};
+  Status status;
+  {
+    py::gil_scoped_release release;
+    status = KVQUANT_CUDA_OR_REFUSE(
+        cuda::lend_scratch({device, pointer<void>(stream)}, floats, counters, scratch));
+  }
+  check(status, "lend_scratch");
+  return py::make_tuple(uintptr_t(scratch.partial), uintptr_t(scratch.counters));
+}
+
 // (turns, head_dim, query rows, warps, blocks of a multiprocessor, stages) of the kernel's instance
 // that such a call takes: see kernels/attention/config.h.
 py::tuple attention_instance(int batch, int tokens, int q_heads, int kv_heads, int k_dim, int v_dim,
@@ -203,6 +224,8 @@ void define_cache(py::module_& m) {
   m.def("append", &append);
   m.def("attention", &attention);
   m.def("gather", &gather);
+  m.def("capture_id", &capture_id);
+  m.def("lend_scratch", &lend_scratch);
   m.def("attention_plan", &attention_plan);
   m.def("attention_instance", &attention_instance);
 }

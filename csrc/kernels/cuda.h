@@ -1,6 +1,9 @@
 // The CUDA kernels' launchers. Each guards the device, launches on the stream, checks the launch;
-// none allocates or synchronises.
+// none allocates or synchronises but lend_scratch.
 #pragma once
+
+#include <cstddef>
+#include <cstdint>
 
 #include "params.h"
 #include "status.h"
@@ -22,7 +25,14 @@ Status dequantize(const DequantizeParams& params, Launch launch);
 Status qk_matmul(const MatmulParams& params, Launch launch);
 Status pv_matmul(const MatmulParams& params, Launch launch);
 
-bool is_capturing(void* stream);
+// Of the capture that the stream takes part in; 0: none.
+uint64_t capture_id(void* stream);
+// Room for the launches of a capture on a stream.
+struct Scratch {
+  float* partial;  // as AttentionParams has them
+  int32_t* counters;
+};
+Status lend_scratch(Launch launch, size_t floats, size_t counters, Scratch& scratch);
 int device_count(const char** error);  // 0 and the reason where there is no driver or GPU
 int runtime_version();
 int driver_version();

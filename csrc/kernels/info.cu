@@ -5,12 +5,6 @@
 
 namespace kvquant::cuda {
 
-bool is_capturing(void* stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
-  return error == cudaSuccess && status != cudaStreamCaptureStatusNone;
-}
-
 int device_count(const char** error) {
   int count = 0;
   const cudaError_t result = cudaGetDeviceCount(&count);

@@ -114,8 +114,8 @@ __device__ int sum_stored(const Source<T>& src, const RowSlot& at, int begin, in
 // This thread's sixteen channels of an incoming row on their way.
 template <class T>
 struct RowInFlight {
-  int2 to{-1, 0};  // (block, row), block -1: nowhere
-  alignas(16) T row[kLaneChannels] = {};
+  int2 to;  // (block, row), block -1: nowhere
+  Words16<T> row;
 
   // Asks for row `at.slot` of tokens [begin, end).
   __device__ __forceinline__ void load(const Source<T>& src, const RowSlot& at, int begin,
@@ -123,14 +123,14 @@ struct RowInFlight {
     const int i = begin + at.slot - src.length;
     to = {-1, 0};
     if (at.row < 0 || begin + at.slot >= end) return;
-    copy16(src.row(i) + at.channel(), row);
+    row = load_words16(src.row(i) + at.channel());
     to = src.place(i);
   }
   // The channels, zeros where the row has no place; whether the whole row is finite. All lanes of
   // the warp must call.
   __device__ __forceinline__ bool read(const RowSlot& at, float (&x)[kLaneChannels]) const {
 #pragma unroll
-    for (int c = 0; c < kLaneChannels; ++c) x[c] = to.x >= 0 ? to_float(row[c]) : 0.f;
+    for (int c = 0; c < kLaneChannels; ++c) x[c] = to.x >= 0 ? row[c] : 0.f;
     return row_max(all_finite(x) ? 0.f : 1.f, at) == 0.f;
   }
 };
@@ -252,25 +252,31 @@ __device__ __forceinline__ const __half* find_mean(const Source<T>& src, int sta
 
 // This thread's channels of a group's mean.
 struct LaneMean {
-  alignas(16) __half x[kLaneChannels] = {};
-  bool any = false;
+  Words16<__half> x;
+  bool any;
 
   __device__ __forceinline__ void load(const __half* mean, const RowSlot& at) {
     any = mean;
-    if (any && at.row >= 0) copy16(mean + at.channel(), x);
+    if (any && at.row >= 0) x = load_words16(mean + at.channel());
   }
 };
 
-// Rotates a row, subtracts the mean, quantises, stores. All lanes of the warp must call.
+// A row as it is in the cache: a lane's sixteen codes, and the row's params.
+struct StoredRow {
+  uint4 codes;
+  uint32_t params;
+};
+
+// Rotates a row, subtracts the mean, quantises. All lanes of the warp must call.
 template <class T>
-__device__ __forceinline__ void write_row(const Source<T>& src, const RowSlot& at,
-                                          const RowInFlight<T>& row, const LaneMean& mean) {
+__device__ __forceinline__ StoredRow quantize_row(const Source<T>& src, const RowSlot& at,
+                                                  const RowInFlight<T>& row, const LaneMean& mean) {
   float x[kLaneChannels];
   const bool finite = row.read(at, x);
   rotate(x, src.rotation(), at);
   if (mean.any) {
 #pragma unroll
-    for (int c = 0; c < kLaneChannels; ++c) x[c] = __fsub_rn(x[c], __half2float(mean.x[c]));
+    for (int c = 0; c < kLaneChannels; ++c) x[c] = __fsub_rn(x[c], mean.x[c]);
   }
   float low = INFINITY, high = -INFINITY;
 #pragma unroll
@@ -280,16 +286,18 @@ __device__ __forceinline__ void write_row(const Source<T>& src, const RowSlot& a
   const int8::RowParams affine = int8::row_params(low, high, finite);
   const float offset = int8::half_to_float(affine.offset);
   const float inverse = __fdiv_rn(1.f, int8::half_to_float(affine.scale));
-  const uint4 codes =
-      encode16(x, 0.f, 255.f, [&](float y) { return __fmul_rn(__fsub_rn(y, offset), inverse); });
-  if (row.to.x < 0) return;
-  const int64_t r = row.to.y;
-  *reinterpret_cast<uint4*>(rows_of<uint8_t>(src.data(), row.to.x, src.head) + r * src.dim() +
-                            at.channel()) = codes;
-  if (at.index == 0) {
-    rows_of<uint32_t>(src.params(), row.to.x, src.head)[r] =
-        uint32_t(affine.scale) | uint32_t(affine.offset) << 16;
-  }
+  return {
+      encode16(x, 0.f, 255.f, [&](float y) { return __fmul_rn(__fsub_rn(y, offset), inverse); }),
+      uint32_t(affine.scale) | uint32_t(affine.offset) << 16};
+}
+
+template <class T>
+__device__ __forceinline__ void store_row(const Source<T>& src, const RowSlot& at, int2 to,
+                                          const StoredRow& row) {
+  if (to.x < 0) return;
+  *reinterpret_cast<uint4*>(rows_of<uint8_t>(src.data(), to.x, src.head) +
+                            int64_t(to.y) * src.dim() + at.channel()) = row.codes;
+  if (at.index == 0) rows_of<uint32_t>(src.params(), to.x, src.head)[to.y] = row.params;
 }
 
 // Quantises tokens [begin, end) of the source, by kWarps warps. `warp` counts from the first one.
@@ -299,7 +307,9 @@ __device__ __forceinline__ void write_rows(const Source<T>& src, int begin, int 
   const RowSlot at(src.dim(), warp, kWarps);
   LaneMean mean;
   mean.load(group_mean, at);
-  for_rows(src, at, begin, end, [&](const RowInFlight<T>& row) { write_row(src, at, row, mean); });
+  for_rows(src, at, begin, end, [&](const RowInFlight<T>& row) {
+    store_row(src, at, row.to, quantize_row(src, at, row, mean));
+  });
 }
 
 }  // namespace kvquant::cuda

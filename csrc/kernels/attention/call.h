@@ -31,7 +31,6 @@ struct AttentionCall : AttentionParams {
   int row_tiles;       // of a sequence and KV head
   int min_split;       // tokens
   int stages;          // of a warp's ring
-  bool clustered;      // the splits of a sequence and KV head are one cluster
   // The call's own rows, where the launch appends them (data null: they are stored). seq_lens are
   // then without them, and the launch adds them to `advance` if it is not null.
   Rows key, value;

@@ -14,7 +14,6 @@ constexpr int kMaxSplits = 256;  // of a sequence: what a merge has room for
 // unequal ones (64 of 1 to 16384 tokens: 81% of the read ceiling without, 90% so).
 constexpr int kMaxSplit = 4096;
 constexpr int kMaxStages = 2;    // of a warp's ring
-constexpr int kMaxCluster = 8;   // blocks, on every device that has clusters
 constexpr int kBlockCost = 256;  // tokens' worth of a block's other work
 // Tokens of a multiprocessor up to which one block serves it best.
 constexpr int kMostAlone = 2560;
@@ -37,6 +36,7 @@ struct InstanceShape {
   bool apart;         // a ring's keys are not waited for together with their values
 
   constexpr int threads() const { return warps * 32; }
+  constexpr bool has_room() const { return threads() * blocks <= 256; }  // of registers
   constexpr int step() const { return warps * tiles * kTile; }  // tokens a block takes at once
   constexpr bool operator==(const InstanceShape& other) const {
     return tiles == other.tiles && warps == other.warps && blocks == other.blocks &&
@@ -140,16 +140,10 @@ inline AttentionPlan plan_attention(const AttentionShape& shape, int batch, int 
   AttentionPlan plan{};
   plan.splits = split_size > 0 ? std::max(1, (capacity + split_size - 1) / split_size)
                                : choose_splits(shape, capacity);
-  plan.counters = shape.units + std::max(1, batch);
+  plan.counters = std::max(1, batch);
   plan.partial_floats =
       plan.splits > 1 ? shape.units * plan.splits * partial_floats(shape.head_dim, shape.rows) : 0;
   return plan;
-}
-
-// Whether the splits of each unit are merged within a cluster of blocks: where all of them run at
-// once. clusters[n]: how many clusters of n blocks do.
-inline bool can_cluster(int splits, int64_t units, const int (&clusters)[kMaxCluster + 1]) {
-  return splits > 1 && splits <= kMaxCluster && units <= clusters[splits];
 }
 
 }  // namespace kvquant::cuda

@@ -1,7 +1,7 @@
 // Attention on the 8-bit cache: a block's walk over one split of the tokens.
 //
 // A block takes up to 32 query rows (query tokens x heads of one KV head) and one split of the
-// tokens; its warps take 16 tokens each in turn. Splits are merged by the last block to arrive, in
+// tokens; its warps take 16 tokens each in turn. Splits are merged by the last one's block, in
 // their order, so that a call's result is the same bit for bit every time. A decode step's own keys
 // and values are appended by the blocks that attend to them.
 #pragma once
@@ -47,27 +47,36 @@ template <class Traits>
 struct Walk {
   const AttentionCall& p;
   const Paging& paging;
-  const int32_t* const table;  // of the sequence
+  Pieces<Traits> pieces;
+  const int32_t* table;  // of the sequence
   // Tiles from clean_begin on and up to clean_end need no look at single scores.
   int clean_begin, clean_end;
-  const int end;
+  int end;
   int token;
   int block[Traits::kTiles];  // of the piece that was asked for last, -1: none
-  int asked = 0;              // pieces, before the first one is taken
-  Pieces<Traits> pieces;
 
-  __device__ __forceinline__ Walk(const AttentionCall& p, unsigned char* rings, const RowTile& rows,
-                                  const Paging& paging, int first_block, int begin, int end)
-      : p(p),
-        paging(paging),
-        table(p.seqs.block_table + rows.sequence * p.seqs.block_table_stride),
-        clean_begin(p.softcap == 0.f && !p.alibi_slopes ? rows.all_begin : 1 << 30),
-        clean_end(rows.all_end - kTile),
-        end(end),
-        token(begin + int(threadIdx.x / 32) * kTile * Traits::kTiles),
-        pieces(p.cache, rows.head, rings, p.stages) {
+  __device__ __forceinline__ Walk(const AttentionCall& p, const Paging& paging)
+      : p(p), paging(paging), pieces(p.cache) {}
+
+  // Works out what needs no lengths.
+  __device__ __forceinline__ void find(const RowTile& rows, unsigned char* rings) {
+    table = p.seqs.block_table + rows.sequence * p.seqs.block_table_stride;
+    pieces.find(rows.head, rings, p.stages);
+  }
+  // From `begin` on: asks for the first pieces, as many as have room.
+  __device__ __forceinline__ void start(const RowTile& rows, int first_block, int begin, int end) {
+    this->end = end;
+    token = begin + int(threadIdx.x / 32) * kTile * Traits::kTiles;
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) block[u] = first_block;
+    for (int i = 0; i < pieces.stages(); ++i) {
+      const int at = token + i * Traits::kStep;
+      find_blocks(at, block);
+      ask_keys(at, block);
+      ask_values(at, block);
+    }
+    clean_begin = p.softcap == 0.f && !p.alibi_slopes ? rows.all_begin : 1 << 30;
+    clean_end = rows.all_end - kTile;
   }
 
   // Blocks of the piece at `at`. Nothing to look up where a sequence has one.
@@ -97,22 +106,12 @@ struct Walk {
     }
     pieces.close();
   }
-  // Asks for the first pieces, as many as have room, if they end before `until`.
-  __device__ __forceinline__ void fill(int until) {
-    for (; asked < pieces.stages(); ++asked) {
-      const int at = token + asked * Traits::kStep;
-      if (at < end && at + kTile * Traits::kTiles > until) return;
-      find_blocks(at, block);
-      ask_keys(at, block);
-      ask_values(at, block);
-    }
-  }
   // Takes the pieces before `until`. shared.dots are of groups from first_group on.
   __device__ __forceinline__ void run(const AttentionShared<Traits>& shared,
                                       const Query<Traits>& query, int first_group, int until,
                                       Accumulator<Traits>& acc) {
     const int g = query.g, t = query.t;
-    const float* const dots = &shared.walked.dots[0][g] - first_group * Traits::kRows;
+    const float* const dots = &shared.dots[0][g] - first_group * Traits::kRows;
     while (token < until) {
       const int next = token + pieces.stages() * Traits::kStep;
       int next_block[Traits::kTiles];
@@ -123,6 +122,7 @@ struct Walk {
       float score[Traits::kTiles][Traits::kRowSets][4], v_scale = 0.f;
       uint4 v_params[Traits::kTiles];
       bool clean[Traits::kTiles];
+      const int own = shared.own.begin;
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) {
         const int at = token + u * kTile;
@@ -131,6 +131,7 @@ struct Walk {
         for (int r = 0; r < Traits::kRowSets; ++r) {
           dot[r] = dots[(at >> paging.group_shift) * Traits::kRows + 8 * r];
         }
+        if (at + kTile > own) pieces.take_own_keys(u, at, shared.own);
         const auto& tile = pieces.keys(u);
         score_tile(tile, query, dot, score[u]);
         v_params[u] = tile.v_params;
@@ -167,6 +168,9 @@ struct Walk {
       pieces.wait_values();
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) {
+        if (token + (u + 1) * kTile > own) {
+          pieces.take_own_values(u, token + u * kTile, shared.own);
+        }
         uint32_t weight[Traits::kOutTiles][2];
         if (clean[u]) {
           weigh<false>(acc, v_params[u], score[u], weight);
@@ -182,38 +186,6 @@ struct Walk {
     }
   }
 };
-
-// The call's own keys or values, of this block's head, behind `stored` tokens.
-template <class Traits>
-__device__ __forceinline__ Source<typename Traits::Element> own_source(const AttentionCall& p,
-                                                                       bool is_key, int stored,
-                                                                       int whole = -1) {
-  const int sequence = blockIdx.z, head = blockIdx.y;
-  return {p.cache, p.seqs,
-          nullptr, is_key ? p.key : p.value,
-          is_key,  sequence,
-          head,    call_rows(p.seqs, sequence),
-          stored,  Paging(p.cache, p.seqs.max_blocks),
-          whole};
-}
-
-// Appends tokens [from, to) of the call's own, among which a group begins. Afterwards all threads
-// of the block find them in the cache.
-template <class Traits>
-__device__ __noinline__ void append_groups(const AttentionCall& p, AttentionShared<Traits>& shared,
-                                           int stored, int from, int to) {
-  const auto key = own_source<Traits>(p, true, stored);
-  const auto value = own_source<Traits>(p, false, stored);
-  const int group = p.cache.group ? p.cache.group : 1 << 30;
-  for (int start = from & -group; start < to; start += group) {
-    const int end = min(start + group, stored + key.call.count);
-    const __half* mean =
-        find_mean<Traits::kThreads>(key, start, end, shared.append.scratch, shared.append.mean);
-    write_rows<kRowWarps>(key, max(start, from), min(end, to), mean, threadIdx.x / 32);
-    write_rows<kRowWarps>(value, max(start, from), min(end, to), nullptr, threadIdx.x / 32);
-  }
-  __syncthreads();
-}
 
 // grid: (row tiles x splits, KV heads, sequences): row tiles are fastest, they share the tokens'
 // rows in L2.
@@ -232,19 +204,21 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   RowTile rows;
   if (!rows.find_rows(p, row_tile, Traits::kRows)) return;
   // Asked for at once: lengths, the first block, the query. What needs none of them comes next.
-  const int asked_block =
-      load_early(p.seqs.block_table + rows.sequence * p.seqs.block_table_stride);
-  const int asked_length = load_early(p.seqs.seq_lens + rows.sequence);
-  shared.walked.raw.ask(p, rows);
+  int asked_block, asked_length;
+  load_vector<1>(p.seqs.block_table + rows.sequence * p.seqs.block_table_stride, &asked_block);
+  load_vector<1>(p.seqs.seq_lens + rows.sequence, &asked_length);
+  shared.raw.ask(p, rows);
   const Paging paging(p.cache, p.seqs.max_blocks);
+  Walk<Traits> walk(p, paging);
+  // Where a block is alone, what it must wait for is asked for first. Elsewhere registers are few.
+  constexpr bool kAlone = Traits::kShape.stages == 0 && Traits::kShape.blocks == 1;
+  if (kAlone) walk.find(rows, shared.rings);
   rows.find_tokens(p, asked_length);
   const int span = rows.end - rows.begin;
   int length = p.divided_by.divide(span + p.splits - 1);
   length = max(p.min_split, (length + Traits::kStep - 1) / Traits::kStep * Traits::kStep);
   // The last block of a sequence that has read its length adds the call's tokens to it.
-  const auto readers = [&] {
-    return p.counters + gridDim.z * gridDim.y * p.row_tiles + blockIdx.z;
-  };
+  const auto readers = [&] { return p.counters + blockIdx.z; };
   const auto advance = [&](int read) {
     if (read != int(gridDim.x * gridDim.y) - 1) return;
     *readers() = 0;
@@ -258,70 +232,58 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
     }
     return;
   }
-  if (leads) shared.rows = rows;
-  if (threadIdx.x < Traits::kRows) shared.views[threadIdx.x] = rows.view(p, threadIdx.x);
   const int begin = rows.begin + split * length, end = min(rows.end, begin + length);
   const int first_block = checked_block(p.cache, asked_block);
   const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
   const int first_own = split == 0 ? rows.stored : max(rows.stored, begin);
-  const int own_end = end == rows.end ? rows.stored + rows.tokens : end;
-  // A call's own tokens are in the cache before the barrier below, or, where a group begins among
-  // them, at once.
-  const int group = p.cache.group ? p.cache.group : 1 << 30, last_group = (own_end - 1) & -group;
-  const bool has_own = p.key.data && first_own < own_end;
+  const int end_own = end == rows.end ? rows.stored + rows.tokens : end;
+  const int group = p.cache.group ? p.cache.group : 1 << 30, last_group = (end_own - 1) & -group;
+  const bool has_own = p.key.data && first_own < end_own;
   const bool begins = has_own && (last_group >= rows.stored || last_group > first_own);
-  if (begins) append_groups(call, shared, rows.stored, first_own, own_end);
-  const auto append_own = [&] {  // by half of the warps keys, by half values
-    if (!has_own || begins) return;
-    constexpr int kHalf = Traits::kWarps / 2;
-    const int warp = threadIdx.x / 32, whole = p.seqs.max_blocks == 1 ? first_block : -1;
-    const auto own = own_source<Traits>(p, warp < kHalf, rows.stored, whole);
-    const bool has_mean = own.is_key && p.cache.group;
-    write_rows<kHalf>(own, first_own, own_end,
-                      has_mean ? mean_slot(own, first_own & -group) : nullptr, warp % kHalf);
-  };
-  const int ready = has_own && !begins ? first_own : 1 << 30;
+  if (begins) append_groups<Traits>(call, shared.groups, rows.stored, first_own, end_own);
+  // Tokens that are not in the cache yet.
+  const int own_begin = has_own && !begins ? first_own : 1 << 30;
+  const int own_end = has_own && !begins ? end_own : 1 << 30;
   const int reach = dots_reach<Traits>(p.cache);
   GroupMeans<Traits> means;
-  const auto find_means = [&](int from) {
-    means.find(p, rows, paging, first_block, from >> paging.group_shift,
-               (min(end, from + reach) - 1) >> paging.group_shift, g);
+  const auto ask_means = [&](int from) {
+    means.ask(p, rows, paging, first_block, from >> paging.group_shift,
+              (min(end, from + reach) - 1) >> paging.group_shift, g, t);
   };
-  find_means(begin);
-  Walk<Traits> walk(p, shared.rings, rows, paging, first_block, begin, end);
-  // As measured: registers that will hold tokens serve the append before, and means are asked for
-  // first where little else is on its way.
-  constexpr bool kHeld = Traits::kShape.stages == 0, kAlone = kHeld && Traits::kShape.blocks == 1;
-  if (kHeld) append_own();
-  if (kAlone) means.load(p, rows, paging, t);
-  walk.fill(ready);
-  if (!kHeld) append_own();
-  if (!kAlone) means.load(p, rows, paging, t);
-  wait_copies<2 * kMaxStages>(Pieces<Traits>::kGroups * walk.asked);
-  prepare_query(p, shared.walked.raw, shared.walked.query, shared.scale);
+  if (kAlone) ask_means(begin);
+  OwnInFlight<Traits> own(p, rows.stored, p.seqs.max_blocks == 1 ? first_block : -1, own_begin,
+                          own_end);
+  if (!kAlone) {
+    own.store(shared.own);
+    walk.find(rows, shared.rings);
+  }
+  walk.start(rows, first_block, begin, end);
+  if (!kAlone) ask_means(begin);
+  const int from_last = Traits::kThreads - 1 - threadIdx.x;
+  if (from_last == 0) {
+    shared.rows = rows;
+    shared.own.begin = own_begin, shared.own.end = own_end;
+  }
+  if (from_last < Traits::kRows) shared.views[from_last] = rows.view(p, from_last);
+  wait_copies<2 * kMaxStages>(Pieces<Traits>::kGroups * walk.pieces.stages());
+  prepare_query(p, shared.raw, rows.count, shared.query, shared.scale);
+  if (kAlone) own.store(shared.own);
   __syncthreads();
-  walk.fill(1 << 30);
   const int read = p.advance && leads ? atomicAdd(readers(), 1) : 0;
-  const Query<Traits> query(shared.walked.query, shared.scale, g, t);
+  const Query<Traits> query(shared.query, shared.scale, g, t);
   Accumulator<Traits> acc;
   for (int from = begin;;) {
-    means.multiply(query, shared.walked.dots);
+    means.multiply(query, shared.dots);
     __syncthreads();
     walk.run(shared, query, from >> paging.group_shift, min(end, from + reach), acc);
     from += reach;
     if (from >= end) break;
-    find_means(from);
-    means.load(p, rows, paging, t);
+    ask_means(from);
     __syncthreads();
   }
-  merge_warps(shared, acc, g, t);
   const int splits = max(1, (span + length - 1) / length);
   const int64_t unit = (int64_t(blockIdx.z) * gridDim.y + blockIdx.y) * p.row_tiles + row_tile;
-  if (p.clustered) {
-    finish_cluster(p, shared, split, splits);
-  } else if (splits == 1 || merge_splits(p, shared, unit, split, splits)) {
-    finish_block(p, shared);
-  }
+  finish(p, shared, acc, unit, split, splits, g, t);
   if (p.advance && leads) advance(read);
 }
 

@@ -13,33 +13,13 @@ struct Allowance {
   cudaError_t error;
   int stages;  // of a warp's ring
   size_t bytes;
-  int clusters[kMaxCluster + 1];  // of as many blocks, that it runs at once
-};
-
-// A launch whose blocks are clusters of `cluster` along x.
-struct Launched {
-  cudaLaunchConfig_t config{};
-  cudaLaunchAttribute attribute{};
-
-  Launched(dim3 grid, int threads, size_t bytes, cudaStream_t stream, int cluster) {
-    config.gridDim = grid;
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = bytes;
-    config.stream = stream;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.attrs = &attribute;
-    config.numAttrs = cluster > 1;
-  }
-  Launched(const Launched&) = delete;
 };
 
 template <class Traits>
 Allowance ask_device(int device) {
   using Shared = AttentionShared<Traits>;
   static_assert(Shared::bytes(1) <= 64 << 10, "what a block of sm_75 may have");
-  Allowance allowed{cudaSuccess, 1, 0, {}};
+  Allowance allowed{cudaSuccess, 1, 0};
   int carveout = cudaSharedmemCarveoutDefault;
   if constexpr (Traits::kShape.stages > 0) {
     int most = 0, all = 0, reserved = 0;
@@ -58,21 +38,13 @@ Allowance ask_device(int device) {
   };
   set(cudaFuncAttributeMaxDynamicSharedMemorySize, int(allowed.bytes));
   set(cudaFuncAttributePreferredSharedMemoryCarveout, carveout);
-  int has_clusters = 0;
-  cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device);
-  if (allowed.error != cudaSuccess || !has_clusters) return allowed;
-  for (int size = 2; size <= kMaxCluster; ++size) {
-    const Launched launched(dim3(size), Traits::kThreads, allowed.bytes, nullptr, size);
-    cudaOccupancyMaxActiveClusters(&allowed.clusters[size], kernel, &launched.config);
-  }
-  cudaGetLastError();  // of sizes that the device does not have
   return allowed;
 }
 
 template <class Traits>
 const Allowance& allowance() {
   constexpr int kDevices = 64;
-  static const Allowance none{cudaErrorInvalidDevice, 0, 0, {}};
+  static const Allowance none{cudaErrorInvalidDevice, 0, 0};
   static std::once_flag asked[kDevices];
   static Allowance allowances[kDevices];
   int device = 0;
@@ -88,12 +60,9 @@ cudaError_t launch_instance(AttentionCall call, cudaStream_t stream) {
   if (allowed.error != cudaSuccess) return allowed.error;
   const dim3 grid(unsigned(call.row_tiles * call.splits), unsigned(call.cache.kv_heads),
                   unsigned(call.seqs.batch));
-  const int64_t units = int64_t(call.row_tiles) * call.cache.kv_heads * call.seqs.batch;
   call.stages = allowed.stages;
-  call.clustered = call.row_tiles == 1 && can_cluster(call.splits, units, allowed.clusters);
-  const Launched launched(grid, Traits::kThreads, allowed.bytes, stream,
-                          call.clustered ? call.splits : 1);
-  return cudaLaunchKernelEx(&launched.config, attention_kernel<Traits>, call);
+  attention_kernel<Traits><<<grid, Traits::kThreads, allowed.bytes, stream>>>(call);
+  return cudaGetLastError();
 }
 
 // Calls f with the constant that equals `rows`.

@@ -20,37 +20,40 @@ __device__ __forceinline__ int dots_reach(const CacheView& cache) {
 }
 
 // The means of groups first + g, eight a warp, on their way: a lane's channels are those of its
-// pieces of keys. Groups beyond `last`, and those whose block is lost, count as zero.
+// pieces of keys. The last warps have the first groups, since they may have no query row to
+// prepare. Groups beyond `last`, and those whose block is lost, count as zero.
 template <class Traits>
 struct GroupMeans {
-  int index, block;  // of this lane's group; -1: none
-  bool any;          // of the warp's groups is wanted
+  bool any;  // of the warp's groups is wanted
   uint4 x[Traits::kDim / 64][2];
 
-  // Finds the block, `first_block` where the sequence has one.
-  __device__ __forceinline__ void find(const AttentionCall& p, const RowTile& rows,
-                                       const Paging& paging, int first_block, int first, int last,
-                                       int g) {
-    index = first + int(threadIdx.x / 32) * kMeanGroups;
-    any = index <= last;
-    index += g;
-    block = -1;
-    if (!p.cache.group || index > last) return;
-    block = p.seqs.max_blocks == 1 ? first_block
-                                   : block_of(p.cache, p.seqs, rows.sequence,
-                                              index << paging.group_shift >> paging.shift);
+  static __device__ __forceinline__ int first_of_warp() {
+    return (Traits::kWarps - 1 - int(threadIdx.x / 32)) * kMeanGroups;
   }
-  __device__ __forceinline__ void load(const AttentionCall& p, const RowTile& rows,
-                                       const Paging& paging, int t) {
+  // first_block: where the sequence has one.
+  __device__ __forceinline__ void ask(const AttentionCall& p, const RowTile& rows,
+                                      const Paging& paging, int first_block, int first, int last,
+                                      int g, int t) {
+    any = first + first_of_warp() <= last;
+#pragma unroll
+    for (int s = 0; s < Traits::kDim / 64; ++s) x[s][0] = x[s][1] = {};
+    if (!any) return;
+    const int index = first + first_of_warp() + g;
+    int block = -1;
+    if (p.cache.group && index <= last) {
+      block = p.seqs.max_blocks == 1 ? first_block
+                                     : block_of(p.cache, p.seqs, rows.sequence,
+                                                index << paging.group_shift >> paging.shift);
+    }
     const __half* mean =
         rows_of<__half>(p.cache.k_mean, max(block, 0), rows.head) +
         int64_t((index << paging.group_shift & paging.mask) >> paging.group_shift) * p.cache.k_dim +
         t * 16;
 #pragma unroll
     for (int s = 0; s < Traits::kDim / 64; ++s) {
-      const bool there = block >= 0 && s * 64 + t * 16 < p.cache.k_dim;
-      x[s][0] = there ? load_keep(mean + s * 64) : uint4{};
-      x[s][1] = there ? load_keep(mean + s * 64 + 8) : uint4{};
+      if (block < 0 || s * 64 + t * 16 >= p.cache.k_dim) continue;
+      x[s][0] = load_keep(mean + s * 64);
+      x[s][1] = load_keep(mean + s * 64 + 8);
     }
   }
 
@@ -76,7 +79,7 @@ struct GroupMeans {
                   mean.z, mean.w);
       }
     }
-    float (*const mine)[Traits::kRows] = dots + threadIdx.x / 32 * kMeanGroups + 2 * query.t;
+    float (*const mine)[Traits::kRows] = dots + first_of_warp() + 2 * query.t;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll

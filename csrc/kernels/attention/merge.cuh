@@ -1,10 +1,9 @@
 // What becomes of a piece of work: the warps' results are merged, then the splits', in fixed order,
-// and the rows are written.
+// and the rows are written. A warp has a row, a lane the channels that WarpRow says.
 #pragma once
 
 #include <cstddef>
 
-#include "kernels/append/rows.cuh"
 #include "kernels/attention/means.cuh"
 #include "kernels/attention/tile.cuh"
 
@@ -12,7 +11,6 @@ namespace kvquant::cuda {
 
 template <class Traits>
 struct AttentionShared {
-  static constexpr int kMergeWidth = Traits::kDim < 128 ? Traits::kDim : 128;
   static constexpr int kStageBytes = Traits::kWarps * Pieces<Traits>::kSharedBytes;
 
   // Bytes of a launch whose warps' rings have as many stages.
@@ -22,295 +20,268 @@ struct AttentionShared {
                                                                : besides + rings;
   }
 
-  struct Walked {
-    QueryShared<Traits> query;
-    union {
-      RawQuery<Traits> raw;  // until the query is prepared
-      float dots[kGroups<Traits>][Traits::kRows];
-    };
-  };
+  QueryShared<Traits> query;
   union {
-    Walked walked;
-    alignas(16) float result[Traits::kRows][Traits::kDim];
+    RawQuery<Traits> raw;  // until the query is prepared
+    float dots[kGroups<Traits>][Traits::kRows];
   };
-  float4 row[Traits::kWarps][Traits::kRows];  // (base, sum, offsets) of a warp
+  float4 row[Traits::kWarps][8];  // (base, sum, offsets) of a warp's eight rows
   RowScale scale[Traits::kRows];
-  float2 total[Traits::kRows];  // (base, sum) of the block
   RowTile rows;
   RowView views[Traits::kRows];
-  bool last;
+  OwnRows<Traits> own;
   union {
     alignas(16) unsigned char rings[16];  // and beyond
-    alignas(16) float merge[Traits::kWarps][8][kMergeWidth + 4];
-    float weights[kMaxSplits][8];
-    struct {
-      MeanScratch scratch;
-      float mean[Traits::kDim];
-    } append;
+    alignas(16) float merge[Traits::kWarps][8][Traits::kDim + 4];
+    GroupScratch groups;
   };
 };
 
-// Sums the warps' accumulators into shared.result and shared.total, in the warps' order.
+// The result for one query row of some of its tokens: the sum of weight times value, where weights
+// are exp2(score - max), and the sum of weights.
 template <class Traits>
-__device__ __forceinline__ void merge_warps(AttentionShared<Traits>& shared,
-                                            const Accumulator<Traits>& acc, int g, int t) {
-  constexpr int kMergeWidth = AttentionShared<Traits>::kMergeWidth;
+struct RowResult {
+  float x[WarpRow<Traits::kDim>::kCount];
+  float max, sum;
+};
+
+// Where channel c of a warp's row is: its warps' lanes meet different banks as they leave rows.
+template <int kDim>
+__device__ __forceinline__ int merge_place(int c) {
+  return c ^ (c >> (c < kDim / 128 * 128 ? 4 : 3) & 1) << 2;
+}
+
+// Leaves a warp's accumulators of rows 8 r and following, of which `count` are some, in shared
+// memory.
+template <int r, class Traits>
+__device__ __forceinline__ void leave_warp(AttentionShared<Traits>& shared,
+                                           const Accumulator<Traits>& acc, int count, int g,
+                                           int t) {
   const int warp = threadIdx.x / 32;
 #pragma unroll
-  for (int r = 0; r < Traits::kRowSets; ++r) {
-    float sum = acc.rows[r].sum, offsets = acc.rows[r].offsets;
+  for (int w = 0; w < Traits::kDim / 32; ++w) {
+    const int c = merge_place<Traits::kDim>(value_channel<Traits::kDim>(w, g));
 #pragma unroll
-    for (int step = 1; step < 4; step <<= 1) {
-      sum += __shfl_xor_sync(kFullWarp, sum, step);
-      offsets += __shfl_xor_sync(kFullWarp, offsets, step);
-    }
-    if (t == 0) {
-      shared.row[warp][g + 8 * r] = make_float4(acc.rows[r].base, sum, offsets, 0.f);
+    for (int q = 0; q < 2; ++q) {
+      if (2 * t + q >= count) continue;
+      float4 x = make_float4(acc.c[2 * w][r][q], acc.c[2 * w][r][q + 2], acc.c[2 * w + 1][r][q],
+                             acc.c[2 * w + 1][r][q + 2]);
+      if constexpr (Traits::kSplit) {
+        x.x += acc.c[2 * w][1][q], x.y += acc.c[2 * w][1][q + 2];
+        x.z += acc.c[2 * w + 1][1][q], x.w += acc.c[2 * w + 1][1][q + 2];
+      }
+      *reinterpret_cast<float4*>(&shared.merge[warp][2 * t + q][c]) = x;
     }
   }
+  float sum = acc.rows[r].sum, offsets = acc.rows[r].offsets;
 #pragma unroll
-  for (int r = 0; r < Traits::kRowSets; ++r) {
-#pragma unroll
-    for (int base = 0; base < Traits::kDim; base += kMergeWidth) {
-      __syncthreads();  // the last round was read, or dots and query
-#pragma unroll
-      for (int w = 0; w < Traits::kDim / 32; ++w) {
-        if (w / 4 != base / 128) continue;
-        const int c = value_channel<Traits::kDim>(w, g) - base;
-#pragma unroll
-        for (int q = 0; q < 2; ++q) {
-          float4 x = make_float4(acc.c[2 * w][r][q], acc.c[2 * w][r][q + 2], acc.c[2 * w + 1][r][q],
-                                 acc.c[2 * w + 1][r][q + 2]);
-          if constexpr (Traits::kSplit) {
-            x.x += acc.c[2 * w][1][q], x.y += acc.c[2 * w][1][q + 2];
-            x.z += acc.c[2 * w + 1][1][q], x.w += acc.c[2 * w + 1][1][q + 2];
-          }
-          *reinterpret_cast<float4*>(&shared.merge[warp][2 * t + q][c]) = x;
-        }
-      }
-      __syncthreads();
-      constexpr int kPieces = kMergeWidth / 4;
-      for (int i = threadIdx.x; i < 8 * kPieces; i += Traits::kThreads) {
-        const int place = i / kPieces, c = i % kPieces * 4, row = 8 * r + place;
-        if (base + c >= Traits::kDim) continue;
-        float max = kNoScore, sum = 0.f;
-        float4 out = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-        for (int w = 0; w < Traits::kWarps; ++w) max = fmaxf(max, shared.row[w][row].x);
-#pragma unroll
-        for (int w = 0; w < Traits::kWarps; ++w) {
-          const float4 state = shared.row[w][row];
-          const float weight = exp2_approx(state.x - max);
-          const float4 x = *reinterpret_cast<const float4*>(&shared.merge[w][place][c]);
-          sum = fmaf(weight, state.y, sum);
-          out.x = fmaf(weight, x.x + state.z, out.x), out.y = fmaf(weight, x.y + state.z, out.y);
-          out.z = fmaf(weight, x.z + state.z, out.z), out.w = fmaf(weight, x.w + state.z, out.w);
-        }
-        *reinterpret_cast<float4*>(&shared.result[row][base + c]) = out;
-        if (base + c == 0) shared.total[row] = make_float2(max, sum);
-      }
-    }
+  for (int step = 1; step < 4; step <<= 1) {
+    sum += __shfl_xor_sync(kFullWarp, sum, step);
+    offsets += __shfl_xor_sync(kFullWarp, offsets, step);
   }
-  __syncthreads();
+  if (t == 0) shared.row[warp][g] = make_float4(acc.rows[r].base, sum, offsets, 0.f);
 }
 
-// Leaves this block's result for the last one of the sequence, KV head and row tile to merge.
-// True in the last block, with the merged result in shared memory.
+// The sum of the warps' results, in their order. row: of the eight that they left.
 template <class Traits>
-__device__ __forceinline__ bool merge_splits(const AttentionCall& p,
-                                             AttentionShared<Traits>& shared, int64_t unit,
-                                             int split, int splits) {
-  constexpr int kFloats = Traits::kPartialFloats, kPieces = Traits::kRows * Traits::kDim / 4;
-  constexpr int kInFlight = 16;  // splits whose results are on their way at once
-  float* const all = p.partial + unit * p.splits * kFloats;
-  float* const mine = all + int64_t(split) * kFloats;
-  const float* const result = &shared.result[0][0];
-  for (int i = threadIdx.x; i < kPieces; i += Traits::kThreads) {
-    reinterpret_cast<float4*>(mine)[i] = reinterpret_cast<const float4*>(result)[i];
-  }
-  if (threadIdx.x < Traits::kRows) {
-    reinterpret_cast<float2*>(mine + kPieces * 4)[threadIdx.x] = shared.total[threadIdx.x];
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    // Releases what the barrier has gathered, acquires what the others have left.
-    shared.last = add_acquire_release(p.counters + unit, 1) == splits - 1;
-    if (shared.last) p.counters[unit] = 0;
-  }
-  __syncthreads();
-  if (!shared.last) return false;
-
-  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-  const auto fetch = [&](int piece, int base, float4(&x)[kInFlight]) {
+__device__ __forceinline__ RowResult<Traits> merge_warps(const AttentionShared<Traits>& shared,
+                                                         int row) {
+  RowResult<Traits> all{};
+  float4 state[Traits::kWarps];
+  all.max = kNoScore;
 #pragma unroll
-    for (int s = 0; s < kInFlight; ++s) {
-      const float* from = all + int64_t(min(base + s, splits - 1)) * kFloats;
-      x[s] = __ldcg(reinterpret_cast<const float4*>(from) + piece);
-    }
-  };
-#pragma unroll 1
-  for (int r = 0; r < Traits::kRowSets; ++r) {
-    constexpr int kRowPieces = Traits::kDim / 4;
-    float4 x[kInFlight];
-    // On their way while splits are weighed.
-    fetch(8 * r * kRowPieces + min(int(threadIdx.x), 8 * kRowPieces - 1), 0, x);
-    for (int row = warp; row < 8; row += Traits::kWarps) {  // by a warp a row
-      const auto part = [&](int s) {
-        const float* from = all + int64_t(s) * kFloats + kPieces * 4;
-        return s < splits ? __ldcg(reinterpret_cast<const float2*>(from) + 8 * r + row)
-                          : make_float2(kNoScore, 0.f);
-      };
-      const float2 first = part(lane);
-      float max = first.x, sum = 0.f;
-      for (int s = lane + 32; s < splits; s += 32) max = fmaxf(max, part(s).x);
-      max = warp_max(max);
-      for (int s = lane; s < splits; s += 32) {
-        const float2 mine = s == lane ? first : part(s);
-        const float weight = exp2_approx(mine.x - max);
-        shared.weights[s][row] = weight;
-        sum = fmaf(weight, mine.y, sum);
-      }
-      sum = warp_sum(sum);
-      if (lane == 0) shared.total[8 * r + row] = make_float2(max, sum);
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < 8 * kRowPieces; i += Traits::kThreads) {
-      const int row = i / kRowPieces, piece = 8 * r * kRowPieces + i;
-      float4 out = make_float4(0.f, 0.f, 0.f, 0.f);
-      for (int base = 0; base < splits; base += kInFlight) {
-        if (base > 0 || i >= Traits::kThreads) fetch(piece, base, x);
-#pragma unroll
-        for (int s = 0; s < kInFlight; ++s) {
-          const float weight = base + s < splits ? shared.weights[base + s][row] : 0.f;
-          if (weight == 0.f) continue;  // its rows may see nothing
-          out.x = fmaf(weight, x[s].x, out.x), out.y = fmaf(weight, x[s].y, out.y);
-          out.z = fmaf(weight, x[s].z, out.z), out.w = fmaf(weight, x[s].w, out.w);
-        }
-      }
-      reinterpret_cast<float4*>(&shared.result[0][0])[piece] = out;
-    }
-    __syncthreads();
+  for (int w = 0; w < Traits::kWarps; ++w) {
+    state[w] = shared.row[w][row];
+    all.max = fmaxf(all.max, state[w].x);
   }
-  return true;
+#pragma unroll
+  for (int w = 0; w < Traits::kWarps; ++w) {
+    const float weight = exp2_approx(state[w].x - all.max);
+    all.sum = fmaf(weight, state[w].y, all.sum);
+    WarpRow<Traits::kDim>::pieces([&](auto width, int i, int c) {
+#pragma unroll
+      for (int j = 0; j < width(); ++j) {
+        const float x = shared.merge[w][row][merge_place<Traits::kDim>(c) + j];
+        all.x[i + j] = fmaf(weight, x + state[w].z, all.x[i + j]);
+      }
+    });
+  }
+  return all;
 }
 
-// Sinks, division by the sum, the values' rotation; writes rows `first`, `first` + `step`, ... and
-// their log-sum-exp. read(row, x) gives a lane's channels and (base, sum); rows up to kTogether
-// steps beyond the last one are read too.
-template <class Traits, int kTogether, class F>
-__device__ __forceinline__ void finish_rows(const AttentionCall& p, const RowTile& rows, int first,
-                                            int step, F&& read) {
-  using Element = typename Traits::Element;
+// Where a block leaves its results for the last split of the unit.
+template <class Traits>
+struct Partial {
   using Row = WarpRow<Traits::kDim>;
+  float* unit;  // splits one after the other: rows of channels, then (max, sum) of each
+
+  __device__ __forceinline__ float* channels(int split, int row) const {
+    return unit + int64_t(split) * Traits::kPartialFloats + row * Traits::kDim;
+  }
+  __device__ __forceinline__ float* total(int split, int row) const {
+    return unit + int64_t(split) * Traits::kPartialFloats + Traits::kRows * Traits::kDim + row * 2;
+  }
+};
+
+template <class Traits>
+__device__ __forceinline__ void leave_split(const Partial<Traits>& partial, int split, int row,
+                                            const RowResult<Traits>& result) {
+  WarpRow<Traits::kDim>::pieces([&](auto width, int i, int c) {
+    leave_floats<width()>(partial.channels(split, row) + c, result.x + i);
+  });
+  const float total[2] = {result.max, result.sum};
+  if (threadIdx.x % 32 == 0) leave_floats<2>(partial.total(split, row), total);
+}
+
+// Of a lane, that it looks at at once: as many as registers have room for.
+template <class Traits>
+constexpr int kFloatsInFlight = Traits::kRowSets > 2         ? 16
+                                : Traits::kShape.blocks == 1 ? 64
+                                                             : 32;
+// How often a warp looks for what has not arrived, some seconds: what never comes, since a program
+// changes lengths while they are read, is left as the NaN that is there.
+constexpr int kMostLooks = 1 << 23;
+
+// Adds the results of the splits before the last one to the last one's, in their order, as they
+// arrive, and leaves their places as they were. Blocks start in their order: those that are waited
+// for run, or have run.
+template <class Traits>
+__device__ __forceinline__ void add_splits(const Partial<Traits>& partial, int others, int row,
+                                           RowResult<Traits>& all) {
+  using Row = WarpRow<Traits::kDim>;
+  constexpr int kChunk = kFloatsInFlight<Traits> / Row::kCount;  // splits at once, a power of two
+  static_assert(kChunk <= 32);
   const int lane = threadIdx.x & 31;
-  const CallRows call{rows.first_call_row, 0};
-  for (; first < rows.count; first += step * kTogether) {
-    float x[kTogether][Row::kCount];
-#pragma unroll
-    for (int r = 0; r < kTogether; ++r) {
-      const int row = first + r * step;
-      auto [max, sum] = read(row, x[r]);
-      float weight = 1.f;
-      if (sum == 0.f) max = -INFINITY, weight = 0.f;  // sees nothing
-      if (p.sinks && row < rows.count) {
-        const float sink = p.sinks[rows.head_of(row)] * kLog2e, most = fmaxf(max, sink);
-        if (weight > 0.f) weight = exp2_approx(max - most);
-        sum = fmaf(sum, weight, sink == most ? 1.f : exp2_approx(sink - most));
-        max = most;
-      }
-      // A NaN may have no maximum to weigh it against a sink.
-      const float factor = isnan(sum) ? sum : weight == 0.f ? 0.f : weight / sum;
-#pragma unroll
-      for (int i = 0; i < Row::kCount; ++i) x[r][i] = factor == 0.f ? 0.f : x[r][i] * factor;
-      if (p.lse && lane == 0 && row < rows.count) {
-        const float lse = sum == 0.f ? -INFINITY : (max + log2f(sum)) * kLn2;
-        p.lse[(rows.first_call_row + rows.token_of(row)) * p.q_heads + rows.head_of(row)] = lse;
-      }
+#pragma unroll 1
+  for (int base = 0; base < others; base += kChunk) {
+    const int count = min(kChunk, others - base);
+    float y[kChunk][Row::kCount], part[2] = {kNoScore, 0.f};
+    // Totals are left last: looked for alone, since a look at all takes long.
+    for (int looks = kMostLooks; looks; --looks) {
+      if (lane < count) look_at_floats<2>(partial.total(base + lane, row), part);
+      const uint32_t most = max(__float_as_uint(part[0]), __float_as_uint(part[1]));
+      if (__all_sync(kFullWarp, most != kNothing)) break;
     }
-    if (p.cache.v_rotation > 1) rotate_warp<Traits::kDim>(x, p.cache.v_rotation);
+    for (int looks = kMostLooks; looks; --looks) {
 #pragma unroll
-    for (int r = 0; r < kTogether; ++r) {
-      const int row = first + r * step;
-      if (row >= rows.count) break;
-      Element* out = static_cast<Element*>(p.out.data) +
-                     row_offset(p.out, p.seqs, call, rows.sequence, rows.token_of(row)) +
-                     rows.head_of(row) * p.out.head_stride;
-      Row::pieces([&](auto width, int i, int c) {
-        alignas(16) Element y[width()];
-#pragma unroll
-        for (int j = 0; j < width(); ++j) y[j] = from_float<Element>(x[r][i + j]);
-        if constexpr (Traits::kUsual) {
-          store_vector<width()>(out + c, y);
-        } else {
-#pragma unroll
-          for (int j = 0; j < width(); ++j) {
-            if (c + j < p.cache.v_dim) out[c + j] = y[j];
-          }
-        }
-      });
-    }
-  }
-}
-
-// Writes the rows of a block that has all results.
-template <class Traits>
-__device__ __forceinline__ void finish_block(const AttentionCall& p,
-                                             const AttentionShared<Traits>& shared) {
-  constexpr int kTogether = Traits::kRowsPerWarp < 4 ? Traits::kRowsPerWarp : 4;
-  using Row = WarpRow<Traits::kDim>;
-  finish_rows<Traits, kTogether>(p, shared.rows, threadIdx.x / 32, Traits::kWarps,
-                                 [&](int row, float (&x)[Row::kCount]) {
-                                   Row::pieces([&](auto width, int i, int c) {
-#pragma unroll
-                                     for (int j = 0; j < width(); ++j) {
-                                       x[i + j] = shared.result[row][c + j];
-                                     }
-                                   });
-                                   return shared.total[row];
-                                 });
-}
-
-// Merges the splits of blocks that are one cluster, through each other's shared memory, and writes
-// the rows: each block those whose number is its own, counted around.
-template <class Traits>
-__device__ __forceinline__ void finish_cluster(const AttentionCall& p,
-                                               AttentionShared<Traits>& shared, int split,
-                                               int splits) {
-  using Row = WarpRow<Traits::kDim>;
-  constexpr int kInFlight = 8;  // splits whose results are on their way at once
-  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-  cluster_barrier<true>();
-  const auto read = [&](int row, float (&x)[Row::kCount]) {
-    float y[kInFlight][Row::kCount];
-    const auto fetch = [&](int base) {
-#pragma unroll
-      for (int s = 0; s < kInFlight; ++s) {
+      for (int s = 0; s < kChunk; ++s) {
+        if (s >= count) break;
         Row::pieces([&](auto width, int i, int c) {
-          load_peer<width()>(&shared.result[row][c], min(base + s, splits - 1), &y[s][i]);
+          look_at_floats<width()>(partial.channels(base + s, row) + c, &y[s][i]);
         });
       }
-    };
-    fetch(0);
-    float part[2] = {kNoScore, 0.f};
-    if (lane < splits) load_peer<2>(&shared.total[row].x, lane, part);
-    const float max = warp_max(part[0]), weights = exp2_approx(part[0] - max);
-    const float sum = warp_sum(weights * part[1]);
+      uint32_t most = 0;
 #pragma unroll
-    for (int i = 0; i < Row::kCount; ++i) x[i] = 0.f;
-    for (int base = 0; base < splits; base += kInFlight) {
-      if (base > 0) fetch(base);
+      for (int s = 0; s < kChunk; ++s) {
+        if (s >= count) break;
 #pragma unroll
-      for (int s = 0; s < kInFlight; ++s) {
-        const float weight = __shfl_sync(kFullWarp, weights, (base + s) & 31);
-        if (base + s >= splits || weight == 0.f) continue;  // its rows may see nothing
+        for (int i = 0; i < Row::kCount; ++i) most = max(most, __float_as_uint(y[s][i]));
+      }
+      if (__all_sync(kFullWarp, most != kNothing)) break;
+    }
+    const float max = fmaxf(all.max, warp_max(part[0]));
+    const float shrink = exp2_approx(all.max - max), weights = exp2_approx(part[0] - max);
+    all.max = max;
+    all.sum = fmaf(all.sum, shrink, warp_sum(weights * part[1]));
 #pragma unroll
-        for (int i = 0; i < Row::kCount; ++i) x[i] = fmaf(weight, y[s][i], x[i]);
+    for (int i = 0; i < Row::kCount; ++i) all.x[i] = shrink == 0.f ? 0.f : all.x[i] * shrink;
+#pragma unroll
+    for (int s = 0; s < kChunk; ++s) {
+      if (s >= count) break;
+      const float weight = __shfl_sync(kFullWarp, weights, s);
+#pragma unroll
+      for (int i = 0; i < Row::kCount; ++i) {  // of no weight: its rows may see nothing
+        all.x[i] = fmaf(weight, weight == 0.f ? 0.f : y[s][i], all.x[i]);
       }
     }
-    return make_float2(max, sum);
-  };
-  finish_rows<Traits, 1>(p, shared.rows, split + warp * splits, splits * Traits::kWarps, read);
-  cluster_barrier<false>();  // nobody's memory is read any more
+    const float nothing[4] = {__uint_as_float(kNothing), __uint_as_float(kNothing),
+                              __uint_as_float(kNothing), __uint_as_float(kNothing)};
+#pragma unroll
+    for (int s = 0; s < kChunk; ++s) {
+      if (s >= count) break;
+      Row::pieces([&](auto width, int, int c) {
+        leave_floats<width()>(partial.channels(base + s, row) + c, nothing);
+      });
+    }
+    if (lane < count) leave_floats<2>(partial.total(base + lane, row), nothing);
+  }
+}
+
+// Sinks, division by the sum, the values' rotation; writes the row and its log-sum-exp.
+template <class Traits>
+__device__ __forceinline__ void write_result(const AttentionCall& p, const RowTile& rows, int row,
+                                             RowResult<Traits>& result) {
+  using Element = typename Traits::Element;
+  using Row = WarpRow<Traits::kDim>;
+  float max = result.max, sum = result.sum, weight = 1.f;
+  if (sum == 0.f) max = -INFINITY, weight = 0.f;  // sees nothing
+  if (p.sinks) {
+    const float sink = p.sinks[rows.head_of(row)] * kLog2e, most = fmaxf(max, sink);
+    if (weight > 0.f) weight = exp2_approx(max - most);
+    sum = fmaf(sum, weight, sink == most ? 1.f : exp2_approx(sink - most));
+    max = most;
+  }
+  // A NaN may have no maximum to weigh it against a sink.
+  const float factor = isnan(sum) ? sum : weight == 0.f ? 0.f : weight / sum;
+  float x[1][Row::kCount];
+#pragma unroll
+  for (int i = 0; i < Row::kCount; ++i) x[0][i] = factor == 0.f ? 0.f : result.x[i] * factor;
+  if (p.lse && threadIdx.x % 32 == 0) {
+    p.lse[(rows.first_call_row + rows.token_of(row)) * p.q_heads + rows.head_of(row)] =
+        sum == 0.f ? -INFINITY : (max + log2f(sum)) * kLn2;
+  }
+  if (p.cache.v_rotation > 1) rotate_warp<Traits::kDim>(x, p.cache.v_rotation);
+  Element* const out =
+      static_cast<Element*>(p.out.data) +
+      row_offset(p.out, p.seqs, {rows.first_call_row, 0}, rows.sequence, rows.token_of(row)) +
+      rows.head_of(row) * p.out.head_stride;
+  Row::pieces([&](auto width, int i, int c) {
+    alignas(16) Element y[width()];
+#pragma unroll
+    for (int j = 0; j < width(); ++j) y[j] = from_float<Element>(x[0][i + j]);
+    if constexpr (Traits::kUsual) {
+      store_vector<width()>(out + c, y);
+    } else {
+#pragma unroll
+      for (int j = 0; j < width(); ++j) {
+        if (c + j < p.cache.v_dim) out[c + j] = y[j];
+      }
+    }
+  });
+}
+
+// Merges what the warps have and, in the last split of the unit, what the others have left; writes
+// the rows.
+template <class Traits>
+__device__ __forceinline__ void finish(const AttentionCall& p, AttentionShared<Traits>& shared,
+                                       const Accumulator<Traits>& acc, int64_t unit, int split,
+                                       int splits, int g, int t) {
+  const Partial<Traits> partial{p.partial + unit * p.splits * Traits::kPartialFloats};
+#pragma unroll 1
+  for (int r = 0; r < Traits::kRowSets; ++r) {
+    if (r > 0 || Traits::kShape.stages > 0) __syncthreads();  // the place is read no more
+    const int count = min(8, shared.rows.count - 8 * r);
+    if (r == 0) leave_warp<0>(shared, acc, count, g, t);
+    if constexpr (Traits::kRowSets > 1) {
+      if (r == 1) leave_warp<1>(shared, acc, count, g, t);
+    }
+    if constexpr (Traits::kRowSets > 2) {
+      if (r == 2) leave_warp<2>(shared, acc, count, g, t);
+      if (r == 3) leave_warp<3>(shared, acc, count, g, t);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x / 32; i < count; i += Traits::kWarps) {
+      const int row = 8 * r + i;
+      RowResult<Traits> result = merge_warps(shared, i);
+      if (split < splits - 1) {
+        leave_split(partial, split, row, result);
+      } else {
+        add_splits(partial, splits - 1, row, result);
+        write_result(p, shared.rows, row, result);
+      }
+    }
+  }
 }
 
 }  // namespace kvquant::cuda

@@ -3,7 +3,7 @@
 // fill without waiting; where accumulators leave few registers, or blocks come in turns.
 #pragma once
 
-#include "kernels/attention/query.cuh"
+#include "kernels/attention/own.cuh"
 
 namespace kvquant::cuda {
 
@@ -26,52 +26,59 @@ __device__ __forceinline__ int value_channel(int w, int g) {
 // A lane's pieces of 16 tokens' rows, in global memory or in shared. Lanes whose channels are
 // beyond the row read other ones of it: they meet zeros of the query, or become channels that are
 // not written.
-template <int kDim, bool kShared>
+template <int kDim>
 struct LanePieces {
   static constexpr int kWide = kDim / 128;                 // 16-byte pieces of a value's row
   static constexpr int kFirstPiece = kDim < 128 ? 8 : 16;  // bytes of a value's first one
   int k_dim, v_dim, g, t;
 
-  // Where the first piece is, from the first row on.
-  __device__ __forceinline__ int first_key() const {
-    return (4 * (g >> 1) + (g & 1)) * k_dim + min(t * 16, k_dim - 16);
-  }
+  // The tokens, of 16, whose keys are k[j] and whose values are v[i].
+  __device__ __forceinline__ int key_token(int j) const { return 4 * (g >> 1) + (g & 1) + 2 * j; }
+  __device__ __forceinline__ int value_token(int i) const { return 4 * t + i; }
+
+  // Where the first piece of a row is.
+  __device__ __forceinline__ int first_key() const { return min(t * 16, k_dim - 16); }
   __device__ __forceinline__ int first_value() const {
-    return 4 * t * v_dim + min(g * kFirstPiece, v_dim - kFirstPiece);
+    return min(g * kFirstPiece, v_dim - kFirstPiece);
   }
 
-  // `first`: the lane's first piece.
-  __device__ __forceinline__ void load_keys(Tile<kDim>& tile, const uint8_t* first) const {
+  // `first`: the row's first piece.
+  template <bool kShared>
+  __device__ __forceinline__ void load_key(Tile<kDim>& tile, int j, const uint8_t* first) const {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-#pragma unroll
-      for (int s = 0; s < kDim / 64; ++s) {
-        const int step = min(s * 64 + t * 16, k_dim - 16) - min(t * 16, k_dim - 16);
-        tile.k[j][s] = load<uint4>(first + j * 2 * k_dim + step);
-      }
+    for (int s = 0; s < kDim / 64; ++s) {
+      const int step = min(s * 64 + t * 16, k_dim - 16) - first_key();
+      tile.k[j][s] = load<uint4, kShared>(first + step);
     }
   }
-  __device__ __forceinline__ void load_values(Tile<kDim>& tile, const uint8_t* first) const {
-    const auto step = [&](int at, int bytes) {
-      return min(at, v_dim - bytes) - min(g * kFirstPiece, v_dim - kFirstPiece);
-    };
+  template <bool kShared>
+  __device__ __forceinline__ void load_value(Tile<kDim>& tile, int i, const uint8_t* first) const {
+    const auto step = [&](int at, int bytes) { return min(at, v_dim - bytes) - first_value(); };
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int s = 0; s < kWide; ++s) {
-        const auto u = load<uint4>(first + i * v_dim + step(s * 128 + g * 16, 16));
-        tile.v[i][4 * s] = u.x, tile.v[i][4 * s + 1] = u.y;
-        tile.v[i][4 * s + 2] = u.z, tile.v[i][4 * s + 3] = u.w;
-      }
-      if constexpr (kDim % 128 != 0) {
-        const auto u = load<uint2>(first + i * v_dim + step(kWide * 128 + g * 8, 8));
-        tile.v[i][4 * kWide] = u.x, tile.v[i][4 * kWide + 1] = u.y;
-      }
+    for (int s = 0; s < kWide; ++s) {
+      const auto u = load<uint4, kShared>(first + step(s * 128 + g * 16, 16));
+      tile.v[i][4 * s] = u.x, tile.v[i][4 * s + 1] = u.y;
+      tile.v[i][4 * s + 2] = u.z, tile.v[i][4 * s + 3] = u.w;
     }
+    if constexpr (kDim % 128 != 0) {
+      const auto u = load<uint2, kShared>(first + step(kWide * 128 + g * 8, 8));
+      tile.v[i][4 * kWide] = u.x, tile.v[i][4 * kWide + 1] = u.y;
+    }
+  }
+  // `first`: the first piece of this lane's first row.
+  template <bool kShared>
+  __device__ __forceinline__ void load_keys(Tile<kDim>& tile, const uint8_t* first) const {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) load_key<kShared>(tile, j, first + j * 2 * k_dim);
+  }
+  template <bool kShared>
+  __device__ __forceinline__ void load_values(Tile<kDim>& tile, const uint8_t* first) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) load_value<kShared>(tile, i, first + i * v_dim);
   }
 
  private:
-  template <class T>
+  template <class T, bool kShared>
   static __device__ __forceinline__ T load(const uint8_t* p) {
     if constexpr (kShared) {
       return *reinterpret_cast<const T*>(p);
@@ -86,38 +93,44 @@ struct Stream {
   const uint8_t* base;
   uint32_t block16;
 
-  // kept: in registers; else it is worked out anew at each load, where these are short.
-  __device__ __forceinline__ Stream(const Slab& slab, int head, int offset, bool kept)
-      : base(rows_of<uint8_t>(slab, 0, head) + offset), block16(uint32_t(slab.block_stride >> 4)) {
-    if (kept) asm volatile("" : "+l"(base));
+  __device__ __forceinline__ Stream() {}
+  __device__ __forceinline__ Stream(const Slab& slab, int head, int offset)
+      : base(rows_of<uint8_t>(slab, 0, head) + offset), block16(uint32_t(slab.block_stride >> 4)) {}
+  // It is worked out here and kept in a register.
+  __device__ __forceinline__ Stream& keep() {
+    asm volatile("" : "+l"(base));
+    return *this;
   }
   __device__ __forceinline__ const uint8_t* at(int block, int row, int bytes) const {
     return offset_by(offset_by(base, uint32_t(block) * 16u, block16), row, bytes);
   }
 };
 
-// Both have the same interface. A piece is what a warp takes at once, Traits::kTiles tiles; the
-// oldest one's keys and values are read, then its place is asked to take a later one: first for
-// keys, then for values. close() ends what is asked for a piece. Of block -1, which is none, the
-// first one is read, and usable() says so; `block` is the one that was asked for last.
+// Both have the same interface. find() works out addresses. A piece is what a warp takes at once,
+// Traits::kTiles tiles; the oldest one's keys and values are read, then its place is asked to take
+// a later one: first for keys, then for values. close() ends what is asked for a piece. Of block
+// -1, which is none, the first one is read, and usable() says so; `block` is the one that was asked
+// for last. A tile whose first token is `at` takes own rows where it has them.
 
 template <class Traits>
 class Held {
-  using Lane = LanePieces<Traits::kDim, false>;
-  static constexpr bool kKept = Traits::kShape.blocks == 1;
+  using Lane = LanePieces<Traits::kDim>;
+  static constexpr bool kKept = Traits::kShape.has_room();
 
  public:
   static constexpr int kSharedBytes = 0;  // of a stage of a warp
   static constexpr int kGroups = 0;       // of copies, a piece
 
-  __device__ __forceinline__ Held(const CacheView& cache, int head, unsigned char*, int)
-      : pieces_{cache.k_dim, cache.v_dim, int(threadIdx.x & 31) >> 2, int(threadIdx.x & 3)},
-        k_(cache.k_data, head, pieces_.first_key(), kKept),
-        v_(cache.v_data, head, pieces_.first_value(), kKept),
-        k_params_(cache.k_params, head, 16 * pieces_.t, kKept),
-        v_params_(cache.v_params, head, 16 * pieces_.t, kKept),
-        tile_{} {}
-
+  __device__ __forceinline__ explicit Held(const CacheView& cache) : cache_(cache) {}
+  __device__ __forceinline__ void find(int head, unsigned char*, int) {
+    pieces_ = {cache_.k_dim, cache_.v_dim, int(threadIdx.x & 31) >> 2, int(threadIdx.x & 3)};
+    head_ = head;
+#pragma unroll
+    for (int u = 0; u < Traits::kTiles; ++u) tile_[u] = {};
+    if (!kKept) return;
+    k_ = stream(true, false).keep(), v_ = stream(false, false).keep();
+    k_params_ = stream(true, true).keep(), v_params_ = stream(false, true).keep();
+  }
   __device__ __forceinline__ constexpr int stages() const { return 1; }
   __device__ __forceinline__ void wait_keys() {}
   __device__ __forceinline__ void wait_values() {}
@@ -126,48 +139,88 @@ class Held {
   __device__ __forceinline__ const Tile<Traits::kDim>& values(int u) const { return tile_[u]; }
   __device__ __forceinline__ void ask_keys(int u, int block, int row) {
     block = max(block, 0);
-    pieces_.load_keys(tile_[u], k_.at(block, row, pieces_.k_dim));
-    tile_[u].k_params = load_keep(k_params_.at(block, row, 4));
+    const Stream keys = kKept ? k_ : stream(true, false),
+                 params = kKept ? k_params_ : stream(true, true);
+    pieces_.template load_keys<false>(tile_[u], keys.at(block, row, pieces_.k_dim));
+    tile_[u].k_params = load_keep(params.at(block, row, 4));
   }
   __device__ __forceinline__ void ask_values(int u, int block, int row) {
     block = max(block, 0);
-    pieces_.load_values(tile_[u], v_.at(block, row, pieces_.v_dim));
-    tile_[u].v_params = load_keep(v_params_.at(block, row, 4));
+    const Stream values = kKept ? v_ : stream(false, false),
+                 params = kKept ? v_params_ : stream(false, true);
+    pieces_.template load_values<false>(tile_[u], values.at(block, row, pieces_.v_dim));
+    tile_[u].v_params = load_keep(params.at(block, row, 4));
   }
   __device__ __forceinline__ void ask_nothing() {}
   __device__ __forceinline__ void close() {}
+  __device__ __forceinline__ void take_own_keys(int u, int at, const OwnRows<Traits>& own) {
+    const auto of = [&](int token) { return at + token < own.end ? at + token - own.begin : -1; };
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int i = of(pieces_.key_token(j));
+      if (i >= 0) pieces_.template load_key<true>(tile_[u], j, own.keys[i] + pieces_.first_key());
+    }
+    uint32_t* const params[2] = {&tile_[u].k_params.x, &tile_[u].v_params.x};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int i = of(pieces_.value_token(j));
+      if (i >= 0) params[0][j] = own.params[0][i], params[1][j] = own.params[1][i];
+    }
+  }
+  __device__ __forceinline__ void take_own_values(int u, int at, const OwnRows<Traits>& own) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int token = at + pieces_.value_token(j), i = token - own.begin;
+      if (i < 0 || token >= own.end) continue;
+      pieces_.template load_value<true>(tile_[u], j, own.values[i] + pieces_.first_value());
+    }
+  }
 
  private:
+  const CacheView& cache_;
   Lane pieces_;
-  Stream k_, v_, k_params_, v_params_;
+  int head_;
+  Stream k_, v_, k_params_, v_params_;  // kept
   Tile<Traits::kDim> tile_[Traits::kTiles];
+
+  // Where registers are few it is worked out anew each time: that is hidden from the compiler.
+  __device__ __forceinline__ Stream stream(bool of_keys, bool of_params) const {
+    int head = head_;
+    Lane at = pieces_;
+    if (!kKept) asm volatile("" : "+r"(head), "+r"(at.g), "+r"(at.t));
+    if (of_params) return {of_keys ? cache_.k_params : cache_.v_params, head, 16 * at.t};
+    if (of_keys) return {cache_.k_data, head, at.key_token(0) * at.k_dim + at.first_key()};
+    return {cache_.v_data, head, at.value_token(0) * at.v_dim + at.first_value()};
+  }
 };
 
 template <class Traits>
 class Ring {
   static constexpr int kDim = Traits::kDim;
-  using Lane = LanePieces<kDim, true>;
+  using Lane = LanePieces<kDim>;
   struct Slot {  // rows as they are in the cache
     alignas(16) uint8_t k[16 * kDim], v[16 * kDim];
     uint4 params[2][4];  // of keys, of values
   };
   using Piece = Slot[Traits::kTiles];
+  static constexpr bool kKept = Traits::kShape.has_room();
 
  public:
   static constexpr int kSharedBytes = sizeof(Piece);
   static constexpr int kGroups = Traits::kShape.apart ? 2 : 1;  // of copies, a piece
   static_assert(Traits::kTiles == 1);
 
-  __device__ __forceinline__ Ring(const CacheView& cache, int head, unsigned char* memory,
-                                  int stages)
-      : lane_(threadIdx.x & 31),
-        pieces_{cache.k_dim, cache.v_dim, lane_ >> 2, lane_ & 3},
-        k_(cache.k_data, head, lane_ * 16, true),
-        v_(cache.v_data, head, lane_ * 16, true),
-        params_(lane_ < 4 ? cache.k_params : cache.v_params, head, lane_ % 4 * 16, true),
-        first_(reinterpret_cast<Piece*>(memory) + threadIdx.x / 32 * stages),
-        stages_(stages) {}
-
+  __device__ __forceinline__ explicit Ring(const CacheView& cache) : cache_(cache) {}
+  __device__ __forceinline__ void find(int head, unsigned char* memory, int stages) {
+    lane_ = threadIdx.x & 31;
+    pieces_ = {cache_.k_dim, cache_.v_dim, lane_ >> 2, lane_ & 3};
+    head_ = head;
+    first_ = reinterpret_cast<Piece*>(memory) + threadIdx.x / 32 * stages;
+    stages_ = stages;
+    if (!kKept) return;
+    k_ = stream(cache_.k_data, lane_).keep(), v_ = stream(cache_.v_data, lane_).keep();
+    params_ = params_stream().keep();
+  }
   __device__ __forceinline__ int stages() const { return stages_; }
   // For the oldest piece's keys, which all lanes have copied, then for its values.
   __device__ __forceinline__ void wait_keys() { wait(kGroups * stages_ - 1); }
@@ -178,14 +231,17 @@ class Ring {
   __device__ __forceinline__ Tile<kDim> keys(int u) const {
     const Slot& slot = first_[oldest_][u];
     Tile<kDim> tile;
-    pieces_.load_keys(tile, slot.k + pieces_.first_key());
+    pieces_.template load_keys<true>(
+        tile, slot.k + pieces_.key_token(0) * pieces_.k_dim + pieces_.first_key());
     tile.k_params = slot.params[0][pieces_.t];
     tile.v_params = slot.params[1][pieces_.t];
     return tile;
   }
   __device__ __forceinline__ Tile<kDim> values(int u) const {
     Tile<kDim> tile;
-    pieces_.load_values(tile, first_[oldest_][u].v + pieces_.first_value());
+    pieces_.template load_values<true>(
+        tile,
+        first_[oldest_][u].v + pieces_.value_token(0) * pieces_.v_dim + pieces_.first_value());
     return tile;
   }
   // Nothing yet: copies would be seen by lanes that still read values.
@@ -195,15 +251,18 @@ class Ring {
     lost_ = block < 0 ? lost_ | bit(u) : lost_ & ~bit(u);
     block = max(block, 0);
     if (u == 0) __syncwarp();  // all lanes have read the piece
-    if (lane_ < 8) copy_async<16>(&slot.params[0][lane_], params_.at(block, row, 4));
-    const uint8_t* const key = k_.at(block, row, pieces_.k_dim);
-    const uint8_t* const value = v_.at(block, row, pieces_.v_dim);
+    const Stream params = kKept ? params_ : params_stream();
+    if (lane_ < 8) copy_async<16>(&slot.params[0][lane_], params.at(block, row, 4));
+    const Stream keys = kKept ? k_ : stream(cache_.k_data, lane_);
+    const uint8_t* const key = keys.at(block, row, pieces_.k_dim);
 #pragma unroll
     for (int i = 0; i < kDim / 32; ++i) {
       const int at = i * 512 + lane_ * 16;
       if (at < 16 * pieces_.k_dim) copy_async<16>(slot.k + at, key + i * 512);
     }
     if (kGroups == 2) close_copies();
+    const Stream values = kKept ? v_ : stream(cache_.v_data, lane_);
+    const uint8_t* const value = values.at(block, row, pieces_.v_dim);
 #pragma unroll
     for (int i = 0; i < kDim / 32; ++i) {
       const int at = i * 512 + lane_ * 16;
@@ -218,15 +277,53 @@ class Ring {
     close_copies();
     if (++oldest_ == stages_) oldest_ = 0;
   }
+  __device__ __forceinline__ void take_own_keys(int u, int at, const OwnRows<Traits>& own) {
+    take_own<true, kGroups == 1>(first_[oldest_][u], at, own);
+  }
+  __device__ __forceinline__ void take_own_values(int u, int at, const OwnRows<Traits>& own) {
+    if (kGroups == 2) take_own<false, true>(first_[oldest_][u], at, own);
+  }
 
  private:
+  const CacheView& cache_;
   int lane_;
   Lane pieces_;
-  Stream k_, v_, params_;
+  int head_;
+  Stream k_, v_, params_;  // kept
   Piece* first_;
   int stages_, oldest_ = 0;
   unsigned lost_ = 0;  // a bit a slot: it is of no block
 
+  template <bool kKeys, bool kValues>
+  __device__ __forceinline__ void take_own(Slot& slot, int at, const OwnRows<Traits>& own) {
+    const auto copy = [&](uint8_t* to, const uint8_t* from, int bytes) {
+      if (lane_ * 16 >= bytes) return;
+      reinterpret_cast<uint4*>(to)[lane_] = reinterpret_cast<const uint4*>(from)[lane_];
+    };
+#pragma unroll 1
+    for (int token = max(at, own.begin); token < min(at + kTile, own.end); ++token) {
+      const int i = token - own.begin, row = token - at;
+      if (kKeys) {
+        copy(slot.k + row * pieces_.k_dim, own.keys[i], pieces_.k_dim);
+        if (lane_ < 2) {
+          reinterpret_cast<uint32_t*>(slot.params[lane_])[row] = own.params[lane_][i];
+        }
+      }
+      if (kValues) copy(slot.v + row * pieces_.v_dim, own.values[i], pieces_.v_dim);
+    }
+    __syncwarp();
+  }
+  // Of 16-byte pieces from `piece` on; as Held's.
+  __device__ __forceinline__ Stream stream(const Slab& slab, int piece) const {
+    int head = head_;
+    if (!kKept) asm volatile("" : "+r"(head), "+r"(piece));
+    return {slab, head, piece * 16};
+  }
+  __device__ __forceinline__ Stream params_stream() const {
+    const Stream keys = stream(cache_.k_params, lane_ % 4);
+    const Stream values = stream(cache_.v_params, lane_ % 4);
+    return lane_ < 4 ? keys : values;
+  }
   __device__ __forceinline__ void wait(int left) {
     wait_copies<2 * kMaxStages - 1>(left);
     __syncwarp();

@@ -196,12 +196,13 @@ struct AttentionTraits {
 
   static constexpr int kRotation = kDim & -kDim;  // the longest that fits rows
   static bool serves(const AttentionCall& call) {
-    return !kUsual || (is_aligned(call.query) && is_aligned(call.out) && call.cache.k_dim == kDim &&
-                       call.cache.v_dim == kDim &&
-                       (call.cache.k_rotation <= 1 || call.cache.k_rotation == kRotation) &&
-                       call.cache.v_rotation <= 1 && !call.seqs.seq_starts &&
-                       !call.seqs.cu_seqlens && !call.sliding_window && call.softcap == 0.f &&
-                       !call.alibi_slopes && !call.sinks && !call.lse);
+    return !kUsual ||
+           (is_aligned(call.query) && is_aligned(call.out) && is_aligned(call.key) &&
+            is_aligned(call.value) && call.cache.k_dim == kDim && call.cache.v_dim == kDim &&
+            (call.cache.k_rotation <= 1 || call.cache.k_rotation == kRotation) &&
+            call.cache.v_rotation <= 1 && !call.seqs.seq_starts && !call.seqs.cu_seqlens &&
+            !call.sliding_window && call.softcap == 0.f && !call.alibi_slopes && !call.sinks &&
+            !call.lse);
   }
   // Whether a lane's four channels of every row can be one access.
   static bool is_aligned(const Rows& rows) {
@@ -254,6 +255,7 @@ struct RawQuery {
     const int warp = threadIdx.x / 32;
     const CallRows call{tile.first_call_row, 0};
     const Element* query = static_cast<const Element*>(p.query.data);
+    if (warp >= tile.count) return;
 #pragma unroll
     for (int row = warp; row < Traits::kRows; row += Traits::kWarps) {
       const int at = min(row, tile.count - 1);  // rows that are none repeat the last one
@@ -281,13 +283,19 @@ struct RowScale {
   float sum, gain;
 };
 
-// Rotates, scales and rounds this warp's rows.
+// Rotates, scales and rounds this warp's rows, of `count`. Scores of rows that are none are zero
+// or a NaN, and belong to nobody.
 template <class Traits>
 __device__ __forceinline__ void prepare_query(const AttentionCall& p, const RawQuery<Traits>& raw,
-                                              QueryShared<Traits>& shared, RowScale* scales) {
+                                              int count, QueryShared<Traits>& shared,
+                                              RowScale* scales) {
   using Row = WarpRow<Traits::kDim>;
   constexpr int kPerWarp = Traits::kRowsPerWarp;
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  if (warp >= count) {
+    if (lane < kPerWarp) scales[warp + lane * Traits::kWarps] = {};
+    return;
+  }
   float x[kPerWarp][Row::kCount];
 #pragma unroll
   for (int i = 0; i < kPerWarp; ++i) {

@@ -46,26 +46,42 @@ __device__ __forceinline__ void store_element(void* base, int64_t index, Dtype d
   }
 }
 
-// Sixteen neighbouring elements, in 16-byte accesses where the address allows.
+// Sixteen neighbouring elements as they come from memory.
 template <class T>
-__device__ __forceinline__ void copy16(const T* p, T (&x)[kLaneChannels]) {
-  if (reinterpret_cast<uintptr_t>(p) % 16 == 0) {
-#pragma unroll
-    for (int i = 0; i < kLaneChannels * int(sizeof(T)) / 16; ++i) {
-      const uint4 word = load_keep(p + i * (16 / sizeof(T)));
-      memcpy(&x[i * 16 / sizeof(T)], &word, 16);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kLaneChannels; ++i) x[i] = p[i];
+struct Words16 {
+  static constexpr int kPer = 16 / sizeof(T);
+  uint4 words[kLaneChannels / kPer];
+
+  __device__ __forceinline__ float operator[](int i) const {
+    T x[kPer];
+    memcpy(x, &words[i / kPer], 16);
+    return to_float(x[i % kPer]);
   }
+};
+// In 16-byte accesses where the address allows.
+template <class T>
+__device__ __forceinline__ Words16<T> load_words16(const T* p) {
+  constexpr int kPer = Words16<T>::kPer;
+  const bool aligned = reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  Words16<T> x;
+#pragma unroll
+  for (int i = 0; i < kLaneChannels / kPer; ++i) {
+    if (aligned) {
+      x.words[i] = load_keep(p + i * kPer);
+    } else {
+      T part[kPer];
+#pragma unroll
+      for (int j = 0; j < kPer; ++j) part[j] = p[i * kPer + j];
+      memcpy(&x.words[i], part, 16);
+    }
+  }
+  return x;
 }
 template <class T>
 __device__ __forceinline__ void load16(const T* p, float (&x)[kLaneChannels]) {
-  T raw[kLaneChannels];
-  copy16(p, raw);
+  const Words16<T> words = load_words16(p);
 #pragma unroll
-  for (int i = 0; i < kLaneChannels; ++i) x[i] = to_float(raw[i]);
+  for (int i = 0; i < kLaneChannels; ++i) x[i] = words[i];
 }
 template <class T>
 __device__ __forceinline__ void store16(T* p, const float (&x)[kLaneChannels]) {

@@ -36,6 +36,25 @@ __device__ __forceinline__ uint4 load_keep(const void* p) {
                : "l"(p));
   return u;
 }
+// kCount neighbours, asked for where this stands: the compiler would move an ordinary load to its
+// use.
+template <int kCount, class T>
+__device__ __forceinline__ void load_vector(const T* p, T* x) {
+  constexpr int kBytes = kCount * sizeof(T);
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  if constexpr (kBytes == 16) {
+    const uint4 u = load_keep(p);
+    memcpy(x, &u, kBytes);
+  } else if constexpr (kBytes == 8) {
+    uint2 u;
+    asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(u.x), "=r"(u.y) : "l"(p));
+    memcpy(x, &u, kBytes);
+  } else {
+    uint32_t u;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(u) : "l"(p));
+    memcpy(x, &u, kBytes);
+  }
+}
 // Copies kBytes (4, 8 or 16) to shared memory, not waited for. Copies belong to the group that
 // their thread closes next. sm_75 copies at once.
 template <int kBytes>
@@ -66,12 +85,6 @@ __device__ __forceinline__ void wait_copies(int left) {
   asm volatile("cp.async.wait_group %0;" ::"n"(kMost) : "memory");
 #endif
 }
-// A word, asked for where this stands: the compiler would move an ordinary load to its use.
-__device__ __forceinline__ int load_early(const int* p) {
-  int x;
-  asm volatile("ld.global.s32 %0, [%1];" : "=r"(x) : "l"(p));
-  return x;
-}
 // kCount elements in one access.
 template <int kCount, class T>
 __device__ __forceinline__ void store_vector(T* p, const T* x) {
@@ -81,6 +94,16 @@ __device__ __forceinline__ void store_vector(T* p, const T* x) {
   static_assert(sizeof(Word) == kBytes);
   Word word;
   memcpy(&word, x, kBytes);
+  *reinterpret_cast<Word*>(p) = word;
+}
+
+// Two or four bytes in one access.
+template <int kCount>
+__device__ __forceinline__ void store_bytes(uint8_t* p, const uint8_t* x) {
+  using Word = std::conditional_t<kCount == 4, uint32_t, uint16_t>;
+  static_assert(sizeof(Word) == kCount);
+  Word word;
+  memcpy(&word, x, kCount);
   *reinterpret_cast<Word*>(p) = word;
 }
 
@@ -103,45 +126,35 @@ __device__ __forceinline__ float tanh_approx(float x) {
   return copysignf(__fdividef(1.f - e, 1.f + e), x);
 }
 
-__device__ __forceinline__ int add_acquire_release(int* p, int value) {
-  int before;
-  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
-               : "=r"(before)
-               : "l"(p), "r"(value)
-               : "memory");
-  return before;
-}
-
-// Blocks of a cluster wait for one another: those that have not ended. kShow: they then see what
-// was written before.
-template <bool kShow>
-__device__ __forceinline__ void cluster_barrier() {
-#if __CUDA_ARCH__ >= 900
-  if constexpr (kShow) {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  } else {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-  }
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-// kCount (2 or 4) floats of another block of the cluster, from where this one has `mine`.
+// Floats that one block leaves for another, 2 or 4 at a time. Each word says by itself whether it
+// has arrived, so that neither side waits for an order of accesses.
+constexpr uint32_t kNothing = 0xffffffffu;  // a NaN that no arithmetic results in
 template <int kCount>
-__device__ __forceinline__ void load_peer(const float* mine, int rank, float* x) {
-#if __CUDA_ARCH__ >= 900
-  uint32_t at;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-               : "=r"(at)
-               : "r"(uint32_t(__cvta_generic_to_shared(mine))), "r"(rank));
+__device__ __forceinline__ void leave_floats(float* p, const float* x) {
+  static_assert(kCount == 2 || kCount == 4);
   if constexpr (kCount == 4) {
-    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
-                 : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
-                 : "r"(at));
+    asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(p), "f"(x[0]), "f"(x[1]),
+                 "f"(x[2]), "f"(x[3])
+                 : "memory");
   } else {
-    static_assert(kCount == 2);
-    asm volatile("ld.shared::cluster.v2.f32 {%0,%1}, [%2];" : "=f"(x[0]), "=f"(x[1]) : "r"(at));
+    asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1,%2};" ::"l"(p), "f"(x[0]), "f"(x[1])
+                 : "memory");
   }
-#endif
+}
+template <int kCount>
+__device__ __forceinline__ void look_at_floats(const float* p, float* x) {
+  static_assert(kCount == 2 || kCount == 4);
+  if constexpr (kCount == 4) {
+    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+                 : "l"(p)
+                 : "memory");
+  } else {
+    asm volatile("ld.relaxed.gpu.global.v2.f32 {%0,%1}, [%2];"
+                 : "=f"(x[0]), "=f"(x[1])
+                 : "l"(p)
+                 : "memory");
+  }
 }
 
 // c += a b for fp16 a (16 x 16, rows) and b (16 x 8, columns), fp32 c. sm_75 has the instruction

@@ -116,7 +116,7 @@ class CompiledStep:
         ):
             workspace = self._compiled.workspace(queue, floats, counters)
             self._native.run(*call, workspace[0], workspace[1], False, device, stream)
-            if not self._compiled.is_capturing():
+            if not self._compiled.is_capturing(queue):
                 self._kept = (queue, floats, counters, *workspace)
         return out
 
@@ -166,12 +166,12 @@ class Compiled(ABC):
         """
         return 1, 0, 0
 
-    def is_capturing(self) -> bool:
+    def is_capturing(self, queue: tuple[int, int]) -> bool:
         """Whether launches are being captured in a graph."""
         return False
 
     def workspace(self, queue: tuple[int, int], floats: int, counters: int) -> tuple[int, int, Any]:
-        """Addresses of partial results and of zeroed counters, and what keeps them alive."""
+        """Addresses of partial results and of counters, and what keeps them alive."""
         return 0, 0, None
 
     def backend(self) -> Backend:

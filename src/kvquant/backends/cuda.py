@@ -17,14 +17,10 @@ from kvquant.ops import Backend
 __all__ = ["BACKEND"]
 
 _MIN_CAPABILITY = (7, 5)
-_MIN_COUNTERS, _MIN_FLOATS = 1 << 16, 1 << 20
+_MIN_COUNTERS, _MIN_FLOATS = 1 << 12, 1 << 20
 # Private, hence guarded: they take a tenth of what the public ones do.
 _raw_stream: Callable[[int], int] = getattr(
     torch._C, "_cuda_getCurrentRawStream", lambda d: torch.cuda.current_stream(d).cuda_stream
-)
-
-_is_capturing: Callable[[], bool] = getattr(
-    torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing
 )
 
 
@@ -47,30 +43,24 @@ class _Cuda(Compiled):
         check_splits(split_size, capacity, self.max_splits)
         return _plan(query.dtype == torch.float32, _multiprocessors(query.get_device()), *shape)
 
-    def is_capturing(self) -> bool:
-        return _is_capturing()
+    def is_capturing(self, queue: tuple[int, int]) -> bool:
+        return bool(_native.module.capture_id(queue[1]))
 
     def workspace(self, queue: tuple[int, int], floats: int, counters: int) -> tuple[int, int, Any]:
-        """Room for partial results, and counters that a kernel finds zero and leaves zero.
+        """Room for partial results, of bytes of 255, and zeroed counters; kernels leave them so.
 
-        Launches on one stream follow one another, so they share. A captured launch may be
-        replayed on any stream: it gets its own.
+        Launches on one stream follow one another, so they share. A captured graph may be replayed
+        on any stream: it gets its own.
         """
-        if _is_capturing():
-            zeros, partials = _allocate(queue[0], counters, floats)
-            return partials.data_ptr(), zeros.data_ptr(), (zeros, partials)
+        if _native.module.capture_id(queue[1]):
+            return (*_native.module.lend_scratch(*queue, floats, counters), None)
         kept = self._workspaces.get(queue)
         if kept is None or kept[0].numel() < counters or kept[1].numel() < floats:
-            kept = _allocate(queue[0], max(_MIN_COUNTERS, counters), max(_MIN_FLOATS, floats))
-            self._workspaces[queue] = kept
+            kept = self._workspaces[queue] = (
+                torch.zeros(max(_MIN_COUNTERS, counters), dtype=torch.int32, device=queue[0]),
+                torch.full((max(_MIN_FLOATS, floats),), -1, dtype=torch.int32, device=queue[0]),
+            )
         return kept[1].data_ptr(), kept[0].data_ptr(), kept
-
-
-def _allocate(device: int, counters: int, floats: int) -> tuple[Tensor, Tensor]:
-    return (
-        torch.zeros(counters, dtype=torch.int32, device=device),
-        torch.empty(floats, dtype=torch.float32, device=device),
-    )
 
 
 @cache
