@@ -96,20 +96,20 @@ def instance(plan):
 
 @pytest.mark.parametrize(
     ("batch", "tokens", "heads", "dim", "float32", "capacity", "expected"),
-    [  # turns, head_dim, query rows, warps, blocks of a multiprocessor, stages of a ring
-        (1, 1, (32, 8), 128, False, 4096, ("alone", 128, 8, 8, 1, 0)),
-        (8, 1, (32, 8), 128, False, 4096, ("alone", 128, 8, 8, 1, 0)),
-        (1, 1, (32, 8), 128, False, 131072, ("one", 128, 8, 8, 2, 0)),
-        (32, 1, (32, 32), 128, False, 2048, ("one", 128, 8, 8, 2, 0)),
-        (64, 1, (32, 8), 128, False, 8192, ("many", 128, 8, 8, 2, 2)),
-        (64, 1, (32, 8), 64, False, 4096, ("many", 64, 8, 8, 2, 0)),
-        (8, 4, (32, 8), 128, False, 8192, ("one", 128, 16, 8, 1, 2)),
-        (64, 8, (32, 8), 128, False, 8192, ("many", 128, 32, 4, 2, 2)),
-        (1, 1, (32, 8), 80, True, 4096, ("alone", 128, 8, 8, 1, 2)),
-        (1, 1, (8, 1), 256, False, 4096, ("alone", 256, 8, 4, 2, 0)),
-        (8, 1, (32, 8), 192, False, 4096, ("alone", 192, 8, 4, 2, 0)),
-        (8, 2, (64, 8), 256, False, 4096, ("alone", 256, 16, 4, 2, 2)),
-        (1, 512, (32, 8), 192, False, 4096, ("one", 192, 16, 4, 2, 2)),
+    [  # alone, head_dim, query rows, warps, blocks of a multiprocessor, stages of a ring
+        (1, 1, (32, 8), 128, False, 4096, (True, 128, 8, 8, 1, 0)),
+        (8, 1, (32, 8), 128, False, 4096, (True, 128, 8, 8, 1, 0)),
+        (1, 1, (32, 8), 128, False, 131072, (False, 128, 8, 8, 2, 0)),
+        (32, 1, (32, 32), 128, False, 2048, (False, 128, 8, 8, 2, 0)),
+        (64, 1, (32, 8), 128, False, 8192, (False, 128, 8, 8, 2, 0)),
+        (64, 1, (32, 8), 64, False, 4096, (False, 64, 8, 8, 2, 0)),
+        (8, 4, (32, 8), 128, False, 8192, (False, 128, 16, 8, 1, 2)),
+        (64, 8, (32, 8), 128, False, 8192, (False, 128, 32, 4, 2, 2)),
+        (1, 1, (32, 8), 80, True, 4096, (True, 128, 8, 8, 1, 2)),
+        (1, 1, (8, 1), 256, False, 4096, (True, 256, 8, 4, 2, 0)),
+        (8, 1, (32, 8), 192, False, 4096, (True, 192, 8, 4, 2, 0)),
+        (8, 2, (64, 8), 256, False, 4096, (True, 256, 16, 4, 2, 2)),
+        (1, 512, (32, 8), 192, False, 4096, (False, 192, 16, 4, 2, 2)),
     ],
 )
 def test_instance_of_a_call(instance, batch, tokens, heads, dim, float32, capacity, expected):

@@ -198,16 +198,15 @@ py::tuple lend_scratch(int device, uintptr_t stream, size_t floats, size_t count
   return py::make_tuple(uintptr_t(scratch.partial), uintptr_t(scratch.counters));
 }
 
-// (turns, head_dim, query rows, warps, blocks of a multiprocessor, stages) of the kernel's instance
+// (alone, head_dim, query rows, warps, blocks of a multiprocessor, stages) of the kernel's instance
 // that such a call takes: see kernels/attention/config.h.
 py::tuple attention_instance(int batch, int tokens, int q_heads, int kv_heads, int k_dim, int v_dim,
                              bool float32, int capacity, int multiprocessors) {
   const cuda::AttentionShape shape = cuda::shape_attention(
       batch, tokens, q_heads, kv_heads, k_dim, v_dim, float32, capacity, multiprocessors);
-  const char* const turns[] = {"alone", "one", "many"};
   const cuda::InstanceShape& instance = shape.instance;
-  return py::make_tuple(turns[int(shape.turns)], shape.head_dim, shape.rows, instance.warps,
-                        instance.blocks, instance.stages);
+  return py::make_tuple(shape.alone, shape.head_dim, shape.rows, instance.warps, instance.blocks,
+                        instance.stages);
 }
 
 }  // namespace

@@ -18,44 +18,33 @@ constexpr int kBlockCost = 256;  // tokens' worth of a block's other work
 // Tokens of a multiprocessor up to which one block serves it best.
 constexpr int kMostAlone = 2560;
 
-// How a call's blocks come to the multiprocessors.
-enum class Turns {
-  // All at once, each with one for itself: less is on its way than where two share one, and that is
-  // shared out more evenly among multiprocessors.
-  kAlone,
-  kOne,   // all at once, or in a few turns
-  kMany,  // in turns enough to even out what a ring makes uneven, their shares of bandwidth
-};
-
 // What an instance is made of, chosen by the registers that it needs for accumulators and for the
 // tokens on their way.
 struct InstanceShape {
   int tiles;          // of kTile tokens, that a warp takes at once
   int warps, blocks;  // of a block; of a multiprocessor
   int stages;         // at most, of a warp's ring of tokens on their way; 0: registers hold them
-  bool apart;         // a ring's keys are not waited for together with their values
 
   constexpr int threads() const { return warps * 32; }
   constexpr bool has_room() const { return threads() * blocks <= 256; }  // of registers
   constexpr int step() const { return warps * tiles * kTile; }  // tokens a block takes at once
   constexpr bool operator==(const InstanceShape& other) const {
     return tiles == other.tiles && warps == other.warps && blocks == other.blocks &&
-           stages == other.stages && apart == other.apart;
+           stages == other.stages;
   }
 };
 
 // rows: query rows of a block, 8, 16 or 32. float32 weights are taken twice, as fp16 and what fp16
 // left of them.
-constexpr InstanceShape instance_shape(int head_dim, int rows, bool float32, Turns turns) {
+constexpr InstanceShape instance_shape(int head_dim, int rows, bool float32, bool alone) {
   const bool few_registers = rows == 8 && !float32;  // for accumulators
   if (few_registers && head_dim <= 128) {
     const int tiles = head_dim <= 64 ? 2 : 1;
-    if (turns == Turns::kMany && head_dim == 128) return {tiles, 8, 2, kMaxStages, true};
-    return {tiles, 8, turns == Turns::kAlone ? 1 : 2, 0, false};
+    return {tiles, 8, alone ? 1 : 2, 0};
   }
-  if (head_dim > 128) return {1, 4, 2, few_registers ? 0 : kMaxStages, false};
-  if (head_dim == 128 && rows == 32) return {1, 4, 2, kMaxStages, false};
-  return {1, 8, 1, kMaxStages, false};
+  if (head_dim > 128) return {1, 4, 2, few_registers ? 0 : kMaxStages};
+  if (head_dim == 128 && rows == 32) return {1, 4, 2, kMaxStages};
+  return {1, 8, 1, kMaxStages};
 }
 
 // Query rows a block takes at most. 32 rows of more channels exceed the registers.
@@ -68,7 +57,9 @@ struct AttentionShape {
   int row_tiles;  // of a sequence and KV head
   InstanceShape instance;
   int64_t units;  // of (sequence, KV head, row tile)
-  Turns turns;
+  // A block has its multiprocessor for itself: all run at once, and less is on its way than where
+  // two share one, which is shared out more evenly among multiprocessors.
+  bool alone;
   int64_t slots;  // blocks that the device runs at once
   // Units of one row tile alone fill the device: splits then are as long for every sequence.
   bool fills;
@@ -117,18 +108,10 @@ inline AttentionShape shape_attention(int batch, int tokens, int q_heads, int kv
   }
   shape.row_tiles = int((query_rows + shape.rows - 1) / shape.rows);
   shape.units = std::max<int64_t>(1, int64_t(batch) * kv_heads * shape.row_tiles);
-  const auto instance = [&](Turns turns) {
-    return instance_shape(shape.head_dim, shape.rows, float32, turns);
-  };
-  const int64_t room = int64_t(multiprocessors) * instance(Turns::kOne).blocks;
   const bool one_tile = shape.row_tiles == 1;
-  shape.turns = Turns::kOne;
-  if (one_tile && 2 * shape.units >= 3 * room && q_heads > kv_heads) shape.turns = Turns::kMany;
-  if (one_tile && shape.units <= multiprocessors &&
-      shape.units * capacity <= int64_t(multiprocessors) * kMostAlone) {
-    shape.turns = Turns::kAlone;
-  }
-  shape.instance = instance(shape.turns);
+  shape.alone = one_tile && shape.units <= multiprocessors &&
+                shape.units * capacity <= int64_t(multiprocessors) * kMostAlone;
+  shape.instance = instance_shape(shape.head_dim, shape.rows, float32, shape.alone);
   shape.slots = int64_t(multiprocessors) * shape.instance.blocks;
   shape.fills = one_tile && shape.units >= shape.slots;
   return shape;

@@ -98,10 +98,7 @@ struct Walk {
   __device__ __forceinline__ void ask_values(int at, const int (&blocks)[Traits::kTiles]) {
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) {
-      if (at + u * kTile >= end) {
-        pieces.ask_nothing();
-        break;
-      }
+      if (at + u * kTile >= end) break;
       pieces.ask_values(u, blocks[u], (at + u * kTile) & paging.mask);
     }
     pieces.close();
@@ -118,7 +115,7 @@ struct Walk {
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) next_block[u] = block[u];
       find_blocks(next, next_block);
-      pieces.wait_keys();
+      pieces.wait();
       float score[Traits::kTiles][Traits::kRowSets][4], v_scale = 0.f;
       uint4 v_params[Traits::kTiles];
       bool clean[Traits::kTiles];
@@ -131,7 +128,7 @@ struct Walk {
         for (int r = 0; r < Traits::kRowSets; ++r) {
           dot[r] = dots[(at >> paging.group_shift) * Traits::kRows + 8 * r];
         }
-        if (at + kTile > own) pieces.take_own_keys(u, at, shared.own);
+        if (at + kTile > own) pieces.take_own(u, at, shared.own);
         const auto& tile = pieces.keys(u);
         score_tile(tile, query, dot, score[u]);
         v_params[u] = tile.v_params;
@@ -165,12 +162,8 @@ struct Walk {
         best[r] = fmaxf(best[r], __shfl_xor_sync(kFullWarp, best[r], 2));
       }
       follow(acc, best, v_scale, t);
-      pieces.wait_values();
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) {
-        if (token + (u + 1) * kTile > own) {
-          pieces.take_own_values(u, token + u * kTile, shared.own);
-        }
         uint32_t weight[Traits::kOutTiles][2];
         if (clean[u]) {
           weigh<false>(acc, v_params[u], score[u], weight);
@@ -207,11 +200,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   int asked_block, asked_length;
   load_vector<1>(p.seqs.block_table + rows.sequence * p.seqs.block_table_stride, &asked_block);
   load_vector<1>(p.seqs.seq_lens + rows.sequence, &asked_length);
+  OwnInFlight<Traits> own(p, shared.own, rows.tokens);
   shared.raw.ask(p, rows);
   const Paging paging(p.cache, p.seqs.max_blocks);
   Walk<Traits> walk(p, paging);
   // Where a block is alone, what it must wait for is asked for first. Elsewhere registers are few.
-  constexpr bool kAlone = Traits::kShape.stages == 0 && Traits::kShape.blocks == 1;
+  constexpr bool kAlone = Traits::kAlone;
   if (kAlone) walk.find(rows, shared.rings);
   rows.find_tokens(p, asked_length);
   const int span = rows.end - rows.begin;
@@ -222,7 +216,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   const auto advance = [&](int read) {
     if (read != int(gridDim.x * gridDim.y) - 1) return;
     *readers() = 0;
-    p.advance[blockIdx.z] += call_rows(p.seqs, blockIdx.z).count;
+    p.advance[blockIdx.z] = asked_length + rows.tokens;
   };
   if (split > 0 && split * length >= span) {
     wait_copies<0>(0);
@@ -245,16 +239,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   const int own_begin = has_own && !begins ? first_own : 1 << 30;
   const int own_end = has_own && !begins ? end_own : 1 << 30;
   const int reach = dots_reach<Traits>(p.cache);
-  GroupMeans<Traits> means;
+  GroupMeans<Traits> means(shared.means);
   const auto ask_means = [&](int from) {
     means.ask(p, rows, paging, first_block, from >> paging.group_shift,
               (min(end, from + reach) - 1) >> paging.group_shift, g, t);
   };
   if (kAlone) ask_means(begin);
-  OwnInFlight<Traits> own(p, rows.stored, p.seqs.max_blocks == 1 ? first_block : -1, own_begin,
-                          own_end);
+  own.begin(rows.stored, p.seqs.max_blocks == 1 ? first_block : -1, own_begin, own_end);
   if (!kAlone) {
-    own.store(shared.own);
+    own.quantize(false);
+    own.write();
     walk.find(rows, shared.rings);
   }
   walk.start(rows, first_block, begin, end);
@@ -265,10 +259,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
     shared.own.begin = own_begin, shared.own.end = own_end;
   }
   if (from_last < Traits::kRows) shared.views[from_last] = rows.view(p, from_last);
-  wait_copies<2 * kMaxStages>(Pieces<Traits>::kGroups * walk.pieces.stages());
+  // For the query: means, own rows or tokens were asked for after it.
+  if (kAlone) {
+    wait_copies<1>(1);
+  } else {
+    wait_copies<2 * kMaxStages>(Pieces<Traits>::kGroups * walk.pieces.stages());
+  }
   prepare_query(p, shared.raw, rows.count, shared.query, shared.scale);
-  if (kAlone) own.store(shared.own);
+  if (kAlone) own.quantize(true);
   __syncthreads();
+  if (kAlone) own.write();
   const int read = p.advance && leads ? atomicAdd(readers(), 1) : 0;
   const Query<Traits> query(shared.query, shared.scale, g, t);
   Accumulator<Traits> acc;
@@ -283,8 +283,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   }
   const int splits = max(1, (span + length - 1) / length);
   const int64_t unit = (int64_t(blockIdx.z) * gridDim.y + blockIdx.y) * p.row_tiles + row_tile;
-  finish(p, shared, acc, unit, split, splits, g, t);
   if (p.advance && leads) advance(read);
+  finish(p, shared, acc, unit, split, splits, g, t);
 }
 
 }  // namespace kvquant::cuda

@@ -8,7 +8,7 @@
 namespace kvquant::cuda {
 
 template <int kDim>
-cudaError_t launch_dim(const AttentionCall&, int rows, Turns turns, cudaStream_t);
+cudaError_t launch_dim(const AttentionCall&, int rows, bool alone, cudaStream_t);
 
 namespace {
 
@@ -55,13 +55,13 @@ Status launch_shape(AttentionCall call, const AttentionShape& shape, Launch laun
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   switch (shape.head_dim) {
     case 64:
-      return to_status(launch_dim<64>(call, shape.rows, shape.turns, stream));
+      return to_status(launch_dim<64>(call, shape.rows, shape.alone, stream));
     case 128:
-      return to_status(launch_dim<128>(call, shape.rows, shape.turns, stream));
+      return to_status(launch_dim<128>(call, shape.rows, shape.alone, stream));
     case 192:
-      return to_status(launch_dim<192>(call, shape.rows, shape.turns, stream));
+      return to_status(launch_dim<192>(call, shape.rows, shape.alone, stream));
     case 256:
-      return to_status(launch_dim<256>(call, shape.rows, shape.turns, stream));
+      return to_status(launch_dim<256>(call, shape.rows, shape.alone, stream));
   }
   return Status::unsupported("head_dim over 256");
 }

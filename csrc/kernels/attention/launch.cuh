@@ -75,39 +75,31 @@ cudaError_t with_rows(int rows, F&& f) {
 }
 
 // The usual instance where it serves, else the one that knows all features.
-template <int kDim, int kRows, class T, Turns kTurns>
+template <int kDim, int kRows, class T, bool kIsAlone>
 cudaError_t launch_features(const AttentionCall& call, cudaStream_t stream) {
-  using Usual = AttentionTraits<kDim, kRows, T, true, kTurns>;
+  using Usual = AttentionTraits<kDim, kRows, T, true, kIsAlone>;
   return Usual::serves(call)
              ? launch_instance<Usual>(call, stream)
-             : launch_instance<AttentionTraits<kDim, kRows, T, false, kTurns>>(call, stream);
+             : launch_instance<AttentionTraits<kDim, kRows, T, false, kIsAlone>>(call, stream);
 }
 
 template <int kDim, int kRows, class T>
-cudaError_t launch_rows(const AttentionCall& call, Turns turns, cudaStream_t stream) {
-  constexpr auto differs = [](Turns turns) {
-    constexpr bool kFloat = std::is_same_v<T, float>;
-    return !(instance_shape(kDim, kRows, kFloat, turns) ==
-             instance_shape(kDim, kRows, kFloat, Turns::kOne));
-  };
-  if constexpr (differs(Turns::kAlone)) {
-    if (turns == Turns::kAlone) {
-      return launch_features<kDim, kRows, T, Turns::kAlone>(call, stream);
-    }
+cudaError_t launch_rows(const AttentionCall& call, bool alone, cudaStream_t stream) {
+  constexpr bool kFloat = std::is_same_v<T, float>;
+  if constexpr (!(instance_shape(kDim, kRows, kFloat, true) ==
+                  instance_shape(kDim, kRows, kFloat, false))) {
+    if (alone) return launch_features<kDim, kRows, T, true>(call, stream);
   }
-  if constexpr (differs(Turns::kMany)) {
-    if (turns == Turns::kMany) return launch_features<kDim, kRows, T, Turns::kMany>(call, stream);
-  }
-  return launch_features<kDim, kRows, T, Turns::kOne>(call, stream);
+  return launch_features<kDim, kRows, T, false>(call, stream);
 }
 
 template <int kDim>
-cudaError_t launch_dim(const AttentionCall& call, int rows, Turns turns, cudaStream_t stream) {
-  if (call.dtype == Dtype::kFloat32) return launch_rows<kDim, 8, float>(call, turns, stream);
+cudaError_t launch_dim(const AttentionCall& call, int rows, bool alone, cudaStream_t stream) {
+  if (call.dtype == Dtype::kFloat32) return launch_rows<kDim, 8, float>(call, alone, stream);
   return with_rows<max_rows(kDim)>(rows, [&](auto rows) {
     return call.dtype == Dtype::kFloat16
-               ? launch_rows<kDim, rows(), __half>(call, turns, stream)
-               : launch_rows<kDim, rows(), __nv_bfloat16>(call, turns, stream);
+               ? launch_rows<kDim, rows(), __half>(call, alone, stream)
+               : launch_rows<kDim, rows(), __nv_bfloat16>(call, alone, stream);
   });
 }
 

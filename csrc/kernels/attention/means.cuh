@@ -24,8 +24,17 @@ __device__ __forceinline__ int dots_reach(const CacheView& cache) {
 // prepare. Groups beyond `last`, and those whose block is lost, count as zero.
 template <class Traits>
 struct GroupMeans {
+  static constexpr int kPieces = Traits::kDim / 32;  // of a lane
+  // Where a block is alone they go to shared memory, a lane's pieces to where it reads them: what
+  // comes to registers is waited for together with the tokens that are asked for next.
+  static constexpr bool kStaged = Traits::kAlone;
+  using Stage = uint4[Traits::kWarps][kStaged ? kPieces : 1][32];
+
+  Stage& stage;
   bool any;  // of the warp's groups is wanted
-  uint4 x[Traits::kDim / 64][2];
+  uint4 x[kPieces];
+
+  __device__ __forceinline__ explicit GroupMeans(Stage& stage) : stage(stage) {}
 
   static __device__ __forceinline__ int first_of_warp() {
     return (Traits::kWarps - 1 - int(threadIdx.x / 32)) * kMeanGroups;
@@ -36,31 +45,48 @@ struct GroupMeans {
                                       int g, int t) {
     any = first + first_of_warp() <= last;
 #pragma unroll
-    for (int s = 0; s < Traits::kDim / 64; ++s) x[s][0] = x[s][1] = {};
-    if (!any) return;
-    const int index = first + first_of_warp() + g;
-    int block = -1;
-    if (p.cache.group && index <= last) {
-      block = p.seqs.max_blocks == 1 ? first_block
-                                     : block_of(p.cache, p.seqs, rows.sequence,
-                                                index << paging.group_shift >> paging.shift);
-    }
-    const __half* mean =
-        rows_of<__half>(p.cache.k_mean, max(block, 0), rows.head) +
-        int64_t((index << paging.group_shift & paging.mask) >> paging.group_shift) * p.cache.k_dim +
-        t * 16;
+    for (int i = 0; i < kPieces; ++i) x[i] = {};
+    if (any) {
+      const int index = first + first_of_warp() + g;
+      int block = -1;
+      if (p.cache.group && index <= last) {
+        block = p.seqs.max_blocks == 1 ? first_block
+                                       : block_of(p.cache, p.seqs, rows.sequence,
+                                                  index << paging.group_shift >> paging.shift);
+      }
+      const __half* mean =
+          rows_of<__half>(p.cache.k_mean, max(block, 0), rows.head) +
+          int64_t((index << paging.group_shift & paging.mask) >> paging.group_shift) *
+              p.cache.k_dim +
+          t * 16;
 #pragma unroll
-    for (int s = 0; s < Traits::kDim / 64; ++s) {
-      if (block < 0 || s * 64 + t * 16 >= p.cache.k_dim) continue;
-      x[s][0] = load_keep(mean + s * 64);
-      x[s][1] = load_keep(mean + s * 64 + 8);
+      for (int i = 0; i < kPieces; ++i) {
+        const int c = i / 2 * 64 + i % 2 * 8;
+        const bool there = block >= 0 && i / 2 * 64 + t * 16 < p.cache.k_dim;
+        if constexpr (kStaged) {
+          uint4* const to = &stage[threadIdx.x / 32][i][threadIdx.x & 31];
+          if (there) {
+            copy_async<16>(to, mean + c);
+          } else {
+            *to = {};
+          }
+        } else if (there) {
+          x[i] = load_keep(mean + c);
+        }
+      }
     }
+    if (kStaged) close_copies();
+  }
+  __device__ __forceinline__ uint4 piece(int i) const {
+    if constexpr (kStaged) return stage[threadIdx.x / 32][i][threadIdx.x & 31];
+    return x[i];
   }
 
   // This warp's dots[group - first][row].
   __device__ __forceinline__ void multiply(const Query<Traits>& query,
                                            float (*dots)[Traits::kRows]) const {
     if (!any) return;
+    if (kStaged) wait_copies<0>(0);
     float c[Traits::kFragments][4] = {};
 #pragma unroll
     for (int step = 0; step < Traits::kDim / 32; ++step) {
@@ -68,7 +94,7 @@ struct GroupMeans {
       for (int f = 0; f < Traits::kFragments; ++f) {
         uint4 a = query.fragment(f, step);  // signed bytes, to fp16
         a.x ^= 0x80808080u, a.y ^= 0x80808080u, a.z ^= 0x80808080u, a.w ^= 0x80808080u;
-        const uint4& mean = x[step / 2][step % 2];
+        const uint4 mean = piece(step);
         mma_16816(c[f],
                   make_uint4(centered(codes_low(a.x)), centered(codes_low(a.y)),
                              centered(codes_high(a.x)), centered(codes_high(a.y))),

@@ -33,6 +33,7 @@ struct AttentionShared {
   union {
     alignas(16) unsigned char rings[16];  // and beyond
     alignas(16) float merge[Traits::kWarps][8][Traits::kDim + 4];
+    alignas(16) typename GroupMeans<Traits>::Stage means;
     GroupScratch groups;
   };
 };
@@ -149,19 +150,22 @@ template <class Traits>
 __device__ __forceinline__ void add_splits(const Partial<Traits>& partial, int others, int row,
                                            RowResult<Traits>& all) {
   using Row = WarpRow<Traits::kDim>;
-  constexpr int kChunk = kFloatsInFlight<Traits> / Row::kCount;  // splits at once, a power of two
+  constexpr int kChunk = kFloatsInFlight<Traits> / Row::kCount;  // splits at once
   static_assert(kChunk <= 32);
   const int lane = threadIdx.x & 31;
 #pragma unroll 1
   for (int base = 0; base < others; base += kChunk) {
     const int count = min(kChunk, others - base);
+    // A lane has the (max, sum) of one of as many splits, those of which `count` are some.
+    const int width = 1 << (32 - __clz(count - 1)), mine = lane & (width - 1);
+    const auto reduce = [&](float x, auto&& combine) {
+#pragma unroll
+      for (int step = 1; step < kChunk; step <<= 1) {
+        if (step < width) x = combine(x, __shfl_xor_sync(kFullWarp, x, step));
+      }
+      return x;
+    };
     float y[kChunk][Row::kCount], part[2] = {kNoScore, 0.f};
-    // Totals are left last: looked for alone, since a look at all takes long.
-    for (int looks = kMostLooks; looks; --looks) {
-      if (lane < count) look_at_floats<2>(partial.total(base + lane, row), part);
-      const uint32_t most = max(__float_as_uint(part[0]), __float_as_uint(part[1]));
-      if (__all_sync(kFullWarp, most != kNothing)) break;
-    }
     for (int looks = kMostLooks; looks; --looks) {
 #pragma unroll
       for (int s = 0; s < kChunk; ++s) {
@@ -170,7 +174,8 @@ __device__ __forceinline__ void add_splits(const Partial<Traits>& partial, int o
           look_at_floats<width()>(partial.channels(base + s, row) + c, &y[s][i]);
         });
       }
-      uint32_t most = 0;
+      if (mine < count) look_at_floats<2>(partial.total(base + mine, row), part);
+      uint32_t most = max(__float_as_uint(part[0]), __float_as_uint(part[1]));
 #pragma unroll
       for (int s = 0; s < kChunk; ++s) {
         if (s >= count) break;
@@ -179,10 +184,12 @@ __device__ __forceinline__ void add_splits(const Partial<Traits>& partial, int o
       }
       if (__all_sync(kFullWarp, most != kNothing)) break;
     }
-    const float max = fmaxf(all.max, warp_max(part[0]));
+    const auto larger = [](float a, float b) { return fmaxf(a, b); };
+    const float max = fmaxf(all.max, reduce(part[0], larger));
     const float shrink = exp2_approx(all.max - max), weights = exp2_approx(part[0] - max);
     all.max = max;
-    all.sum = fmaf(all.sum, shrink, warp_sum(weights * part[1]));
+    const auto sum = [](float a, float b) { return a + b; };
+    all.sum = fmaf(all.sum, shrink, reduce(weights * part[1], sum));
 #pragma unroll
     for (int i = 0; i < Row::kCount; ++i) all.x[i] = shrink == 0.f ? 0.f : all.x[i] * shrink;
 #pragma unroll
@@ -222,7 +229,7 @@ __device__ __forceinline__ void write_result(const AttentionCall& p, const RowTi
     max = most;
   }
   // A NaN may have no maximum to weigh it against a sink.
-  const float factor = isnan(sum) ? sum : weight == 0.f ? 0.f : weight / sum;
+  const float factor = isnan(sum) ? sum : weight == 0.f ? 0.f : __fdividef(weight, sum);
   float x[1][Row::kCount];
 #pragma unroll
   for (int i = 0; i < Row::kCount; ++i) x[0][i] = factor == 0.f ? 0.f : result.x[i] * factor;

@@ -29,6 +29,9 @@ struct OwnRows {
   alignas(16) uint8_t keys[kMost][Traits::kDim];
   alignas(16) uint8_t values[kMost][Traits::kDim];
   uint32_t params[2][kMost];  // of keys, of values
+  // A row of each warp as it comes, and the mean of its group.
+  alignas(16) typename Traits::Element incoming[Traits::kWarps][Traits::kDim];
+  alignas(16) __half means[Traits::kWarps][Traits::kDim];
 };
 
 // This warp's own rows, one at a time, as WarpRow says: the keys and values of one token after the
@@ -40,68 +43,110 @@ class OwnInFlight {
   using Row = WarpRow<Traits::kDim>;
 
  public:
-  // Asks for the first row of tokens [begin, end), which are of one group.
-  __device__ __forceinline__ OwnInFlight(const AttentionCall& p, int stored, int whole, int begin,
-                                         int end)
-      : p_(p), stored_(stored), whole_(whole), begin_(begin), count_(end - begin) {
-    if (turn() < 2 * count_) ask(turn());
+  // Asks for this warp's first row, before it is known which tokens are the block's, of `tokens`.
+  __device__ __forceinline__ OwnInFlight(const AttentionCall& p, OwnRows<Traits>& own, int tokens)
+      : p_(p), own_(own) {
+    if (p.key.data && turn() < 2 * tokens) ask_row(turn(), turn() / 2);
   }
-  // Stores the rows in the cache and in `own`.
-  __device__ __forceinline__ void store(OwnRows<Traits>& own) {
+  // The block's are [begin, end), of one group, behind `stored` others in the cache.
+  __device__ __forceinline__ void begin(int stored, int whole, int begin, int end) {
+    stored_ = stored, whole_ = whole, begin_ = begin, count_ = end - begin;
+    if (turn() >= 2 * count_) return;
+    if (begin > stored) ask_row(turn(), begin - stored + turn() / 2);
+    ask_mean(turn());
+    close_copies();
+  }
+  // Quantises the rows: `own` has them after a barrier. has_row: the first one is there.
+  __device__ __forceinline__ void quantize(bool has_row) {
     for (int item = turn(); item < 2 * count_; item += Traits::kWarps) {
-      if (item != turn()) ask(item);
-      const bool is_key = item % 2 == 0;
-      const auto src = source(is_key);
+      if (item != turn()) {
+        ask_row(item, begin_ - stored_ + item / 2);
+        ask_mean(item);
+        close_copies();
+      }
+      if (!has_row || item != turn() || begin_ > stored_) wait_copies<0>(0);
+      const bool is_key = item % 2 == 0, has_mean = is_key && p_.cache.group;
+      const int dim = is_key ? p_.cache.k_dim : p_.cache.v_dim;
       float x[1][Row::kCount];
       bool finite = true;
+      Row::pieces([&](auto width, int i, int c) {
+        const auto channels = at<width()>(incoming() + c);
 #pragma unroll
-      for (int i = 0; i < Row::kCount; ++i) {
-        x[0][i] = to_float(row_[i]);
-        finite = finite && fabsf(x[0][i]) <= int8::kMaxAbs;
-      }
+        for (int j = 0; j < width(); ++j) {
+          x[0][i + j] = to_float(channels[j]);
+          finite = finite && fabsf(x[0][i + j]) <= int8::kMaxAbs;
+        }
+      });
       finite = __all_sync(kFullWarp, finite);
-      if (src.rotation() > 1) rotate_warp<Traits::kDim>(x, src.rotation());
+      const int rotation = is_key ? p_.cache.k_rotation : p_.cache.v_rotation;
+      if (rotation > 1) rotate_warp<Traits::kDim>(x, Traits::kUsual ? Traits::kRotation : rotation);
+      wait_copies<0>(0);  // for the mean
       float low = INFINITY, high = -INFINITY;
       Row::pieces([&](auto width, int i, int c) {
+        if (!Traits::kUsual && c >= dim) return;
+        const auto of_mean = at<width()>(mean() + c);
 #pragma unroll
-        for (int j = i; j < i + width(); ++j) {
-          if (is_key && p_.cache.group) x[0][j] = __fsub_rn(x[0][j], __half2float(mean_[j]));
-          if (Traits::kUsual || c < src.dim())
-            low = fminf(low, x[0][j]), high = fmaxf(high, x[0][j]);
+        for (int j = 0; j < width(); ++j) {
+          float& y = x[0][i + j];
+          if (has_mean) y = __fsub_rn(y, __half2float(of_mean[j]));
+          low = fminf(low, y), high = fmaxf(high, y);
         }
       });
       const int8::RowParams affine = int8::row_params(-warp_max(-low), warp_max(high), finite);
       const float offset = int8::half_to_float(affine.offset);
-      const float inverse = __fdiv_rn(1.f, int8::half_to_float(affine.scale));
-      const int i = item / 2;
-      const int2 to = src.stored(begin_ + i);
-      uint8_t* const kept = is_key ? own.keys[i] : own.values[i];
-      uint8_t* const cached =
-          rows_of<uint8_t>(src.data(), max(to.x, 0), src.head) + int64_t(to.y) * src.dim();
-      Row::pieces([&](auto width, int k, int c) {
-        if (!Traits::kUsual && c >= src.dim()) return;
-        alignas(4) uint8_t codes[width()];
+      const float inverse = __frcp_rn(int8::half_to_float(affine.scale));
+      Row::pieces([&](auto width, int i, int c) {
+        alignas(4) uint8_t bytes[width()];
 #pragma unroll
         for (int j = 0; j < width(); ++j) {
-          const float y = __fmul_rn(__fsub_rn(x[0][k + j], offset), inverse);
-          codes[j] = uint8_t(round_code(y, 0.f, 255.f));
+          const float y = __fmul_rn(__fsub_rn(x[0][i + j], offset), inverse);
+          bytes[j] = uint8_t(round_code(y, 0.f, 255.f));
         }
-        store_bytes<width()>(kept + c, codes);
-        if (to.x >= 0) store_bytes<width()>(cached + c, codes);
+        store_bytes<width()>(codes(item) + c, bytes);
       });
       if (threadIdx.x % 32 == 0) {
-        const uint32_t params = uint32_t(affine.scale) | uint32_t(affine.offset) << 16;
-        own.params[!is_key][i] = params;
-        if (to.x >= 0) rows_of<uint32_t>(src.params(), to.x, src.head)[to.y] = params;
+        own_.params[!is_key][item / 2] = uint32_t(affine.scale) | uint32_t(affine.offset) << 16;
+      }
+    }
+  }
+  // Writes what this warp has quantised to the cache: not what the barrier waits for.
+  __device__ __forceinline__ void write() const {
+    for (int item = turn(); item < 2 * count_; item += Traits::kWarps) {
+      const bool is_key = item % 2 == 0;
+      const auto src = source(is_key);
+      const int2 to = src.stored(begin_ + item / 2);
+      if (to.x < 0) continue;
+      uint8_t* const cached =
+          rows_of<uint8_t>(src.data(), to.x, src.head) + int64_t(to.y) * src.dim();
+      Row::pieces([&](auto width, int, int c) {
+        if (!Traits::kUsual && c >= src.dim()) return;
+        store_bytes<width()>(cached + c, at<width()>(codes(item) + c).x);
+      });
+      if (threadIdx.x % 32 == 0) {
+        rows_of<uint32_t>(src.params(), to.x, src.head)[to.y] = own_.params[!is_key][item / 2];
       }
     }
   }
 
  private:
   const AttentionCall& p_;
-  int stored_, whole_, begin_, count_;
-  alignas(16) Element row_[Row::kCount];
-  alignas(16) __half mean_[Row::kCount];
+  OwnRows<Traits>& own_;
+  int stored_ = 0, whole_ = -1, begin_ = 0, count_ = 0;
+
+  __device__ __forceinline__ Element* incoming() const { return own_.incoming[threadIdx.x / 32]; }
+  __device__ __forceinline__ __half* mean() const { return own_.means[threadIdx.x / 32]; }
+  __device__ __forceinline__ uint8_t* codes(int item) const {
+    return item % 2 == 0 ? own_.keys[item / 2] : own_.values[item / 2];
+  }
+  template <int kCount, class T>
+  struct Neighbours {
+    alignas(kCount * sizeof(T)) T x[kCount];
+    __device__ __forceinline__ T operator[](int i) const { return x[i]; }
+  };
+  template <int kCount, class T>
+  static __device__ __forceinline__ Neighbours<kCount, T> at(const T* p) {
+    return *reinterpret_cast<const Neighbours<kCount, T>*>(p);
+  }
 
   static __device__ __forceinline__ int turn() {
     return (2 * Traits::kWarps - 3 - threadIdx.x / 32) % Traits::kWarps;
@@ -109,28 +154,31 @@ class OwnInFlight {
   __device__ __forceinline__ Source<Element> source(bool is_key) const {
     return own_source<Traits>(p_, is_key, stored_, whole_);
   }
-  __device__ __forceinline__ void ask(int item) {
-    const bool is_key = item % 2 == 0;
-    const auto src = source(is_key);
-    const Element* const row = src.row(begin_ + item / 2 - stored_);
+  // Of the call's row i.
+  __device__ __forceinline__ void ask_row(int item, int i) {
+    const auto src = source(item % 2 == 0);
+    const Element* const row = src.row(i);
     Row::pieces([&](auto width, int i, int c) {
       if constexpr (Traits::kUsual) {
-        load_vector<width()>(row + c, row_ + i);
+        copy_async<width() * sizeof(Element)>(incoming() + c, row + c);
       } else {
 #pragma unroll
-        for (int j = 0; j < width(); ++j) {
-          row_[i + j] = c < src.dim() ? row[c + j] : from_float<Element>(0.f);
+        for (int j = c; j < c + width(); ++j) {
+          incoming()[j] = c < src.dim() ? row[j] : from_float<Element>(0.f);
         }
       }
     });
-    if (!is_key || !p_.cache.group) return;
-    const __half* const mean = mean_slot(src, begin_ & -p_.cache.group);
-    Row::pieces([&](auto width, int i, int c) {
-      if (mean && (Traits::kUsual || c < src.dim())) {
-        load_vector<width()>(mean + c, mean_ + i);
+  }
+  __device__ __forceinline__ void ask_mean(int item) {
+    if (item % 2 != 0 || !p_.cache.group) return;
+    const auto src = source(true);
+    const __half* const from = mean_slot(src, begin_ & -p_.cache.group);
+    Row::pieces([&](auto width, int, int c) {
+      if (from && (Traits::kUsual || c < src.dim())) {
+        copy_async<width() * sizeof(__half)>(mean() + c, from + c);
       } else {
 #pragma unroll
-        for (int j = i; j < i + width(); ++j) mean_[j] = __float2half(0.f);
+        for (int j = c; j < c + width(); ++j) mean()[j] = __float2half(0.f);
       }
     });
   }

@@ -132,8 +132,7 @@ class Held {
     k_params_ = stream(true, true).keep(), v_params_ = stream(false, true).keep();
   }
   __device__ __forceinline__ constexpr int stages() const { return 1; }
-  __device__ __forceinline__ void wait_keys() {}
-  __device__ __forceinline__ void wait_values() {}
+  __device__ __forceinline__ void wait() {}
   __device__ __forceinline__ bool usable(int, int block) const { return block >= 0; }
   __device__ __forceinline__ const Tile<Traits::kDim>& keys(int u) const { return tile_[u]; }
   __device__ __forceinline__ const Tile<Traits::kDim>& values(int u) const { return tile_[u]; }
@@ -151,27 +150,20 @@ class Held {
     pieces_.template load_values<false>(tile_[u], values.at(block, row, pieces_.v_dim));
     tile_[u].v_params = load_keep(params.at(block, row, 4));
   }
-  __device__ __forceinline__ void ask_nothing() {}
   __device__ __forceinline__ void close() {}
-  __device__ __forceinline__ void take_own_keys(int u, int at, const OwnRows<Traits>& own) {
-    const auto of = [&](int token) { return at + token < own.end ? at + token - own.begin : -1; };
+  __device__ __forceinline__ void take_own(int u, int at, const OwnRows<Traits>& own) {
+    const auto find = [&](int token) { return at + token < own.end ? at + token - own.begin : -1; };
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const int i = of(pieces_.key_token(j));
+      const int i = find(pieces_.key_token(j));
       if (i >= 0) pieces_.template load_key<true>(tile_[u], j, own.keys[i] + pieces_.first_key());
     }
     uint32_t* const params[2] = {&tile_[u].k_params.x, &tile_[u].v_params.x};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int i = of(pieces_.value_token(j));
-      if (i >= 0) params[0][j] = own.params[0][i], params[1][j] = own.params[1][i];
-    }
-  }
-  __device__ __forceinline__ void take_own_values(int u, int at, const OwnRows<Traits>& own) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int token = at + pieces_.value_token(j), i = token - own.begin;
-      if (i < 0 || token >= own.end) continue;
+      const int i = find(pieces_.value_token(j));
+      if (i < 0) continue;
+      params[0][j] = own.params[0][i], params[1][j] = own.params[1][i];
       pieces_.template load_value<true>(tile_[u], j, own.values[i] + pieces_.first_value());
     }
   }
@@ -207,7 +199,7 @@ class Ring {
 
  public:
   static constexpr int kSharedBytes = sizeof(Piece);
-  static constexpr int kGroups = Traits::kShape.apart ? 2 : 1;  // of copies, a piece
+  static constexpr int kGroups = 1;  // of copies, a piece
   static_assert(Traits::kTiles == 1);
 
   __device__ __forceinline__ explicit Ring(const CacheView& cache) : cache_(cache) {}
@@ -222,10 +214,10 @@ class Ring {
     params_ = params_stream().keep();
   }
   __device__ __forceinline__ int stages() const { return stages_; }
-  // For the oldest piece's keys, which all lanes have copied, then for its values.
-  __device__ __forceinline__ void wait_keys() { wait(kGroups * stages_ - 1); }
-  __device__ __forceinline__ void wait_values() {
-    if (kGroups == 2) wait(2 * stages_ - 2);
+  // For the oldest piece, which all lanes have copied.
+  __device__ __forceinline__ void wait() {
+    wait_copies<kMaxStages - 1>(stages_ - 1);
+    __syncwarp();
   }
   __device__ __forceinline__ bool usable(int u, int) const { return !(lost_ & bit(u)); }
   __device__ __forceinline__ Tile<kDim> keys(int u) const {
@@ -260,7 +252,6 @@ class Ring {
       const int at = i * 512 + lane_ * 16;
       if (at < 16 * pieces_.k_dim) copy_async<16>(slot.k + at, key + i * 512);
     }
-    if (kGroups == 2) close_copies();
     const Stream values = kKept ? v_ : stream(cache_.v_data, lane_);
     const uint8_t* const value = values.at(block, row, pieces_.v_dim);
 #pragma unroll
@@ -269,19 +260,24 @@ class Ring {
       if (at < 16 * pieces_.v_dim) copy_async<16>(slot.v + at, value + i * 512);
     }
   }
-  // As many groups as if there were something.
-  __device__ __forceinline__ void ask_nothing() {
-    if (kGroups == 2) close_copies();
-  }
   __device__ __forceinline__ void close() {
     close_copies();
     if (++oldest_ == stages_) oldest_ = 0;
   }
-  __device__ __forceinline__ void take_own_keys(int u, int at, const OwnRows<Traits>& own) {
-    take_own<true, kGroups == 1>(first_[oldest_][u], at, own);
-  }
-  __device__ __forceinline__ void take_own_values(int u, int at, const OwnRows<Traits>& own) {
-    if (kGroups == 2) take_own<false, true>(first_[oldest_][u], at, own);
+  __device__ __forceinline__ void take_own(int u, int at, const OwnRows<Traits>& own) {
+    Slot& slot = first_[oldest_][u];
+    const auto copy = [&](uint8_t* to, const uint8_t* from, int bytes) {
+      if (lane_ * 16 >= bytes) return;
+      reinterpret_cast<uint4*>(to)[lane_] = reinterpret_cast<const uint4*>(from)[lane_];
+    };
+#pragma unroll 1
+    for (int token = max(at, own.begin); token < min(at + kTile, own.end); ++token) {
+      const int i = token - own.begin, row = token - at;
+      copy(slot.k + row * pieces_.k_dim, own.keys[i], pieces_.k_dim);
+      copy(slot.v + row * pieces_.v_dim, own.values[i], pieces_.v_dim);
+      if (lane_ < 2) reinterpret_cast<uint32_t*>(slot.params[lane_])[row] = own.params[lane_][i];
+    }
+    __syncwarp();
   }
 
  private:
@@ -294,25 +290,6 @@ class Ring {
   int stages_, oldest_ = 0;
   unsigned lost_ = 0;  // a bit a slot: it is of no block
 
-  template <bool kKeys, bool kValues>
-  __device__ __forceinline__ void take_own(Slot& slot, int at, const OwnRows<Traits>& own) {
-    const auto copy = [&](uint8_t* to, const uint8_t* from, int bytes) {
-      if (lane_ * 16 >= bytes) return;
-      reinterpret_cast<uint4*>(to)[lane_] = reinterpret_cast<const uint4*>(from)[lane_];
-    };
-#pragma unroll 1
-    for (int token = max(at, own.begin); token < min(at + kTile, own.end); ++token) {
-      const int i = token - own.begin, row = token - at;
-      if (kKeys) {
-        copy(slot.k + row * pieces_.k_dim, own.keys[i], pieces_.k_dim);
-        if (lane_ < 2) {
-          reinterpret_cast<uint32_t*>(slot.params[lane_])[row] = own.params[lane_][i];
-        }
-      }
-      if (kValues) copy(slot.v + row * pieces_.v_dim, own.values[i], pieces_.v_dim);
-    }
-    __syncwarp();
-  }
   // Of 16-byte pieces from `piece` on; as Held's.
   __device__ __forceinline__ Stream stream(const Slab& slab, int piece) const {
     int head = head_;
@@ -323,10 +300,6 @@ class Ring {
     const Stream keys = stream(cache_.k_params, lane_ % 4);
     const Stream values = stream(cache_.v_params, lane_ % 4);
     return lane_ < 4 ? keys : values;
-  }
-  __device__ __forceinline__ void wait(int left) {
-    wait_copies<2 * kMaxStages - 1>(left);
-    __syncwarp();
   }
   __device__ __forceinline__ unsigned bit(int u) const {
     return 1u << (oldest_ * Traits::kTiles + u);

@@ -173,20 +173,21 @@ struct RowTile {
 
 // The compile-time choices of one instance. A usual call has none of the rarer features and rows
 // that fill the instance; its code is half as long, which a short call waits for.
-template <int kHeadDim, int kRowCount, class T, bool kUsualCall, Turns kTurns>
+template <int kHeadDim, int kRowCount, class T, bool kUsualCall, bool kIsAlone>
 struct AttentionTraits {
   static constexpr bool kUsual = kUsualCall;
   using Element = T;  // of query and output
   // float32 weights are kept as fp16 and what fp16 left of them.
   static constexpr bool kSplit = std::is_same_v<T, float>;
   static constexpr int kLimbs = kSplit ? 3 : 2;  // bytes of a query's integer
-  static constexpr InstanceShape kShape = instance_shape(kHeadDim, kRowCount, kSplit, kTurns);
+  static constexpr InstanceShape kShape = instance_shape(kHeadDim, kRowCount, kSplit, kIsAlone);
   static constexpr int kDim = kHeadDim;
   static constexpr int kRows = kRowCount;  // query rows of a block
   static constexpr int kWarps = kShape.warps;
   static constexpr int kThreads = kShape.threads();
-  static constexpr int kStep = kShape.step();          // tokens a block takes at once
-  static constexpr int kTiles = kShape.tiles;          // of a warp
+  static constexpr int kStep = kShape.step();  // tokens a block takes at once
+  static constexpr int kTiles = kShape.tiles;  // of a warp
+  static constexpr bool kAlone = kShape.stages == 0 && kShape.blocks == 1;
   static constexpr int kRowSets = kRows / 8;           // softmax rows of a lane
   static constexpr int kRowsPerWarp = kRows / kWarps;  // to prepare, and to write
   // Of 16 rows of bytes: the highest ones of all rows come first.
