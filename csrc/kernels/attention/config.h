@@ -15,8 +15,10 @@ constexpr int kMaxSplits = 256;  // of a sequence: what a merge has room for
 constexpr int kMaxSplit = 4096;
 constexpr int kMaxStages = 2;    // of a warp's ring
 constexpr int kBlockCost = 256;  // tokens' worth of a block's other work
-// Tokens of a multiprocessor up to which one block serves it best.
-constexpr int kMostAlone = 2560;
+// Tokens of a multiprocessor up to which one block serves it best, and the same where twice as many
+// blocks would mean many splits to merge.
+constexpr int kMostAlone = 1024, kMostAloneInSplits = 2560;
+constexpr int kManySplits = 8;
 
 // What an instance is made of, chosen by the registers that it needs for accumulators and for the
 // tokens on their way.
@@ -109,8 +111,10 @@ inline AttentionShape shape_attention(int batch, int tokens, int q_heads, int kv
   shape.row_tiles = int((query_rows + shape.rows - 1) / shape.rows);
   shape.units = std::max<int64_t>(1, int64_t(batch) * kv_heads * shape.row_tiles);
   const bool one_tile = shape.row_tiles == 1;
+  const bool many_splits = shape.units * kManySplits <= multiprocessors;
+  const int64_t most = many_splits ? kMostAloneInSplits : kMostAlone;
   shape.alone = one_tile && shape.units <= multiprocessors &&
-                shape.units * capacity <= int64_t(multiprocessors) * kMostAlone;
+                shape.units * capacity <= multiprocessors * most;
   shape.instance = instance_shape(shape.head_dim, shape.rows, float32, shape.alone);
   shape.slots = int64_t(multiprocessors) * shape.instance.blocks;
   shape.fills = one_tile && shape.units >= shape.slots;
