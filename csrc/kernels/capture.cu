@@ -14,7 +14,7 @@
 namespace kvquant::cuda {
 namespace {
 
-constexpr size_t kMinFloats = 1 << 20, kMinCounters = 1 << 12;
+constexpr size_t kMinFloats = 1 << 18, kMinCounters = 1 << 12;
 
 struct Loan {
   int device;
@@ -43,6 +43,7 @@ struct Loan {
     set(scratch.counters, 0, counters * sizeof(int32_t));
     if (error == cudaSuccess) error = cudaStreamSynchronize(cudaStreamPerThread);
     cudaThreadExchangeStreamCaptureMode(&mode);
+    cudaGetLastError();  // it is returned: the next launch is not to report it
     return error;
   }
   cudaError_t lend(cudaGraph_t graph) {

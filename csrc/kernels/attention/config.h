@@ -9,7 +9,7 @@ namespace kvquant::cuda {
 
 constexpr int kTile = 16;        // tokens of a tensor core's step
 constexpr int kMinSplit = 256;   // tokens; shorter splits cost more than they gain
-constexpr int kMaxSplits = 256;  // of a sequence: what a merge has room for
+constexpr int kMaxSplits = 256;  // of a sequence: what one block merges
 // Tokens of a split where there is work enough and sequences may be over twice as long: evens out
 // unequal ones (64 of 1 to 16384 tokens: 81% of the read ceiling without, 90% so).
 constexpr int kMaxSplit = 4096;

@@ -1,6 +1,6 @@
 // A warp's tokens on their way to the tensor core. Held: rows go straight into registers, the next
 // tokens' where the last ones' were used up. Ring: rows wait in slots of shared memory that copies
-// fill without waiting; where accumulators leave few registers, or blocks come in turns.
+// fill without waiting; where accumulators leave few registers.
 #pragma once
 
 #include "kernels/attention/own.cuh"
