@@ -113,7 +113,6 @@ __device__ __forceinline__ RowResult<Traits> merge_warps(const AttentionShared<T
 // Where a block leaves its results for the last split of the unit.
 template <class Traits>
 struct Partial {
-  using Row = WarpRow<Traits::kDim>;
   float* unit;  // splits one after the other: rows of channels, then (max, sum) of each
 
   __device__ __forceinline__ float* channels(int split, int row) const {

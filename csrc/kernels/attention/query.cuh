@@ -78,11 +78,6 @@ __device__ __forceinline__ void rotate_warp(float (&x)[kRows][kDim / 32], int le
   }
 }
 
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(kFullWarp, x, step);
-  return x;
-}
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
   for (int step = 16; step; step >>= 1) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, step));
@@ -189,7 +184,7 @@ struct AttentionTraits {
   static constexpr int kTiles = kShape.tiles;  // of a warp
   static constexpr bool kAlone = kShape.stages == 0 && kShape.blocks == 1;
   static constexpr int kRowSets = kRows / 8;           // softmax rows of a lane
-  static constexpr int kRowsPerWarp = kRows / kWarps;  // to prepare, and to write
+  static constexpr int kRowsPerWarp = kRows / kWarps;  // to prepare
   // Of 16 rows of bytes: the highest ones of all rows come first.
   static constexpr int kFragments = (kLimbs * kRows + 15) / 16;
   static constexpr int kOutTiles = kSplit ? 2 : kRowSets;  // n-tiles of P V
