@@ -197,9 +197,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   RowTile rows;
   if (!rows.find_rows(p, row_tile, Traits::kRows)) return;
   // Asked for at once: lengths, the first block, the query. What needs none of them comes next.
-  const int asked_block =
-      load_early(p.seqs.block_table + rows.sequence * p.seqs.block_table_stride);
-  const int asked_length = load_early(p.seqs.seq_lens + rows.sequence);
+  int asked_block, asked_length;
+  load_vector<1>(p.seqs.block_table + rows.sequence * p.seqs.block_table_stride, &asked_block);
+  load_vector<1>(p.seqs.seq_lens + rows.sequence, &asked_length);
   OwnInFlight<Traits> own(p, shared.own, rows.tokens);
   shared.raw.ask(p, rows);
   const Paging paging(p.cache, p.seqs.max_blocks);

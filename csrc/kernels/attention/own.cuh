@@ -102,7 +102,7 @@ class OwnInFlight {
           const float y = __fmul_rn(__fsub_rn(x[0][i + j], offset), inverse);
           bytes[j] = uint8_t(round_code(y, 0.f, 255.f));
         }
-        store_vector<width()>(codes(item) + c, bytes);
+        store_bytes<width()>(codes(item) + c, bytes);
       });
       if (threadIdx.x % 32 == 0) {
         own_.params[!is_key][item / 2] = uint32_t(affine.scale) | uint32_t(affine.offset) << 16;
@@ -120,7 +120,7 @@ class OwnInFlight {
           rows_of<uint8_t>(src.data(), to.x, src.head) + int64_t(to.y) * src.dim();
       Row::pieces([&](auto width, int, int c) {
         if (!Traits::kUsual && c >= src.dim()) return;
-        store_vector<width()>(cached + c, at<width()>(codes(item) + c).x);
+        store_bytes<width()>(cached + c, at<width()>(codes(item) + c).x);
       });
       if (threadIdx.x % 32 == 0) {
         rows_of<uint32_t>(src.params(), to.x, src.head)[to.y] = own_.params[!is_key][item / 2];
