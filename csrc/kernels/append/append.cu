@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const AppendParams p) 
   const int begin = max(start, src.length), end = min(start + chunk, src.length + src.call.count);
   if (begin < end) {
     const __half* const own = find_mean<kThreads>(src, start, end, scratch, mean);
-    write_rows<kRowWarps>(src, begin, end, own, threadIdx.x / 32);
+    write_rows(src, begin, end, own, threadIdx.x / 32);
   }
   if (p.advance) advance_lengths(p);
 }

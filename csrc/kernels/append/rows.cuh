@@ -57,16 +57,17 @@ struct MeanScratch {
   int counts[kRowWarps * 32];
 };
 
-// This thread's place among the rows that `warps` warps of a block take at once: `slot` of `slots`.
+// This thread's place among the rows that kRowWarps warps of a block take at once: `slot` of
+// `slots`.
 struct RowSlot : RowLanes {
   int slots, slot;
   int first;  // slot of its warp
 
-  __device__ __forceinline__ RowSlot(int dim, int warp, int warps = kRowWarps) : RowLanes(dim) {
-    slots = warps * rows;
+  __device__ __forceinline__ RowSlot(int dim, int warp) : RowLanes(dim) {
+    slots = kRowWarps * rows;
     first = warp * rows;
     slot = first + row;
-    if (warp >= warps) row = -1;
+    if (warp >= kRowWarps) row = -1;
   }
 };
 
@@ -261,54 +262,39 @@ struct LaneMean {
   }
 };
 
-// A row as it is in the cache: a lane's sixteen codes, and the row's params.
-struct StoredRow {
-  uint4 codes;
-  uint32_t params;
-};
-
-// Rotates a row, subtracts the mean, quantises. All lanes of the warp must call.
+// Rotates the rows of tokens [begin, end) of the source, subtracts the group's mean, quantises and
+// stores them. `warp` counts from the first one.
 template <class T>
-__device__ __forceinline__ StoredRow quantize_row(const Source<T>& src, const RowSlot& at,
-                                                  const RowInFlight<T>& row, const LaneMean& mean) {
-  float x[kLaneChannels];
-  const bool finite = row.read(at, x);
-  rotate(x, src.rotation(), at);
-  if (mean.any) {
-#pragma unroll
-    for (int c = 0; c < kLaneChannels; ++c) x[c] = __fsub_rn(x[c], mean.x[c]);
-  }
-  float low = INFINITY, high = -INFINITY;
-#pragma unroll
-  for (int c = 0; c < kLaneChannels; ++c) low = fminf(low, x[c]), high = fmaxf(high, x[c]);
-  low = -row_max(-low, at);
-  high = row_max(high, at);
-  const int8::RowParams affine = int8::row_params(low, high, finite);
-  const float offset = int8::half_to_float(affine.offset);
-  const float inverse = __fdiv_rn(1.f, int8::half_to_float(affine.scale));
-  return {
-      encode16(x, 0.f, 255.f, [&](float y) { return __fmul_rn(__fsub_rn(y, offset), inverse); }),
-      uint32_t(affine.scale) | uint32_t(affine.offset) << 16};
-}
-
-template <class T>
-__device__ __forceinline__ void store_row(const Source<T>& src, const RowSlot& at, int2 to,
-                                          const StoredRow& row) {
-  if (to.x < 0) return;
-  *reinterpret_cast<uint4*>(rows_of<uint8_t>(src.data(), to.x, src.head) +
-                            int64_t(to.y) * src.dim() + at.channel()) = row.codes;
-  if (at.index == 0) rows_of<uint32_t>(src.params(), to.x, src.head)[to.y] = row.params;
-}
-
-// Quantises tokens [begin, end) of the source, by kWarps warps. `warp` counts from the first one.
-template <int kWarps, class T>
 __device__ __forceinline__ void write_rows(const Source<T>& src, int begin, int end,
                                            const __half* group_mean, int warp) {
-  const RowSlot at(src.dim(), warp, kWarps);
+  const RowSlot at(src.dim(), warp);
   LaneMean mean;
   mean.load(group_mean, at);
   for_rows(src, at, begin, end, [&](const RowInFlight<T>& row) {
-    store_row(src, at, row.to, quantize_row(src, at, row, mean));
+    float x[kLaneChannels];
+    const bool finite = row.read(at, x);
+    rotate(x, src.rotation(), at);
+    if (mean.any) {
+#pragma unroll
+      for (int c = 0; c < kLaneChannels; ++c) x[c] = __fsub_rn(x[c], mean.x[c]);
+    }
+    float low = INFINITY, high = -INFINITY;
+#pragma unroll
+    for (int c = 0; c < kLaneChannels; ++c) low = fminf(low, x[c]), high = fmaxf(high, x[c]);
+    low = -row_max(-low, at);
+    high = row_max(high, at);
+    const int8::RowParams affine = int8::row_params(low, high, finite);
+    const float offset = int8::half_to_float(affine.offset);
+    const float inverse = __fdiv_rn(1.f, int8::half_to_float(affine.scale));
+    const uint4 codes =
+        encode16(x, 0.f, 255.f, [&](float y) { return __fmul_rn(__fsub_rn(y, offset), inverse); });
+    if (row.to.x < 0) return;
+    *reinterpret_cast<uint4*>(rows_of<uint8_t>(src.data(), row.to.x, src.head) +
+                              int64_t(row.to.y) * src.dim() + at.channel()) = codes;
+    if (at.index == 0) {
+      rows_of<uint32_t>(src.params(), row.to.x, src.head)[row.to.y] =
+          uint32_t(affine.scale) | uint32_t(affine.offset) << 16;
+    }
   });
 }
 

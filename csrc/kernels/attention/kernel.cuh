@@ -52,11 +52,11 @@ struct Walk {
   // Tiles from clean_begin on and up to clean_end need no look at single scores.
   int clean_begin, clean_end;
   int end;
-  int token;
+  int warp, token;
   int block[Traits::kTiles];  // of the piece that was asked for last, -1: none
 
-  __device__ __forceinline__ Walk(const AttentionCall& p, const Paging& paging)
-      : p(p), paging(paging), pieces(p.cache) {}
+  __device__ __forceinline__ Walk(const AttentionCall& p, const Paging& paging, int warp)
+      : p(p), paging(paging), pieces(p.cache), warp(warp) {}
 
   // Works out what needs no lengths.
   __device__ __forceinline__ void find(const RowTile& rows, unsigned char* rings) {
@@ -66,7 +66,7 @@ struct Walk {
   // From `begin` on: asks for the first pieces, as many as have room.
   __device__ __forceinline__ void start(const RowTile& rows, int first_block, int begin, int end) {
     this->end = end;
-    token = begin + int(threadIdx.x / 32) * kTile * Traits::kTiles;
+    token = begin + warp * kTile * Traits::kTiles;
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) block[u] = first_block;
     for (int i = 0; i < pieces.stages(); ++i) {
@@ -189,6 +189,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   extern __shared__ __align__(16) unsigned char memory[];
   auto& shared = *reinterpret_cast<AttentionShared<Traits>*>(memory);
   const bool leads = threadIdx.x == 0;
+  // The call comes from memory in lines that would be waited for one by one: each warp asks for
+  // one.
+  shared.parameters[threadIdx.x / 32] =
+      load_parameter(&call, min(threadIdx.x / 32 * 64, uint32_t(sizeof(call)) - 4));
   int split = blockIdx.x, row_tile = 0;
   if (p.row_tiles > 1) {
     split = blockIdx.x / p.row_tiles;
@@ -197,17 +201,21 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   RowTile rows;
   if (!rows.find_rows(p, row_tile, Traits::kRows)) return;
   // Asked for at once: lengths, the first block, the query. What needs none of them comes next.
-  int asked_block, asked_length;
-  load_vector<1>(p.seqs.block_table + rows.sequence * p.seqs.block_table_stride, &asked_block);
-  load_vector<1>(p.seqs.seq_lens + rows.sequence, &asked_length);
-  OwnInFlight<Traits> own(p, shared.own, rows.tokens);
-  shared.raw.ask(p, rows);
+  const int asked_block =
+      load_early(p.seqs.block_table + rows.sequence * p.seqs.block_table_stride);
+  const int asked_length = load_early(p.seqs.seq_lens + rows.sequence);
+  const int warp = uniform(threadIdx.x / 32);
+  OwnInFlight<Traits> own(p, shared.own, rows.tokens, warp);
+  shared.raw.ask(p, rows, warp);
+  close_copies();
   const Paging paging(p.cache, p.seqs.max_blocks);
-  Walk<Traits> walk(p, paging);
+  Walk<Traits> walk(p, paging, warp);
   // Where a block is alone, what it must wait for is asked for first. Elsewhere registers are few.
   constexpr bool kAlone = Traits::kAlone;
   if (kAlone) walk.find(rows, shared.rings);
-  rows.find_tokens(p, asked_length);
+  rows.find_tokens(p, uniform(asked_length));
+  const int first_block = checked_block(p.cache, uniform(asked_block));
+  own.ask_mean(rows.stored, p.seqs.max_blocks == 1 ? first_block : -1);
   const int span = rows.end - rows.begin;
   int length = p.divided_by.divide(span + p.splits - 1);
   length = max(p.min_split, (length + Traits::kStep - 1) / Traits::kStep * Traits::kStep);
@@ -227,7 +235,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
     return;
   }
   const int begin = rows.begin + split * length, end = min(rows.end, begin + length);
-  const int first_block = checked_block(p.cache, asked_block);
   const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
   const int first_own = split == 0 ? rows.stored : max(rows.stored, begin);
   const int end_own = end == rows.end ? rows.stored + rows.tokens : end;
@@ -239,13 +246,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   const int own_begin = has_own && !begins ? first_own : 1 << 30;
   const int own_end = has_own && !begins ? end_own : 1 << 30;
   const int reach = dots_reach<Traits>(p.cache);
-  GroupMeans<Traits> means(shared.means);
+  GroupMeans<Traits> means(shared.means, warp);
   const auto ask_means = [&](int from) {
     means.ask(p, rows, paging, first_block, from >> paging.group_shift,
               (min(end, from + reach) - 1) >> paging.group_shift, g, t);
   };
   if (kAlone) ask_means(begin);
-  own.begin(rows.stored, p.seqs.max_blocks == 1 ? first_block : -1, own_begin, own_end);
+  own.begin(own_begin, own_end);
   if (!kAlone) {
     own.quantize(false);
     own.write();
@@ -259,13 +266,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
     shared.own.begin = own_begin, shared.own.end = own_end;
   }
   if (from_last < Traits::kRows) shared.views[from_last] = rows.view(p, from_last);
-  // For the query: means, own rows or tokens were asked for after it.
+  // For the query and the first own row: means and tokens were asked for after them.
   if (kAlone) {
-    wait_copies<1>(1);
+    wait_copies<2>(2);
   } else {
-    wait_copies<2 * kMaxStages>(Pieces<Traits>::kGroups * walk.pieces.stages());
+    wait_copies<1 + kMaxStages>(1 + Pieces<Traits>::kGroups * walk.pieces.stages());
   }
-  prepare_query(p, shared.raw, rows.count, shared.query, shared.scale);
+  prepare_query(p, shared.raw, warp, rows.count, shared.query, shared.scale);
   if (kAlone) own.quantize(true);
   __syncthreads();
   if (kAlone) own.write();
@@ -284,7 +291,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   const int splits = max(1, (span + length - 1) / length);
   const int64_t unit = (int64_t(blockIdx.z) * gridDim.y + blockIdx.y) * p.row_tiles + row_tile;
   if (p.advance && leads) advance(read);
-  finish(p, shared, acc, unit, split, splits, g, t);
+  finish(p, shared, acc, unit, split, splits, warp, g, t);
 }
 
 }  // namespace kvquant::cuda

@@ -31,13 +31,14 @@ struct GroupMeans {
   using Stage = uint4[Traits::kWarps][kStaged ? kPieces : 1][32];
 
   Stage& stage;
+  const int warp;
   bool any;  // of the warp's groups is wanted
   uint4 x[kPieces];
 
-  __device__ __forceinline__ explicit GroupMeans(Stage& stage) : stage(stage) {}
+  __device__ __forceinline__ GroupMeans(Stage& stage, int warp) : stage(stage), warp(warp) {}
 
-  static __device__ __forceinline__ int first_of_warp() {
-    return (Traits::kWarps - 1 - int(threadIdx.x / 32)) * kMeanGroups;
+  __device__ __forceinline__ int first_of_warp() const {
+    return (Traits::kWarps - 1 - warp) * kMeanGroups;
   }
   // first_block: where the sequence has one.
   __device__ __forceinline__ void ask(const AttentionCall& p, const RowTile& rows,
@@ -64,7 +65,7 @@ struct GroupMeans {
         const int c = i / 2 * 64 + i % 2 * 8;
         const bool there = block >= 0 && i / 2 * 64 + t * 16 < p.cache.k_dim;
         if constexpr (kStaged) {
-          uint4* const to = &stage[threadIdx.x / 32][i][threadIdx.x & 31];
+          uint4* const to = &stage[warp][i][threadIdx.x & 31];
           if (there) {
             copy_async<16>(to, mean + c);
           } else {
@@ -78,7 +79,7 @@ struct GroupMeans {
     if (kStaged) close_copies();
   }
   __device__ __forceinline__ uint4 piece(int i) const {
-    if constexpr (kStaged) return stage[threadIdx.x / 32][i][threadIdx.x & 31];
+    if constexpr (kStaged) return stage[warp][i][threadIdx.x & 31];
     return x[i];
   }
 
@@ -87,19 +88,20 @@ struct GroupMeans {
                                            float (*dots)[Traits::kRows]) const {
     if (!any) return;
     if (kStaged) wait_copies<0>(0);
-    float c[Traits::kFragments][4] = {};
+    // Two sums each: the tensor core's instructions need not wait for one another.
+    float c[2][Traits::kFragments][4] = {};
 #pragma unroll
     for (int step = 0; step < Traits::kDim / 32; ++step) {
+      const uint4 mean = piece(step);
 #pragma unroll
       for (int f = 0; f < Traits::kFragments; ++f) {
         uint4 a = query.fragment(f, step);  // signed bytes, to fp16
         a.x ^= 0x80808080u, a.y ^= 0x80808080u, a.z ^= 0x80808080u, a.w ^= 0x80808080u;
-        const uint4 mean = piece(step);
-        mma_16816(c[f],
+        mma_16816(c[0][f],
                   make_uint4(centered(codes_low(a.x)), centered(codes_low(a.y)),
                              centered(codes_high(a.x)), centered(codes_high(a.y))),
                   mean.x, mean.y);
-        mma_16816(c[f],
+        mma_16816(c[1][f],
                   make_uint4(centered(codes_low(a.z)), centered(codes_low(a.w)),
                              centered(codes_high(a.z)), centered(codes_high(a.w))),
                   mean.z, mean.w);
@@ -114,7 +116,8 @@ struct GroupMeans {
 #pragma unroll
         for (int n = 0; n < Traits::kLimbs; ++n) {
           const int set = n * Traits::kRowSets + r;  // of eight rows
-          dot = fmaf(256.f, dot, c[set / 2][set % 2 * 2 + i]);
+          const int at = set % 2 * 2 + i;
+          dot = fmaf(256.f, dot, c[0][set / 2][at] + c[1][set / 2][at]);
         }
         mine[i][query.g + 8 * r] = dot;
       }

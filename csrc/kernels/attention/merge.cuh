@@ -30,8 +30,9 @@ struct AttentionShared {
   RowTile rows;
   RowView views[Traits::kRows];
   OwnRows<Traits> own;
+  uint32_t parameters[Traits::kWarps];  // for their coming
   union {
-    alignas(16) unsigned char rings[16];  // and beyond
+    alignas(128) unsigned char rings[128];  // and beyond
     alignas(16) float merge[Traits::kWarps][8][Traits::kDim + 4];
     alignas(16) typename GroupMeans<Traits>::Stage means;
     GroupScratch groups;
@@ -138,6 +139,8 @@ template <class Traits>
 constexpr int kFloatsInFlight = Traits::kRowSets > 2         ? 16
                                 : Traits::kShape.blocks == 1 ? 64
                                                              : 32;
+// The largest one that is at most x.
+constexpr int power_of_two(int x) { return x < 2 ? 1 : 2 * power_of_two(x / 2); }
 // How often a warp looks for what has not arrived, some seconds: what never comes, since a program
 // changes lengths while they are read, is left as the NaN that is there.
 constexpr int kMostLooks = 1 << 23;
@@ -149,66 +152,57 @@ template <class Traits>
 __device__ __forceinline__ void add_splits(const Partial<Traits>& partial, int others, int row,
                                            RowResult<Traits>& all) {
   using Row = WarpRow<Traits::kDim>;
-  constexpr int kChunk = kFloatsInFlight<Traits> / Row::kCount;  // splits at once
-  static_assert(kChunk <= 32);
+  constexpr int kChunk = power_of_two(kFloatsInFlight<Traits> / Row::kCount);  // splits at once
   const int lane = threadIdx.x & 31;
 #pragma unroll 1
   for (int base = 0; base < others; base += kChunk) {
     const int count = min(kChunk, others - base);
-    // A lane has the (max, sum) of one of as many splits, those of which `count` are some.
-    const int width = 1 << (32 - __clz(count - 1)), mine = lane & (width - 1);
-    const auto reduce = [&](float x, auto&& combine) {
-#pragma unroll
-      for (int step = 1; step < kChunk; step <<= 1) {
-        if (step < width) x = combine(x, __shfl_xor_sync(kFullWarp, x, step));
-      }
-      return x;
-    };
-    float y[kChunk][Row::kCount], part[2] = {kNoScore, 0.f};
-    for (int looks = kMostLooks; looks; --looks) {
+    // Calls f(s) for those of the chunk, four without a branch between them: some may be none.
+    const auto each = [&](auto&& f) {
 #pragma unroll
       for (int s = 0; s < kChunk; ++s) {
-        if (s >= count) break;
-        Row::pieces([&](auto width, int i, int c) {
-          look_at_floats<width()>(partial.channels(base + s, row) + c, &y[s][i]);
-        });
+        if (s % 4 == 0 && s >= count) break;
+        f(s);
       }
+    };
+    const int mine = lane % kChunk;  // a lane has the (max, sum) of one
+    float y[kChunk][Row::kCount] = {}, part[2] = {kNoScore, 0.f};
+    for (int looks = kMostLooks; looks; --looks) {
+      each([&](int s) {
+        Row::pieces([&](auto width, int i, int c) {
+          if (s < count) look_at_floats<width()>(partial.channels(base + s, row) + c, &y[s][i]);
+        });
+      });
       if (mine < count) look_at_floats<2>(partial.total(base + mine, row), part);
       uint32_t most = max(__float_as_uint(part[0]), __float_as_uint(part[1]));
-#pragma unroll
-      for (int s = 0; s < kChunk; ++s) {
-        if (s >= count) break;
+      each([&](int s) {
 #pragma unroll
         for (int i = 0; i < Row::kCount; ++i) most = max(most, __float_as_uint(y[s][i]));
-      }
+      });
       if (__all_sync(kFullWarp, most != kNothing)) break;
     }
-    const auto larger = [](float a, float b) { return fmaxf(a, b); };
-    const float max = fmaxf(all.max, reduce(part[0], larger));
-    const float shrink = exp2_approx(all.max - max), weights = exp2_approx(part[0] - max);
+    const float max = fmaxf(all.max, warp_max(part[0]));
+    const float shrink = exp2_approx(all.max - max), mine_weighs = exp2_approx(part[0] - max);
+    float weight[kChunk], sum = mine_weighs * part[1];
+#pragma unroll
+    for (int s = 0; s < kChunk; ++s) weight[s] = __shfl_sync(kFullWarp, mine_weighs, s);
+#pragma unroll
+    for (int step = 1; step < kChunk; step <<= 1) sum += __shfl_xor_sync(kFullWarp, sum, step);
     all.max = max;
-    const auto sum = [](float a, float b) { return a + b; };
-    all.sum = fmaf(all.sum, shrink, reduce(weights * part[1], sum));
+    all.sum = fmaf(all.sum, shrink, sum);
 #pragma unroll
     for (int i = 0; i < Row::kCount; ++i) all.x[i] = shrink == 0.f ? 0.f : all.x[i] * shrink;
-#pragma unroll
-    for (int s = 0; s < kChunk; ++s) {
-      if (s >= count) break;
-      const float weight = __shfl_sync(kFullWarp, weights, s);
-#pragma unroll
-      for (int i = 0; i < Row::kCount; ++i) {  // of no weight: its rows may see nothing
-        all.x[i] = fmaf(weight, weight == 0.f ? 0.f : y[s][i], all.x[i]);
-      }
-    }
     const float nothing[4] = {__uint_as_float(kNothing), __uint_as_float(kNothing),
                               __uint_as_float(kNothing), __uint_as_float(kNothing)};
+    each([&](int s) {
+      Row::pieces([&](auto width, int i, int c) {
 #pragma unroll
-    for (int s = 0; s < kChunk; ++s) {
-      if (s >= count) break;
-      Row::pieces([&](auto width, int, int c) {
-        leave_floats<width()>(partial.channels(base + s, row) + c, nothing);
+        for (int j = i; j < i + width(); ++j) {  // of no weight: its rows may see nothing
+          all.x[j] = fmaf(weight[s], weight[s] == 0.f ? 0.f : y[s][j], all.x[j]);
+        }
+        if (s < count) leave_floats<width()>(partial.channels(base + s, row) + c, nothing);
       });
-    }
+    });
     if (lane < count) leave_floats<2>(partial.total(base + lane, row), nothing);
   }
 }
@@ -261,7 +255,7 @@ __device__ __forceinline__ void write_result(const AttentionCall& p, const RowTi
 template <class Traits>
 __device__ __forceinline__ void finish(const AttentionCall& p, AttentionShared<Traits>& shared,
                                        const Accumulator<Traits>& acc, int64_t unit, int split,
-                                       int splits, int g, int t) {
+                                       int splits, int warp, int g, int t) {
   const Partial<Traits> partial{p.partial + unit * p.splits * Traits::kPartialFloats};
 #pragma unroll 1
   for (int r = 0; r < Traits::kRowSets; ++r) {
@@ -277,7 +271,7 @@ __device__ __forceinline__ void finish(const AttentionCall& p, AttentionShared<T
     }
     __syncthreads();
 #pragma unroll 1
-    for (int i = threadIdx.x / 32; i < count; i += Traits::kWarps) {
+    for (int i = warp; i < count; i += Traits::kWarps) {
       const int row = 8 * r + i;
       RowResult<Traits> result = merge_warps(shared, i);
       if (split < splits - 1) {

@@ -44,27 +44,44 @@ class OwnInFlight {
 
  public:
   // Asks for this warp's first row, before it is known which tokens are the block's, of `tokens`.
-  __device__ __forceinline__ OwnInFlight(const AttentionCall& p, OwnRows<Traits>& own, int tokens)
-      : p_(p), own_(own) {
-    if (p.key.data && turn() < 2 * tokens) ask_row(turn(), turn() / 2);
+  __device__ __forceinline__ OwnInFlight(const AttentionCall& p, OwnRows<Traits>& own, int tokens,
+                                         int warp)
+      : p_(p), own_(own), warp_(warp), any_(p.key.data && turn() < 2 * tokens) {
+    if (any_) ask_row(turn(), turn() / 2);
   }
-  // The block's are [begin, end), of one group, behind `stored` others in the cache.
-  __device__ __forceinline__ void begin(int stored, int whole, int begin, int end) {
-    stored_ = stored, whole_ = whole, begin_ = begin, count_ = end - begin;
-    if (turn() >= 2 * count_) return;
-    if (begin > stored) ask_row(turn(), begin - stored + turn() / 2);
-    ask_mean(turn());
+  // Asks for the mean of the group that the call's first token belongs to, behind `stored` others
+  // in the cache, before it is known whether the block has any.
+  __device__ __forceinline__ void ask_mean(int stored, int whole) {
+    stored_ = stored, whole_ = whole;
+    if (any_ && turn() % 2 == 0) {
+      const auto src = source(true);
+      const bool has_mean =
+          p_.cache.group && (stored & (p_.cache.group - 1));  // else it begins now
+      const __half* const from = has_mean ? mean_slot(src, stored & -p_.cache.group) : nullptr;
+      Row::pieces([&](auto width, int, int c) {
+        if (from && (Traits::kUsual || c < src.dim())) {
+          copy_async<width() * sizeof(__half)>(mean() + c, from + c);
+        } else {
+#pragma unroll
+          for (int j = c; j < c + width(); ++j) mean()[j] = __float2half(0.f);
+        }
+      });
+    }
     close_copies();
+  }
+  // The block's are [begin, end), of that group.
+  __device__ __forceinline__ void begin(int begin, int end) {
+    begin_ = begin, count_ = end - begin;
   }
   // Quantises the rows: `own` has them after a barrier. has_row: the first one is there.
   __device__ __forceinline__ void quantize(bool has_row) {
     for (int item = turn(); item < 2 * count_; item += Traits::kWarps) {
-      if (item != turn()) {
+      if (item != turn() || begin_ > stored_) {
         ask_row(item, begin_ - stored_ + item / 2);
-        ask_mean(item);
         close_copies();
+        has_row = false;
       }
-      if (!has_row || item != turn() || begin_ > stored_) wait_copies<0>(0);
+      if (!has_row) wait_copies<0>(0);
       const bool is_key = item % 2 == 0, has_mean = is_key && p_.cache.group;
       const int dim = is_key ? p_.cache.k_dim : p_.cache.v_dim;
       float x[1][Row::kCount];
@@ -102,7 +119,7 @@ class OwnInFlight {
           const float y = __fmul_rn(__fsub_rn(x[0][i + j], offset), inverse);
           bytes[j] = uint8_t(round_code(y, 0.f, 255.f));
         }
-        store_bytes<width()>(codes(item) + c, bytes);
+        store_vector<width()>(codes(item) + c, bytes);
       });
       if (threadIdx.x % 32 == 0) {
         own_.params[!is_key][item / 2] = uint32_t(affine.scale) | uint32_t(affine.offset) << 16;
@@ -120,7 +137,7 @@ class OwnInFlight {
           rows_of<uint8_t>(src.data(), to.x, src.head) + int64_t(to.y) * src.dim();
       Row::pieces([&](auto width, int, int c) {
         if (!Traits::kUsual && c >= src.dim()) return;
-        store_bytes<width()>(cached + c, at<width()>(codes(item) + c).x);
+        store_vector<width()>(cached + c, at<width()>(codes(item) + c).x);
       });
       if (threadIdx.x % 32 == 0) {
         rows_of<uint32_t>(src.params(), to.x, src.head)[to.y] = own_.params[!is_key][item / 2];
@@ -131,10 +148,12 @@ class OwnInFlight {
  private:
   const AttentionCall& p_;
   OwnRows<Traits>& own_;
+  const int warp_;
+  const bool any_;  // of the call's rows may be this warp's
   int stored_ = 0, whole_ = -1, begin_ = 0, count_ = 0;
 
-  __device__ __forceinline__ Element* incoming() const { return own_.incoming[threadIdx.x / 32]; }
-  __device__ __forceinline__ __half* mean() const { return own_.means[threadIdx.x / 32]; }
+  __device__ __forceinline__ Element* incoming() const { return own_.incoming[warp_]; }
+  __device__ __forceinline__ __half* mean() const { return own_.means[warp_]; }
   __device__ __forceinline__ uint8_t* codes(int item) const {
     return item % 2 == 0 ? own_.keys[item / 2] : own_.values[item / 2];
   }
@@ -148,8 +167,8 @@ class OwnInFlight {
     return *reinterpret_cast<const Neighbours<kCount, T>*>(p);
   }
 
-  static __device__ __forceinline__ int turn() {
-    return (2 * Traits::kWarps - 3 - threadIdx.x / 32) % Traits::kWarps;
+  __device__ __forceinline__ int turn() const {
+    return (2 * Traits::kWarps - 3 - warp_) % Traits::kWarps;
   }
   __device__ __forceinline__ Source<Element> source(bool is_key) const {
     return own_source<Traits>(p_, is_key, stored_, whole_);
@@ -166,19 +185,6 @@ class OwnInFlight {
         for (int j = c; j < c + width(); ++j) {
           incoming()[j] = c < src.dim() ? row[j] : from_float<Element>(0.f);
         }
-      }
-    });
-  }
-  __device__ __forceinline__ void ask_mean(int item) {
-    if (item % 2 != 0 || !p_.cache.group) return;
-    const auto src = source(true);
-    const __half* const from = mean_slot(src, begin_ & -p_.cache.group);
-    Row::pieces([&](auto width, int, int c) {
-      if (from && (Traits::kUsual || c < src.dim())) {
-        copy_async<width() * sizeof(__half)>(mean() + c, from + c);
-      } else {
-#pragma unroll
-        for (int j = c; j < c + width(); ++j) mean()[j] = __float2half(0.f);
       }
     });
   }
@@ -200,8 +206,8 @@ __device__ __noinline__ void append_groups(const AttentionCall& p, GroupScratch&
   for (int start = from & -group; start < to; start += group) {
     const int end = min(start + group, stored + key.call.count);
     const __half* mean = find_mean<Traits::kThreads>(key, start, end, scratch.rows, scratch.mean);
-    write_rows<kRowWarps>(key, max(start, from), min(end, to), mean, threadIdx.x / 32);
-    write_rows<kRowWarps>(value, max(start, from), min(end, to), nullptr, threadIdx.x / 32);
+    write_rows(key, max(start, from), min(end, to), mean, threadIdx.x / 32);
+    write_rows(value, max(start, from), min(end, to), nullptr, threadIdx.x / 32);
   }
   __syncthreads();
 }

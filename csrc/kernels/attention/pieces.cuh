@@ -195,7 +195,7 @@ class Ring {
     uint4 params[2][4];  // of keys, of values
   };
   using Piece = Slot[Traits::kTiles];
-  static constexpr bool kKept = Traits::kShape.has_room();
+  static constexpr bool kKept = Traits::kShape.has_room() && Traits::kRowSets < 4;
 
  public:
   static constexpr int kSharedBytes = sizeof(Piece);

@@ -78,10 +78,25 @@ __device__ __forceinline__ void rotate_warp(float (&x)[kRows][kDim / 32], int le
   }
 }
 
+// A number that is the same in all lanes, which the compiler then knows: branches on it do not
+// diverge.
+__device__ __forceinline__ int uniform(int x) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(kFullWarp, x);
+#else
+  return x;
+#endif
+}
+// Of numbers.
 __device__ __forceinline__ float warp_max(float x) {
+#if __CUDA_ARCH__ >= 800
+  const auto in_order = [](int bits) { return bits ^ (bits >> 31 & 0x7fffffff); };
+  return __int_as_float(in_order(__reduce_max_sync(kFullWarp, in_order(__float_as_int(x)))));
+#else
 #pragma unroll
   for (int step = 16; step; step >>= 1) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, step));
   return x;
+#endif
 }
 // Of integers, by one instruction where there is one.
 __device__ __forceinline__ int warp_sum_int(int x) {
@@ -247,8 +262,7 @@ struct RawQuery {
   using Element = typename Traits::Element;
   alignas(16) Element rows[Traits::kRows][Traits::kDim];
 
-  __device__ __forceinline__ void ask(const AttentionCall& p, const RowTile& tile) {
-    const int warp = threadIdx.x / 32;
+  __device__ __forceinline__ void ask(const AttentionCall& p, const RowTile& tile, int warp) {
     const CallRows call{tile.first_call_row, 0};
     const Element* query = static_cast<const Element*>(p.query.data);
     if (warp >= tile.count) return;
@@ -269,7 +283,6 @@ struct RawQuery {
         }
       });
     }
-    close_copies();
   }
 };
 
@@ -283,11 +296,11 @@ struct RowScale {
 // or a NaN, and belong to nobody.
 template <class Traits>
 __device__ __forceinline__ void prepare_query(const AttentionCall& p, const RawQuery<Traits>& raw,
-                                              int count, QueryShared<Traits>& shared,
+                                              int warp, int count, QueryShared<Traits>& shared,
                                               RowScale* scales) {
   using Row = WarpRow<Traits::kDim>;
   constexpr int kPerWarp = Traits::kRowsPerWarp;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  const int lane = threadIdx.x & 31;
   if (warp >= count) {
     if (lane < kPerWarp) scales[warp + lane * Traits::kWarps] = {};
     return;

@@ -36,24 +36,19 @@ __device__ __forceinline__ uint4 load_keep(const void* p) {
                : "l"(p));
   return u;
 }
-// kCount neighbours, asked for where this stands: the compiler would move an ordinary load to its
-// use.
-template <int kCount, class T>
-__device__ __forceinline__ void load_vector(const T* p, T* x) {
-  constexpr int kBytes = kCount * sizeof(T);
-  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-  if constexpr (kBytes == 16) {
-    const uint4 u = load_keep(p);
-    memcpy(x, &u, kBytes);
-  } else if constexpr (kBytes == 8) {
-    uint2 u;
-    asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(u.x), "=r"(u.y) : "l"(p));
-    memcpy(x, &u, kBytes);
-  } else {
-    uint32_t u;
-    asm volatile("ld.global.u32 %0, [%1];" : "=r"(u) : "l"(p));
-    memcpy(x, &u, kBytes);
-  }
+// A word, asked for where this stands: the compiler would move an ordinary load to its use.
+__device__ __forceinline__ int load_early(const int* p) {
+  int x;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(x) : "l"(p));
+  return x;
+}
+// A word of a kernel's parameters, which are __grid_constant__.
+__device__ __forceinline__ uint32_t load_parameter(const void* parameters, uint32_t offset) {
+  uint32_t x;
+  asm volatile("ld.param.u32 %0, [%1];"
+               : "=r"(x)
+               : "l"(__cvta_generic_to_grid_constant(parameters) + offset));
+  return x;
 }
 // Copies kBytes (4, 8 or 16) to shared memory, not waited for. Copies belong to the group that
 // their thread closes next. sm_75 copies at once.
@@ -89,21 +84,12 @@ __device__ __forceinline__ void wait_copies(int left) {
 template <int kCount, class T>
 __device__ __forceinline__ void store_vector(T* p, const T* x) {
   constexpr int kBytes = kCount * sizeof(T);
+  using Short = std::conditional_t<kBytes == 4, uint32_t, uint16_t>;
   using Word =
-      std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, uint32_t>>;
+      std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, Short>>;
   static_assert(sizeof(Word) == kBytes);
   Word word;
   memcpy(&word, x, kBytes);
-  *reinterpret_cast<Word*>(p) = word;
-}
-
-// Two or four bytes in one access.
-template <int kCount>
-__device__ __forceinline__ void store_bytes(uint8_t* p, const uint8_t* x) {
-  using Word = std::conditional_t<kCount == 4, uint32_t, uint16_t>;
-  static_assert(sizeof(Word) == kCount);
-  Word word;
-  memcpy(&word, x, kCount);
   *reinterpret_cast<Word*>(p) = word;
 }
 
