@@ -34,7 +34,7 @@ SHAPES = [  # batch, q_heads, kv_heads, tokens, head_dim, query tokens
 ]
 
 
-ROOM = 16  # tokens that a timed step may append
+ROOM = 16  # steps that a cache has room for when they are timed
 
 
 def time_kvquant(b: int, hq: int, hk: int, s: int, d: int, tq: int) -> tuple[float, float, int]:
@@ -47,7 +47,7 @@ def time_kvquant(b: int, hq: int, hk: int, s: int, d: int, tq: int) -> tuple[flo
 
     def rewind() -> None:
         for cache in caches:
-            cache.seq_lens.fill_(s - ROOM)
+            cache.seq_lens.fill_(s - ROOM * tq)
 
     rewind()
     steps = [cache.prepare_step(query, key, value) for cache in caches]
