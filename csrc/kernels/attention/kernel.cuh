@@ -210,9 +210,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   close_copies();
   const Paging paging(p.cache, p.seqs.max_blocks);
   Walk<Traits> walk(p, paging, warp);
-  // Where a block is alone, what it must wait for is asked for first. Elsewhere registers are few.
-  constexpr bool kAlone = Traits::kAlone;
-  if (kAlone) walk.find(rows, shared.rings);
+  walk.find(rows, shared.rings);
   rows.find_tokens(p, uniform(asked_length));
   const int first_block = checked_block(p.cache, uniform(asked_block));
   own.ask_mean(rows.stored, p.seqs.max_blocks == 1 ? first_block : -1);
@@ -251,15 +249,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
     means.ask(p, rows, paging, first_block, from >> paging.group_shift,
               (min(end, from + reach) - 1) >> paging.group_shift, g, t);
   };
-  if (kAlone) ask_means(begin);
+  if (Traits::kHeld) ask_means(begin);
   own.begin(own_begin, own_end);
-  if (!kAlone) {
-    own.quantize(false);
-    own.write();
-    walk.find(rows, shared.rings);
-  }
   walk.start(rows, first_block, begin, end);
-  if (!kAlone) ask_means(begin);
+  if (!Traits::kHeld) ask_means(begin);
   const int from_last = Traits::kThreads - 1 - threadIdx.x;
   if (from_last == 0) {
     shared.rows = rows;
@@ -267,15 +260,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   }
   if (from_last < Traits::kRows) shared.views[from_last] = rows.view(p, from_last);
   // For the query and the first own row: means and tokens were asked for after them.
-  if (kAlone) {
-    wait_copies<2>(2);
-  } else {
-    wait_copies<1 + kMaxStages>(1 + Pieces<Traits>::kGroups * walk.pieces.stages());
-  }
+  const int later = Traits::kHeld ? 1 : Pieces<Traits>::kGroups * walk.pieces.stages();
+  wait_copies<kMaxStages + 1>(later + 1);
   prepare_query(p, shared.raw, warp, rows.count, shared.query, shared.scale);
-  if (kAlone) own.quantize(true);
+  own.quantize(later);
   __syncthreads();
-  if (kAlone) own.write();
+  own.write();
   const int read = p.advance && leads ? atomicAdd(readers(), 1) : 0;
   const Query<Traits> query(shared.query, shared.scale, g, t);
   Accumulator<Traits> acc;

@@ -25,9 +25,9 @@ __device__ __forceinline__ int dots_reach(const CacheView& cache) {
 template <class Traits>
 struct GroupMeans {
   static constexpr int kPieces = Traits::kDim / 32;  // of a lane
-  // Where a block is alone they go to shared memory, a lane's pieces to where it reads them: what
-  // comes to registers is waited for together with the tokens that are asked for next.
-  static constexpr bool kStaged = Traits::kAlone;
+  // Where registers hold tokens these go to shared memory, a lane's pieces to where it reads them:
+  // what comes to registers is waited for together with the tokens that are asked for next.
+  static constexpr bool kStaged = Traits::kHeld;
   using Stage = uint4[Traits::kWarps][kStaged ? kPieces : 1][32];
 
   Stage& stage;

@@ -73,15 +73,15 @@ class OwnInFlight {
   __device__ __forceinline__ void begin(int begin, int end) {
     begin_ = begin, count_ = end - begin;
   }
-  // Quantises the rows: `own` has them after a barrier. has_row: the first one is there.
-  __device__ __forceinline__ void quantize(bool has_row) {
+  // Quantises the rows: `own` has them after a barrier. The first one is there; `later` groups of
+  // copies were asked for after the mean.
+  __device__ __forceinline__ void quantize(int later) {
     for (int item = turn(); item < 2 * count_; item += Traits::kWarps) {
       if (item != turn() || begin_ > stored_) {
         ask_row(item, begin_ - stored_ + item / 2);
         close_copies();
-        has_row = false;
+        wait_copies<0>(0);
       }
-      if (!has_row) wait_copies<0>(0);
       const bool is_key = item % 2 == 0, has_mean = is_key && p_.cache.group;
       const int dim = is_key ? p_.cache.k_dim : p_.cache.v_dim;
       float x[1][Row::kCount];
@@ -97,7 +97,7 @@ class OwnInFlight {
       finite = __all_sync(kFullWarp, finite);
       const int rotation = is_key ? p_.cache.k_rotation : p_.cache.v_rotation;
       if (rotation > 1) rotate_warp<Traits::kDim>(x, Traits::kUsual ? Traits::kRotation : rotation);
-      wait_copies<0>(0);  // for the mean
+      wait_copies<kMaxStages>(later);  // for the mean
       float low = INFINITY, high = -INFINITY;
       Row::pieces([&](auto width, int i, int c) {
         if (!Traits::kUsual && c >= dim) return;

@@ -195,9 +195,9 @@ struct AttentionTraits {
   static constexpr int kRows = kRowCount;  // query rows of a block
   static constexpr int kWarps = kShape.warps;
   static constexpr int kThreads = kShape.threads();
-  static constexpr int kStep = kShape.step();  // tokens a block takes at once
-  static constexpr int kTiles = kShape.tiles;  // of a warp
-  static constexpr bool kAlone = kShape.stages == 0 && kShape.blocks == 1;
+  static constexpr int kStep = kShape.step();          // tokens a block takes at once
+  static constexpr int kTiles = kShape.tiles;          // of a warp
+  static constexpr bool kHeld = kShape.stages == 0;    // registers hold tokens on their way
   static constexpr int kRowSets = kRows / 8;           // softmax rows of a lane
   static constexpr int kRowsPerWarp = kRows / kWarps;  // to prepare
   // Of 16 rows of bytes: the highest ones of all rows come first.
