@@ -134,13 +134,15 @@ __device__ __forceinline__ void leave_split(const Partial<Traits>& partial, int 
   if (threadIdx.x % 32 == 0) leave_floats<2>(partial.total(split, row), total);
 }
 
-// Of a lane, that it looks at at once: as many as registers have room for.
-template <class Traits>
-constexpr int kFloatsInFlight = Traits::kRowSets > 2         ? 16
-                                : Traits::kShape.blocks == 1 ? 64
-                                                             : 32;
 // The largest one that is at most x.
 constexpr int power_of_two(int x) { return x < 2 ? 1 : 2 * power_of_two(x / 2); }
+// Splits that are summed by one maximum: as many as have room in the registers of every instance
+// for such rows, so that their bits are the same.
+template <class Traits>
+constexpr int kSummed = power_of_two((Traits::kRowSets > 2 ? 16 : 32) * 32 / Traits::kDim);
+// Splits that a warp looks at at once.
+template <class Traits>
+constexpr int kLookedAt = kSummed<Traits> * (Traits::kShape.blocks == 1 ? 2 : 1);
 // How often a warp looks for what has not arrived, some seconds: what never comes, since a program
 // changes lengths while they are read, is left as the NaN that is there.
 constexpr int kMostLooks = 1 << 23;
@@ -152,7 +154,8 @@ template <class Traits>
 __device__ __forceinline__ void add_splits(const Partial<Traits>& partial, int others, int row,
                                            RowResult<Traits>& all) {
   using Row = WarpRow<Traits::kDim>;
-  constexpr int kChunk = power_of_two(kFloatsInFlight<Traits> / Row::kCount);  // splits at once
+  constexpr int kChunk = kLookedAt<Traits>, kPart = kSummed<Traits>, kParts = kChunk / kPart;
+  static_assert(32 % kChunk == 0);
   const int lane = threadIdx.x & 31;
 #pragma unroll 1
   for (int base = 0; base < others; base += kChunk) {
@@ -166,35 +169,47 @@ __device__ __forceinline__ void add_splits(const Partial<Traits>& partial, int o
       }
     };
     const int mine = lane % kChunk;  // a lane has the (max, sum) of one
-    float y[kChunk][Row::kCount] = {}, part[2] = {kNoScore, 0.f};
+    float y[kChunk][Row::kCount] = {}, total[2] = {kNoScore, 0.f};
     for (int looks = kMostLooks; looks; --looks) {
       each([&](int s) {
         Row::pieces([&](auto width, int i, int c) {
           if (s < count) look_at_floats<width()>(partial.channels(base + s, row) + c, &y[s][i]);
         });
       });
-      if (mine < count) look_at_floats<2>(partial.total(base + mine, row), part);
-      uint32_t most = max(__float_as_uint(part[0]), __float_as_uint(part[1]));
+      if (mine < count) look_at_floats<2>(partial.total(base + mine, row), total);
+      uint32_t most = max(__float_as_uint(total[0]), __float_as_uint(total[1]));
       each([&](int s) {
 #pragma unroll
         for (int i = 0; i < Row::kCount; ++i) most = max(most, __float_as_uint(y[s][i]));
       });
       if (__all_sync(kFullWarp, most != kNothing)) break;
     }
-    const float max = fmaxf(all.max, warp_max(part[0]));
-    const float shrink = exp2_approx(all.max - max), mine_weighs = exp2_approx(part[0] - max);
-    float weight[kChunk], sum = mine_weighs * part[1];
+    float shrink[kParts], weighs = 0.f, weight[kChunk];
 #pragma unroll
-    for (int s = 0; s < kChunk; ++s) weight[s] = __shfl_sync(kFullWarp, mine_weighs, s);
+    for (int part = 0; part < kParts; ++part) {
+      const bool of_part = mine / kPart == part;
+      const float max = fmaxf(all.max, warp_max(of_part ? total[0] : kNoScore));
+      shrink[part] = exp2_approx(all.max - max);
+      if (of_part) weighs = exp2_approx(total[0] - max);
+      all.max = max;
+    }
 #pragma unroll
-    for (int step = 1; step < kChunk; step <<= 1) sum += __shfl_xor_sync(kFullWarp, sum, step);
-    all.max = max;
-    all.sum = fmaf(all.sum, shrink, sum);
+    for (int s = 0; s < kChunk; ++s) weight[s] = __shfl_sync(kFullWarp, weighs, s);
+    float sum = weighs * total[1];
 #pragma unroll
-    for (int i = 0; i < Row::kCount; ++i) all.x[i] = shrink == 0.f ? 0.f : all.x[i] * shrink;
+    for (int step = 1; step < kPart; step <<= 1) sum += __shfl_xor_sync(kFullWarp, sum, step);
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      all.sum = fmaf(all.sum, shrink[part], __shfl_sync(kFullWarp, sum, part * kPart));
+    }
     const float nothing[4] = {__uint_as_float(kNothing), __uint_as_float(kNothing),
                               __uint_as_float(kNothing), __uint_as_float(kNothing)};
     each([&](int s) {
+      if (s % kPart == 0) {
+        const float by = shrink[s / kPart];
+#pragma unroll
+        for (int i = 0; i < Row::kCount; ++i) all.x[i] = by == 0.f ? 0.f : all.x[i] * by;
+      }
       Row::pieces([&](auto width, int i, int c) {
 #pragma unroll
         for (int j = i; j < i + width(); ++j) {  // of no weight: its rows may see nothing
