@@ -75,6 +75,9 @@ def test_a_sequence_alone_and_in_a_batch(cuda, case, mates, tokens):
             )
             assert same_bits(found[0], out[b])
             assert same_bits(found_lse[0], lse[b])
+            # Without the log-sum-exp other kernels may serve the call.
+            usual = dense(alone, query[b : b + 1], split_size=SIZE, **options)
+            assert same_bits(usual[0], dense(cache, query, split_size=SIZE, **options)[b])
 
 
 @pytest.mark.gpu

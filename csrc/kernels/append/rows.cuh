@@ -263,7 +263,7 @@ struct LaneMean {
 };
 
 // Rotates the rows of tokens [begin, end) of the source, subtracts the group's mean, quantises and
-// stores them. `warp` counts from the first one.
+// stores them. `warp`: of the block.
 template <class T>
 __device__ __forceinline__ void write_rows(const Source<T>& src, int begin, int end,
                                            const __half* group_mean, int warp) {

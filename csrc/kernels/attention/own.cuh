@@ -73,8 +73,8 @@ class OwnInFlight {
   __device__ __forceinline__ void begin(int begin, int end) {
     begin_ = begin, count_ = end - begin;
   }
-  // Quantises the rows: `own` has them after a barrier. The first one is there; `later` groups of
-  // copies were asked for after the mean.
+  // Quantises the rows: `own` has them after a barrier. This warp's first one of the call is there;
+  // `later` groups of copies were asked for after the mean.
   __device__ __forceinline__ void quantize(int later) {
     for (int item = turn(); item < 2 * count_; item += Traits::kWarps) {
       if (item != turn() || begin_ > stored_) {

@@ -195,6 +195,7 @@ class Ring {
     uint4 params[2][4];  // of keys, of values
   };
   using Piece = Slot[Traits::kTiles];
+  // 32 rows' accumulators leave none for addresses.
   static constexpr bool kKept = Traits::kShape.has_room() && Traits::kRowSets < 4;
 
  public:

@@ -87,7 +87,7 @@ __device__ __forceinline__ int uniform(int x) {
   return x;
 #endif
 }
-// Of numbers.
+// Of what is no NaN.
 __device__ __forceinline__ float warp_max(float x) {
 #if __CUDA_ARCH__ >= 800
   const auto in_order = [](int bits) { return bits ^ (bits >> 31 & 0x7fffffff); };
