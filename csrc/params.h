@@ -40,6 +40,7 @@ struct Sequences {
   const int32_t* seq_lens;    // [batch] tokens stored (append: before the call)
   const int32_t* seq_starts;  // [batch] tokens before it are padding; null: 0
   const int32_t* cu_seqlens;  // [batch + 1] the call's rows when packed; null: dense
+  int32_t rows;               // packed: rows there are; cu_seqlens beyond them are cut
   int32_t tokens;             // the call's rows a sequence; packed: a bound on them
 };
 

@@ -139,15 +139,14 @@ def test_slots_equal_block_table(backend, device, packed, fmt):
 
 
 def test_slots_of_packed_rows_without_a_table(backend, device):
-    caches = [empty_cache([64], fmt=PLAIN, device=device) for _ in range(2)]
-    (key,), (value,) = new_rows(caches[0], [5])
+    cache = empty_cache([64], fmt=PLAIN, device=device)
+    (key,), (value,) = new_rows(cache, [5])
     slots = torch.tensor([9, 3, 40, 0, 1], device=device)
-    for cache, rows in zip(caches, (None, index([0, 3, 5], device)), strict=True):
-        append_(key, value, cache.storage, slot_mapping=slots, cu_seqlens=rows)
-        codes, params = oracle.encode(key)
-        at = cache.storage.k_data[slots // 64, :, slots % 64]
-        assert torch.equal(at, codes)
-        assert torch.equal(cache.storage.k_params[slots // 64, :, slots % 64], params)
+    append_(key, value, cache.storage, slot_mapping=slots)
+    codes, params = oracle.encode(key)
+    at = cache.storage.k_data[slots // 64, :, slots % 64]
+    assert torch.equal(at, codes)
+    assert torch.equal(cache.storage.k_params[slots // 64, :, slots % 64], params)
 
 
 def test_all_slots_skipped_writes_no_row(backend, device):

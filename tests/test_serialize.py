@@ -164,21 +164,25 @@ def rewrite(path, header=None, tensors=None, metadata=None) -> None:
     [
         ({"version": 2}, "file version 2, but this kvquant reads 1"),
         ({"version": "drop"}, "the header does not hold together"),
-        ({"format": {"bits": 4}}, "bits: expected 8, got 4"),
+        ({"format": {"bits": 4, "key_rotation": True, "key_mean": None, "value_rotation": True}},
+         "bits: expected 8, got 4"),
+        ({"format": {"bits": 8}}, r"missing \['key_mean'"),
         ({"format": {"colour": 1}}, "the header does not hold together"),
         ({"format": 8}, "the header does not hold together"),
         ({"dtype": "int8"}, "the header does not hold together"),
         ({"colour": 1}, "colour"),
         ({"head_dim": 48}, "expected shape"),
-        ({"head_dim": "64"}, "not supported between"),
-        ({"batch_size": 10**12}, "seq_lens: expected shape"),
+        ({"head_dim": "64"}, "head_dim: expected an integer, got '64'"),
+        ({"batch_size": 10**12}, "batch_size: expected 1 to 2147483647"),
+        ({"batch_size": 10**9}, "seq_lens: expected shape"),
+        ({"key_rotation": True}, "unknown"),
         ({"num_layers": 3}, "seq_lens: expected shape"),
         ({"num_layers": "drop"}, "num_layers"),
         ({"max_seq_len": 50}, "takes 64"),
         ({"block_size": 24}, "block_size: expected None or a power of two"),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_headers_that_lie(path, header, message):
     rewrite(path, header)
     refused(path, message)

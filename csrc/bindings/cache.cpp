@@ -24,7 +24,8 @@ CacheView view(py::tuple k_data, py::tuple v_data, py::tuple k_params, py::tuple
 }
 
 Sequences sequences(uintptr_t block_table, int64_t block_table_stride, int batch, int max_blocks,
-                    uintptr_t seq_lens, uintptr_t seq_starts, uintptr_t cu_seqlens, int tokens) {
+                    uintptr_t seq_lens, uintptr_t seq_starts, uintptr_t cu_seqlens, int rows,
+                    int tokens) {
   return {pointer<const int32_t>(block_table),
           block_table_stride,
           batch,
@@ -32,17 +33,19 @@ Sequences sequences(uintptr_t block_table, int64_t block_table_stride, int batch
           pointer<const int32_t>(seq_lens),
           pointer<const int32_t>(seq_starts),
           pointer<const int32_t>(cu_seqlens),
+          rows,
           tokens};
 }
 
 void append(const CacheView& cache, uintptr_t block_table, int64_t block_table_stride, int batch,
             int max_blocks, uintptr_t seq_lens, uintptr_t seq_starts, uintptr_t cu_seqlens,
-            int tokens, uintptr_t key, int64_t k_batch, int64_t k_token, int64_t k_head,
-            uintptr_t value, int64_t v_batch, int64_t v_token, int64_t v_head, int dtype,
-            uintptr_t slot_mapping, bool advance, uintptr_t counter, int device, uintptr_t queue) {
+            int packed_rows, int tokens, uintptr_t key, int64_t k_batch, int64_t k_token,
+            int64_t k_head, uintptr_t value, int64_t v_batch, int64_t v_token, int64_t v_head,
+            int dtype, uintptr_t slot_mapping, bool advance, uintptr_t counter, int device,
+            uintptr_t queue) {
   const AppendParams params{cache,
                             sequences(block_table, block_table_stride, batch, max_blocks, seq_lens,
-                                      seq_starts, cu_seqlens, tokens),
+                                      seq_starts, cu_seqlens, packed_rows, tokens),
                             rows(key, k_batch, k_token, k_head),
                             rows(value, v_batch, v_token, v_head),
                             Dtype(dtype),
@@ -54,14 +57,15 @@ void append(const CacheView& cache, uintptr_t block_table, int64_t block_table_s
 
 void attention(const CacheView& cache, uintptr_t block_table, int64_t block_table_stride, int batch,
                int max_blocks, uintptr_t seq_lens, uintptr_t seq_starts, uintptr_t cu_seqlens,
-               int tokens, uintptr_t query, int64_t q_batch, int64_t q_token, int64_t q_head,
-               uintptr_t out, int64_t o_batch, int64_t o_token, int64_t o_head, int dtype,
-               uintptr_t lse, int q_heads, float softmax_scale, bool causal, int sliding_window,
-               float softcap, uintptr_t sinks, uintptr_t alibi_slopes, uintptr_t partial,
-               uintptr_t counters, int splits, int split_size, int device, uintptr_t queue) {
+               int packed_rows, int tokens, uintptr_t query, int64_t q_batch, int64_t q_token,
+               int64_t q_head, uintptr_t out, int64_t o_batch, int64_t o_token, int64_t o_head,
+               int dtype, uintptr_t lse, int q_heads, float softmax_scale, bool causal,
+               int sliding_window, float softcap, uintptr_t sinks, uintptr_t alibi_slopes,
+               uintptr_t partial, uintptr_t counters, int splits, int split_size, int device,
+               uintptr_t queue) {
   const AttentionParams params{cache,
                                sequences(block_table, block_table_stride, batch, max_blocks,
-                                         seq_lens, seq_starts, cu_seqlens, tokens),
+                                         seq_lens, seq_starts, cu_seqlens, packed_rows, tokens),
                                rows(query, q_batch, q_token, q_head),
                                rows(out, o_batch, o_token, o_head),
                                Dtype(dtype),
@@ -86,7 +90,7 @@ void gather(const CacheView& cache, uintptr_t block_table, int64_t block_table_s
             int64_t v_token, int64_t v_head, int dtype, int device, uintptr_t queue) {
   const GatherParams params{cache,
                             sequences(block_table, block_table_stride, batch, max_blocks, seq_lens,
-                                      seq_starts, 0, tokens),
+                                      seq_starts, 0, 0, tokens),
                             rows(key, k_batch, k_token, k_head),
                             rows(value, v_batch, v_token, v_head), Dtype(dtype)};
   KVQUANT_RUN(gather, params, device, queue);
@@ -102,7 +106,7 @@ struct Layer {
         int max_blocks, uintptr_t seq_lens, uintptr_t seq_starts, int tokens, int splits)
       : cache(cache),
         seqs(sequences(block_table, block_table_stride, batch, max_blocks, seq_lens, seq_starts, 0,
-                       tokens)),
+                       0, tokens)),
         splits(splits) {}
 };
 

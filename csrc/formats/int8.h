@@ -85,13 +85,13 @@ struct RowParams {
   uint16_t scale, offset;  // fp16
 };
 
-// min, max: of the row, in the basis it is stored in. Not finite, or beyond fp16: NaN params.
+// min, max: of the row, in the basis it is stored in. Rotating a finite row, or taking its mean
+// off, can lead beyond fp16: such a channel counts as the largest fp16. Not finite: NaN params.
 KVQUANT_HD RowParams row_params(float min, float max, bool finite) {
-  const uint16_t offset = half_round_down(min);
-  const float range = max - half_to_float(offset);
-  const uint16_t scale = half_round_up(fmaxf(range / 255.f, kMinScale));
-  const bool fits = finite && min >= -kMaxAbs && max <= kMaxAbs && (scale & 0x7fff) < 0x7c00;
-  return fits ? RowParams{scale, offset} : RowParams{kNaN, kNaN};
+  if (!finite) return {kNaN, kNaN};
+  const uint16_t offset = half_round_down(fminf(fmaxf(min, -kMaxAbs), kMaxAbs));
+  const float range = fminf(max, kMaxAbs) - half_to_float(offset);
+  return {half_round_up(fmaxf(range / 255.f, kMinScale)), offset};
 }
 
 }  // namespace kvquant::int8

@@ -1,4 +1,4 @@
-"""Checks of arguments: each error names the argument, what came and what is expected."""
+"""Checks of tensors: each error names the argument, what came and what is expected."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from kvquant._arguments import (
+    FLOATS,
+    INT32_MAX,
+    check_integer,
+    check_number,
+    check_tensor,
+    require,
+)
 from kvquant.errors import CacheFullError
 from kvquant.storage import LayerStorage
 
 __all__ = [
-    "FLOATS",
     "check_affine",
     "check_block_table",
     "check_index",
     "check_no_grad",
     "check_packed",
+    "check_pair",
     "check_rows",
     "check_slots",
     "check_split_size",
@@ -24,22 +32,14 @@ __all__ = [
     "check_storage",
     "check_table",
     "check_window",
-    "require",
 ]
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _SPLIT_STEP, _MAX_SPLIT_SIZE = 256, 2**30
-
-
-def require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
-    """Raise ``error(message)`` unless ``condition``."""
-    if not condition:
-        raise error(message)
 
 
 def check_rows(name: str, x: Tensor, dims: int, *, any_dim: bool = False) -> None:
     """A float tensor of ``dims`` dimensions with a contiguous last one, a multiple of 16."""
-    require(isinstance(x, Tensor), f"{name}: expected a tensor, got {type(x).__name__}", TypeError)
+    check_tensor(name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float16, bfloat16 or float32, got {x.dtype}")
     if x.dim() != dims:
@@ -52,6 +52,19 @@ def check_rows(name: str, x: Tensor, dims: int, *, any_dim: bool = False) -> Non
         raise ValueError(
             f"{name}: head_dim {x.shape[-1]} is not a multiple of 16 (got shape {list(x.shape)})"
         )
+
+
+def check_pair(key: Tensor, value: Tensor, dims: int) -> None:
+    """New keys and values: alike but for their head_dims."""
+    check_rows("key", key, dims)
+    check_rows("value", value, dims)
+    check_no_grad(key=key, value=value)
+    require(
+        key.shape[:-1] == value.shape[:-1] and key.dtype == value.dtype,
+        f"value: expected key's dtype and shape but for head_dim ({key.dtype}, "
+        f"{list(key.shape)}), got {value.dtype}, {list(value.shape)}",
+    )
+    require(key.device == value.device, f"value: on {value.device}, but key on {key.device}")
 
 
 def check_no_grad(**tensors: Tensor) -> None:
@@ -94,8 +107,7 @@ def check_index(
     """An optional contiguous vector of ``length`` on ``device``."""
     if index is None:
         return
-    if not isinstance(index, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(index).__name__}")
+    check_tensor(name, index)
     if index.dtype != dtype:
         raise TypeError(f"{name}: expected {dtype}, got {index.dtype}")
     if index.shape != (length,) or not index.is_contiguous():
@@ -117,10 +129,12 @@ def check_packed(
 ) -> None:
     """Where each sequence's packed rows begin; on the host also that they are among the rows.
 
-    ``most``: what the caller says the longest sequence has.
+    ``most``: what the caller says the longest sequence has, if anything.
     """
     label = name.replace("cu_seqlens", "max_seqlen")
-    require(most is None or most >= 0, f"{label}: expected none or more, got {most}")
+    if most is not None:
+        require(cu_seqlens is not None, f"{label}: only with {name}, got {most}")
+        most = check_integer(label, most, 0, INT32_MAX)
     check_index(name, cu_seqlens, batch + 1, device)
     if cu_seqlens is None or device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -134,8 +148,7 @@ def check_packed(
 
 def check_table(block_table: Tensor) -> int:
     """The batch of a block table: int32, contiguous rows."""
-    if not isinstance(block_table, Tensor):
-        raise TypeError(f"block_table: expected a tensor, got {type(block_table).__name__}")
+    check_tensor("block_table", block_table)
     if block_table.dtype != torch.int32:
         raise TypeError(f"block_table: expected torch.int32, got {block_table.dtype}")
     if block_table.dim() != 2 or (block_table.shape[1] > 1 and block_table.stride(1) != 1):
@@ -178,7 +191,7 @@ def check_block_table(
         raise error(
             f"seq_lens: {ends.tolist()} tokens, but there is room for {max_blocks * size} each"
         )
-    used = torch.arange(max_blocks, dtype=torch.int32) * size < ends.unsqueeze(1)
+    used = torch.arange(max_blocks, dtype=torch.int32, device=device) * size < ends.unsqueeze(1)
     bad = used & ((block_table < 0) | (block_table >= num_blocks))
     if bool(bad.any()):
         raise ValueError(
@@ -207,6 +220,7 @@ def check_slots(
 
 def check_affine(name: str, q: Tensor, scale: Tensor, zero: Tensor, group_size: int | None) -> int:
     """Codes with a (scale, zero) of one of the granularities; returns the tokens of a group."""
+    check_tensor(name, q)
     if q.dtype != torch.uint8:
         raise TypeError(f"{name}: expected torch.uint8, got {q.dtype}")
     if q.dim() != 4 or (q.shape[-1] > 1 and q.stride(-1) != 1):
@@ -215,12 +229,15 @@ def check_affine(name: str, q: Tensor, scale: Tensor, zero: Tensor, group_size: 
             f"got shape {list(q.shape)}, strides {list(q.stride())}"
         )
     for label, x in (("scale", scale), ("zero", zero)):
+        check_tensor(label, x)
         if x.dtype not in FLOATS:
             raise TypeError(f"{label}: expected float16, bfloat16 or float32, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{label}: on {x.device}, but {name} on {q.device}")
     b, h, s, d = q.shape
-    group = group_size or max(1, s)
+    group = max(1, s)
+    if group_size is not None:
+        group = check_integer("group_size", group_size, 1, INT32_MAX)
     shapes: dict[tuple[int, ...], int] = {
         (b, h, s, 1): 1,
         (b, h, 1, 1): max(1, s),
@@ -239,19 +256,19 @@ def check_window(sliding_window: float | None) -> int:
     """The kernels' encoding of a window: 0 for none; one beyond int32 is none that matters."""
     if sliding_window is None:
         return 0
-    if not 0 < sliding_window < float("inf"):
-        raise ValueError(f"sliding_window: expected a positive number, got {sliding_window}")
-    if sliding_window != int(sliding_window):
-        raise ValueError(f"sliding_window: expected an integer, got {sliding_window}")
-    return min(int(sliding_window), 2**31 - 1)
+    if isinstance(sliding_window, float):
+        number = check_number("sliding_window", sliding_window, positive=True)
+        whole = number == int(number)
+        require(whole, f"sliding_window: expected an integer, got {sliding_window}")
+        sliding_window = int(number)
+    return min(check_integer("sliding_window", sliding_window, 1), INT32_MAX)
 
 
 def check_split_size(split_size: int | None) -> int:
     """The kernels' encoding of a length of splits: 0 for none given."""
     if split_size is None:
         return 0
-    if not isinstance(split_size, int) or isinstance(split_size, bool):
-        raise TypeError(f"split_size: expected an int or None, got {type(split_size).__name__}")
+    split_size = check_integer("split_size", split_size)
     if not 0 < split_size <= _MAX_SPLIT_SIZE or split_size % _SPLIT_STEP:
         raise ValueError(
             f"split_size: expected a positive multiple of {_SPLIT_STEP}, at most "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvquant._checks import require
+from kvquant._arguments import INT32_MAX, check_head_dim, check_integer, require
 from kvquant.formats import CacheFormat, check_format
 from kvquant.paged import ceil_to
 
@@ -30,22 +30,30 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         check_format(self.format)
-        for name, size in (
-            ("num_layers", self.num_layers),
-            ("batch_size", self.batch_size),
-            ("num_kv_heads", self.kv_heads),
-            ("max_seq_len", self.max_seq_len),
-            ("num_blocks", self.num_blocks),
+        for field, name in (
+            ("num_layers", "num_layers"),
+            ("batch_size", "batch_size"),
+            ("kv_heads", "num_kv_heads"),
+            ("max_seq_len", "max_seq_len"),
+            ("num_blocks", "num_blocks"),
         ):
-            require(size is None or size > 0, f"{name}: expected a positive number, got {size}")
-        for name, dim in (("head_dim", self.k_dim), ("v_head_dim", self.v_dim)):
-            require(dim > 0 and dim % 16 == 0, f"{name}: {dim} is not a multiple of 16")
-        size = self.block_size
+            size = getattr(self, field)
+            if size is not None or field not in ("max_seq_len", "num_blocks"):
+                object.__setattr__(self, field, check_integer(name, size, 1, INT32_MAX))
+        for field, name in (("k_dim", "head_dim"), ("v_dim", "v_head_dim")):
+            object.__setattr__(self, field, check_head_dim(name, getattr(self, field)))
+        if self.block_size is not None:
+            size = check_integer("block_size", self.block_size)
+            require(
+                16 <= size <= 2**30 and size & (size - 1) == 0,
+                f"block_size: expected None or a power of two from 16 to 2**30, got {size}",
+            )
+            object.__setattr__(self, "block_size", size)
         require(
-            size is None or (size >= 16 and size & (size - 1) == 0),
-            f"block_size: expected None or a power of two from 16, got {size}",
+            self.num_blocks is None or self.block_size is not None,
+            "num_blocks: only with a block_size",
         )
-        require(self.num_blocks is None or size is not None, "num_blocks: only with a block_size")
+        require(self.device.type != "meta", "device: expected one that holds data, got meta")
 
     @property
     def capacity(self) -> int | None:

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from kvquant._checks import FLOATS, check_index, require
+from kvquant._arguments import (
+    INT32_MAX,
+    check_device,
+    check_float_dtype,
+    check_integer,
+    require,
+)
+from kvquant._checks import check_index
 from kvquant._config import CacheConfig
 from kvquant._state import CacheState
 from kvquant.formats import CacheFormat
@@ -36,6 +43,7 @@ class CacheSequences:
         dtype: torch.dtype = torch.float16,
         device: torch.device | str | int | None = None,
     ) -> None:
+        check_float_dtype("dtype", dtype)
         config = CacheConfig(
             num_layers=num_layers,
             batch_size=batch_size,
@@ -45,13 +53,8 @@ class CacheSequences:
             max_seq_len=max_seq_len,
             block_size=block_size,
             num_blocks=num_blocks,
-            format=format or CacheFormat(),
-            device=torch.empty(0, device=device).device,
-        )
-        require(
-            dtype in FLOATS,
-            f"dtype: expected float16, bfloat16 or float32, got {dtype}",
-            TypeError,
+            format=CacheFormat() if format is None else format,
+            device=check_device("device", device),
         )
         self.dtype = dtype
         self._adopt(CacheState.empty(config))
@@ -114,8 +117,7 @@ class CacheSequences:
 
     def max_length_of(self, layer: int) -> int:
         """An upper bound of a layer's lengths: the layers' differ in the middle of a step."""
-        self._check_layer(layer)
-        return self._state.high[layer]
+        return self._state.high[self._check_layer(layer)]
 
     @property
     def seq_lens(self) -> Tensor:
@@ -124,8 +126,7 @@ class CacheSequences:
 
     def seq_lens_of(self, layer: int) -> Tensor:
         """Tokens of each sequence in a layer: int32 ``(batch,)`` on the device."""
-        self._check_layer(layer)
-        return self._state.lens[layer]
+        return self._state.lens[self._check_layer(layer)]
 
     @property
     def seq_starts(self) -> Tensor | None:
@@ -139,8 +140,7 @@ class CacheSequences:
 
     def storage(self, layer: int) -> LayerStorage:
         """A layer's tensors, until the cache grows: for the functions of `kvquant`."""
-        self._check_layer(layer)
-        return self._state.pool.layers[layer]
+        return self._state.pool.layers[self._check_layer(layer)]
 
     @property
     def nbytes(self) -> int:
@@ -157,10 +157,10 @@ class CacheSequences:
             f"{self.capacity or 'any'} tokens, {self.nbytes / 2**20:.1f} MiB on {config.device})"
         )
 
-    def _check_layer(self, layer: int) -> None:
-        require(
-            0 <= layer < self.num_layers, f"layer: expected 0 to {self.num_layers - 1}, got {layer}"
-        )
+    def _check_layer(self, layer: int) -> int:
+        number, count = check_integer("layer", layer), self.num_layers
+        require(0 <= number < count, f"layer: expected 0 to {count - 1}, got {number}")
+        return number
 
     # ---------------------------------------------------------------------------------- sequences
 
@@ -180,13 +180,12 @@ class CacheSequences:
     def reserve(self, tokens: int) -> None:
         """See to memory for ``tokens`` tokens a sequence in all layers, before a graph is captured.
 
+        Where memory runs out, no block stays taken; layers that had grown by then stay as large.
+
         Raises:
             CacheFullError: More than the capacity.
         """
-        require(tokens >= 0, f"tokens: expected none or more, got {tokens}")
-        for layer in range(self.num_layers):
-            bounds = self._state.bounds(layer)
-            self._state.make_room(layer, [max(0, tokens - n) for n in bounds])
+        self._state.reserve(check_integer("tokens", tokens, 0, INT32_MAX))
 
     def sync_lengths(self) -> None:
         """Read the lengths back from the device, after replays of a graph that appends."""
@@ -198,7 +197,7 @@ class CacheSequences:
         A key mean stays: tokens that come again land in the group that they were in. Blocks that
         no token is left in are given back, reserved ones among them.
         """
-        self._state.crop(max_length)
+        self._state.crop(check_integer("max_length", max_length))
 
     def reset(self) -> None:
         """Forget all tokens and the padding; the memory stays."""
@@ -239,7 +238,7 @@ class CacheSequences:
         Raises:
             ValueError: Not a positive number.
         """
-        require(repeats > 0, f"repeats: expected a positive number, got {repeats}")
+        repeats = check_integer("repeats", repeats, 1, INT32_MAX // self.batch_size)
         self.select([b for b in range(self.batch_size) for _ in range(repeats)])
 
     def fork(self) -> Self:
@@ -263,15 +262,15 @@ class CacheSequences:
             require(
                 indices.dim() == 1
                 and not indices.is_floating_point()
-                and indices.dtype != torch.bool,
+                and not indices.is_complex()
+                and indices.dtype != torch.bool
+                and not indices.is_meta,
                 f"indices: expected a vector of integers, got {indices.dtype}, shape "
                 f"{list(indices.shape)}",
             )
-        chosen = indices.tolist() if isinstance(indices, Tensor) else list(indices)
+            indices = indices.tolist()
+        elif not isinstance(indices, Iterable):
+            raise TypeError(f"indices: expected integers, got {type(indices).__name__}")
+        chosen = [check_integer("indices", i, 0, self.batch_size - 1) for i in indices]
         require(bool(chosen), "indices: expected at least one")
-        for index in chosen:
-            require(
-                isinstance(index, int) and 0 <= index < self.batch_size,
-                f"indices: expected 0 to {self.batch_size - 1}, got {index}",
-            )
         return chosen

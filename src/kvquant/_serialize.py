@@ -1,17 +1,16 @@
-"""A cache as tensors by name, the same whatever its blocks; files of them, checked when read."""
+"""A cache as tensors by name, the same whatever its blocks; and in Qwen's form."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
-from types import ModuleType
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from kvquant._checks import check_affine, require
+from kvquant._arguments import check_tensor, require
+from kvquant._checks import check_affine
 from kvquant._config import CacheConfig
 from kvquant._state import CacheState
 from kvquant.errors import CacheFullError
@@ -27,19 +26,18 @@ AffineRows: TypeAlias = tuple[Tensor, Tensor, Tensor]
 LayerPast: TypeAlias = tuple[AffineRows, AffineRows]
 
 __all__ = [
+    "VERSION",
     "LayerPast",
     "check_state",
     "fill",
     "from_layer_past",
     "layer_past",
-    "load",
     "read_layer",
-    "save",
+    "restore",
     "state_dict",
 ]
 
-_MAGIC, _VERSION = "kvquant", 1
-_DTYPES = {str(x).removeprefix("torch."): x for x in (torch.float16, torch.bfloat16, torch.float32)}
+VERSION = 1  # of what a state dict holds
 
 
 # ------------------------------------------------------------------------------- rows in and out
@@ -68,6 +66,8 @@ def _pieces(
     state: CacheState, storage: LayerStorage, name: str, sequence: int, tokens: int
 ) -> list[tuple[Tensor, int, int]]:
     """Views (heads, rows, width) of a sequence's rows, each with its (begin, end) in order."""
+    if not tokens:
+        return []
     config, blocks = state.config, state.tables.owned[sequence]
     size, count, every = storage.block_size, tokens, 1
     if name == "k_mean":
@@ -111,47 +111,83 @@ def _format_tensor(format: CacheFormat) -> Tensor:
     fields = (
         format.bits, int(format.key_rotation), format.mean_group, int(format.value_rotation)
     )  # fmt: skip
-    return torch.tensor([_VERSION, *fields], dtype=torch.int64)
+    return torch.tensor([VERSION, *fields], dtype=torch.int64)
 
 
 def check_state(tensors: Mapping[str, Tensor], config: CacheConfig) -> None:
-    """Refuse a state dict that is not whole, or not of ``config``'s shapes and format."""
+    """Refuse a state dict that is not whole, or not of ``config``'s shapes and format.
 
-    def expect(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    Tensors are asked for one at a time, each after the sizes of all have been found right.
+    """
+    require(
+        isinstance(tensors, Mapping),
+        f"state: expected a mapping of tensors, got {type(tensors).__name__}",
+        TypeError,
+    )
+
+    def expect(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         require(name in tensors, f"{name}: missing")
         x = tensors[name]
+        check_tensor(name, x)
         require(x.dtype == dtype, f"{name}: expected {dtype}, got {x.dtype}", TypeError)
         require(
             tuple(x.shape) == shape, f"{name}: expected shape {list(shape)}, got {list(x.shape)}"
         )
-        return x
 
-    wanted, (batch, layers) = {"format", "seq_lens"}, (config.batch_size, config.num_layers)
-    ours, theirs = _format_tensor(config.format), expect("format", (5,), torch.int64)
+    batch, layers = config.batch_size, config.num_layers
+    expect("format", (5,), torch.int64)
+    ours, theirs = _format_tensor(config.format), tensors["format"].cpu()
     require(
-        torch.equal(ours, theirs.cpu()),
+        torch.equal(ours, theirs),
         f"format: expected {ours.tolist()}, got {theirs.tolist()} "
         "(version, bits, key_rotation, key_mean, value_rotation)",
     )
-    lengths = expect("seq_lens", (layers, batch), torch.int32).tolist()
-    require(min(map(min, lengths)) >= 0, f"seq_lens: expected no negative length, got {lengths}")
-    longest, capacity = max(map(max, lengths)), config.capacity
+    expect("seq_lens", (layers, batch), torch.int32)
+    lengths = tensors["seq_lens"].cpu()
+    shortest, longest, capacity = int(lengths.min()), int(lengths.max()), config.capacity
+    require(shortest >= 0, f"seq_lens: expected no negative length, got {shortest}")
     require(
         capacity is None or longest <= capacity,
         f"seq_lens: {longest} tokens, but the cache takes {capacity}",
         CacheFullError,
     )
+    wanted = {"format", "seq_lens"}
     if "seq_starts" in tensors:
         expect("seq_starts", (batch,), torch.int32)
         wanted.add("seq_starts")
-    for layer, of_layer in enumerate(lengths):
-        for name, (shape, dtype) in _shapes(config, max(of_layer)).items():
+    most = lengths.amax(1).tolist()
+    for layer in range(layers):
+        for name, (shape, dtype) in _shapes(config, most[layer]).items():
             expect(f"layers.{layer}.{name}", shape, dtype)
             wanted.add(f"layers.{layer}.{name}")
-    unknown = sorted(tensors.keys() - wanted)
+    unknown = sorted(str(name) for name in tensors if name not in wanted)
     require(not unknown, f"unexpected tensors: {', '.join(unknown[:5])}")
+    for layer in range(layers):
+        _check_ends(tensors, f"layers.{layer}", lengths[layer], config)
 
 
+def _check_ends(
+    tensors: Mapping[str, Tensor], layer: str, lengths: Tensor, config: CacheConfig
+) -> None:
+    """Nothing but zeros behind the last token of each sequence: it would be lost."""
+    if int(lengths.min()) == (most := int(lengths.max())):
+        return
+    for name in _shapes(config, most):
+        x = tensors[f"{layer}.{name}"]
+        bits = x if x.dtype == torch.uint8 else x.contiguous().view(torch.int16)
+        used = (bits != 0).any(-1).any(1)  # (batch, rows)
+        every = max(1, config.format.mean_group) if name == "k_mean" else 1
+        row = torch.arange(0, used.shape[1] * every, every, device=x.device)
+        lost = (used & (row >= lengths.to(x.device).unsqueeze(1))).any(1)
+        if bool(lost.any()):
+            sequence = int(lost.nonzero()[0])
+            raise ValueError(
+                f"{layer}.{name}: expected zeros behind the {int(lengths[sequence])} tokens of "
+                f"sequence {sequence}"
+            )
+
+
+@torch.inference_mode(mode=False)  # what is made here is written later on
 def fill(state: CacheState, tensors: Mapping[str, Tensor]) -> None:
     """Write a checked state dict into an empty state."""
     lengths: list[list[int]] = tensors["seq_lens"].tolist()
@@ -166,8 +202,30 @@ def fill(state: CacheState, tensors: Mapping[str, Tensor]) -> None:
                     part.copy_(rows[b, :, begin:end])
     state.seq_lens.copy_(tensors["seq_lens"])
     starts = tensors.get("seq_starts")
-    state.seq_starts = None if starts is None else starts.to(state.config.device, copy=True)
+    state.set_starts(None if starts is None else starts.to(state.config.device))
     state.set_bounds(lengths)
+
+
+def restore(
+    cls: type[Cache],
+    config: CacheConfig,
+    dtype: torch.dtype,
+    tensors: Mapping[str, Tensor],
+    *,
+    allocate: bool,
+) -> Cache:
+    """A cache that holds a checked state dict; its capacity allocated, or left to growth."""
+    if config.num_blocks is not None and config.block_size is not None:
+        # Sequences that shared blocks each have their own now.
+        longest = tensors["seq_lens"].amax(0).tolist()
+        needed = sum(-(-n // config.block_size) for n in longest)
+        config = replace(config, num_blocks=max(config.num_blocks, needed))
+    state = CacheState.empty(config, allocate=allocate)
+    fill(state, tensors)
+    cache = cls.__new__(cls)
+    cache.dtype = dtype
+    cache._adopt(state)
+    return cache
 
 
 # -------------------------------------------------------------------------------------- Qwen's form
@@ -199,7 +257,15 @@ def from_layer_past(
     dtype: torch.dtype,
 ) -> Cache:
     """See `QuantizedKVCache.from_layer_past`."""
+    require(
+        isinstance(past, Sequence) and not isinstance(past, str),
+        f"past: expected a sequence of layers, got {type(past).__name__}",
+        TypeError,
+    )
     require(len(past) > 0, "past: expected at least one layer")
+    for layer, pair in enumerate(past):
+        if not _is_layer_past(pair):
+            raise TypeError(f"past[{layer}]: expected ((qk, ks, kz), (qv, vs, vz)) of tensors")
     first_key, first_value = past[0][0][0], past[0][1][0]
     tensors: dict[str, Tensor] = {}
     for layer, pair in enumerate(past):
@@ -245,94 +311,10 @@ def from_layer_past(
     return cache
 
 
-# -------------------------------------------------------------------------------------------- files
-
-
-def _safetensors() -> tuple[ModuleType, ModuleType]:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "QuantizedKVCache.save and load need safetensors: pip install safetensors"
-        ) from error
-    return safetensors, safetensors.torch
-
-
-def save(state: CacheState, dtype: torch.dtype, path: str | os.PathLike[str]) -> None:
-    """See `QuantizedKVCache.save`. The file appears complete or not at all."""
-    _, files = _safetensors()
-    config = state.config
-    header = {
-        "version": _VERSION,
-        "format": {
-            "bits": config.format.bits,
-            "key_rotation": config.format.key_rotation,
-            "key_mean": config.format.key_mean,
-            "value_rotation": config.format.value_rotation,
-        },
-        "num_layers": config.num_layers,
-        "batch_size": config.batch_size,
-        "num_kv_heads": config.kv_heads,
-        "head_dim": config.k_dim,
-        "v_head_dim": config.v_dim,
-        "max_seq_len": config.max_seq_len,
-        "block_size": config.block_size,
-        "num_blocks": config.num_blocks,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    tensors = {name: x.cpu() for name, x in state_dict(state).items()}
-    part = f"{os.fspath(path)}.{os.getpid()}.part"
-    try:
-        files.save_file(tensors, part, {"magic": _MAGIC, "cache": json.dumps(header)})
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
-
-
-def load(
-    cls: type[Cache], path: str | os.PathLike[str], device: torch.device | str | int | None
-) -> Cache:
-    """See `QuantizedKVCache.load`."""
-    package, _ = _safetensors()
-    name = os.fspath(path)
-    if not os.path.isfile(name):
-        raise FileNotFoundError(f"{name}: no such file")
-    try:
-        with package.safe_open(name, framework="pt") as file:
-            metadata = file.metadata() or {}
-            options = _options(metadata)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except package.SafetensorError as error:
-        raise ValueError(f"{name}: cut off, or no safetensors file ({error})") from error
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    try:
-        check_state(tensors, _config(options))
-        cache = cls(**options, device=device)
-        fill(cache._state, tensors)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from error
-    return cache
-
-
-def _config(options: Mapping[str, Any]) -> CacheConfig:
-    """What a file says about itself, before anything is allocated for it."""
-    names = {"num_kv_heads": "kv_heads", "head_dim": "k_dim", "v_head_dim": "v_dim"}
-    fields = {names.get(key, key): x for key, x in options.items() if key != "dtype"}
-    return CacheConfig(**fields, device=torch.device("cpu"))
-
-
-def _options(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The constructor's arguments from a file's metadata."""
-    require(metadata.get("magic") == _MAGIC, "not a file of kvquant's")
-    try:
-        header: dict[str, Any] = json.loads(metadata["cache"])
-        version = header.pop("version")
-        require(version == _VERSION, f"file version {version}, but this kvquant reads {_VERSION}")
-        header["format"] = CacheFormat(**header["format"])
-        header["dtype"] = _DTYPES[header["dtype"]]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"the header does not hold together ({error!r})") from error
-    return header
+def _is_layer_past(pair: Any) -> bool:
+    return (
+        isinstance(pair, Sequence)
+        and len(pair) == 2
+        and all(isinstance(x, Sequence) and len(x) == 3 for x in pair)
+        and all(isinstance(x, Tensor) for triple in pair for x in triple)
+    )

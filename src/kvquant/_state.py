@@ -59,12 +59,14 @@ class CacheState:
 
     @classmethod
     @_normal
-    def empty(cls, config: CacheConfig) -> CacheState:
-        """A cache without tokens."""
+    def empty(cls, config: CacheConfig, *, allocate: bool = True) -> CacheState:
+        """A cache without tokens, its capacity allocated or left to growth."""
         paged, capacity = config.block_size, config.capacity
-        blocks = config.pool_share
-        growing = capacity is None
-        size = paged or (16 if capacity is None else capacity)
+        share = config.pool_share
+        if allocate:
+            blocks, size = share, paged or (16 if capacity is None else capacity)
+        else:
+            blocks, size = (0, paged) if paged else (share, 0)
         pool = LayerPool.allocate(
             config.num_layers,
             blocks,
@@ -75,10 +77,10 @@ class CacheState:
             config.format,
             config.device,
         )
-        allocator = BlockAllocator(blocks, None if growing and paged else blocks)
+        allocator = BlockAllocator(blocks, None if capacity is None and paged else share)
         batch = config.batch_size
         owned: list[list[int]] = [[] if paged else [allocator.take()] for _ in range(batch)]
-        width = (capacity or paged) // paged if paged else 1
+        width = min((capacity or paged) // paged, max(1, share)) if paged and allocate else 1
         shape = config.num_layers, batch
         seq_lens = torch.zeros(shape, dtype=torch.int32, device=config.device)
         bounds = [[0] * batch for _ in range(config.num_layers)]
@@ -174,7 +176,8 @@ class CacheState:
             self._make_block_room(layer, ends)
         elif most > (now := self.pool.layers[layer].block_size):
             self._refuse_in_capture()
-            self.pool.resize(layer, block_size=ceil_to(step_up(now, most, _ROWS), 16))
+            size = ceil_to(step_up(now, most, _ROWS) if now else most, 16)
+            self.pool.resize(layer, block_size=size if capacity is None else min(size, capacity))
         self._refresh_room(None if self.config.block_size is not None else layer)
 
     def _make_block_room(self, layer: int, ends: list[int]) -> None:
@@ -183,14 +186,21 @@ class CacheState:
             max(0, -(-n // size) - len(blocks)) for n, blocks in zip(ends, owned, strict=True)
         ]
         copies = self._shared_tails() if self.may_share else []
+        here = self.pool.layers[layer].k_data.shape[0]
         if copies or any(missing):
             self._refuse_in_capture()
-            allocator.grow_for(sum(missing) + len(copies))
-        blocks = allocator.num_blocks
-        for i in range(self.config.num_layers) if copies else (layer,):
+            blocks = allocator.size_for(sum(missing) + len(copies))
+        elif here < allocator.num_blocks:  # another layer has grown: as far as this one's tokens go
+            held = (ids[: -(-n // size)] for n, ids in zip(ends, owned, strict=True))
+            least = 1 + max((max(ids) for ids in held if ids), default=-1)
+            blocks = min(step_up(here, least, 1), allocator.num_blocks) if here < least else here
+        else:
+            blocks = here
+        for i in self._layers if copies else (layer,):
             if self.pool.layers[i].k_data.shape[0] < blocks:
                 self._refuse_in_capture()
                 self.pool.resize(i, num_blocks=blocks)
+        allocator.grow(blocks)
         if copies or any(missing):
             new = [list(blocks) for blocks in owned]
             pairs = []
@@ -226,6 +236,32 @@ class CacheState:
                     counts[blocks[i]] = count - 1
         return tails
 
+    def reserve(self, tokens: int) -> None:
+        """See to memory for ``tokens`` tokens a sequence in every layer."""
+        held = [len(blocks) for blocks in self.tables.owned]
+        try:
+            for layer in self._layers:
+                self.make_room(layer, [max(0, tokens - n) for n in self.bounds(layer)])
+        except BaseException:
+            owned = zip(self.tables.owned, held, strict=True)
+            self._give_back([blocks[:count] for blocks, count in owned])
+            self._refresh_room()
+            raise
+
+    def _give_back(self, kept: list[list[int]]) -> None:
+        """Release the blocks of each sequence behind those that it keeps."""
+        dropped = [
+            block
+            for blocks, keep in zip(self.tables.owned, kept, strict=True)
+            for block in blocks[len(keep) :]
+        ]
+        if dropped:
+            self._refuse_in_capture()
+            self.tables.plan(kept)()
+            self.allocator.release(dropped)
+            self.allocator.shrink(self.pool.num_blocks)
+        self.may_share = self.allocator.any_shared
+
     def _refuse_in_capture(self) -> None:
         if _capturing(self.config.device):
             raise RuntimeError(
@@ -260,20 +296,11 @@ class CacheState:
         else:
             bounds = [[min(n, length) for n in self.bounds(i)] for i in self._layers]
         kept = self._live([max(of_layers) for of_layers in zip(*bounds, strict=True)])
-        dropped = [
-            block
-            for blocks, keep in zip(self.tables.owned, kept, strict=True)
-            for block in blocks[len(keep) :]
-        ]
-        if dropped:
-            self._refuse_in_capture()
-            self.tables.plan(kept)()
-            self.allocator.release(dropped)
+        self._give_back(kept)
         if length < 0:
             self.seq_lens.add_(length).clamp_(min=0)
         else:
             self.seq_lens.clamp_(max=length)
-        self.may_share = self.allocator.any_shared
         self.set_bounds(bounds)
 
     @_normal

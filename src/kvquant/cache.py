@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from kvquant import _serialize, functional
-from kvquant._calls import check_call, finite, look, positive, ragged
-from kvquant._checks import check_index, check_split_size, check_window
+from kvquant import _files, _serialize, functional
+from kvquant._arguments import check_flag, check_float_dtype, check_number
+from kvquant._calls import check_call, look, ragged
+from kvquant._checks import check_index, check_packed, check_split_size, check_window
+from kvquant._config import CacheConfig
 from kvquant._prompt import exact_attention
 from kvquant._sequences import CacheSequences
 from kvquant._serialize import LayerPast
@@ -71,15 +73,17 @@ class QuantizedKVCache(CacheSequences):
             value: Likewise, with ``v_head_dim``.
             cu_seqlens: int32 ``(batch + 1,)``: where each sequence's packed rows begin. On the CPU
                 it tells the host exact lengths whatever the cache's device.
-            max_seqlen: Most packed rows of one sequence; by default their total.
+            max_seqlen: With ``cu_seqlens``, most packed rows of one sequence; by default their
+                total.
 
         Raises:
-            TypeError: A dtype that is not supported.
+            TypeError: An argument of another type, a dtype that is not supported.
             ValueError: Arguments that do not fit.
             CacheFullError: No room; nothing was written.
         """
-        self._accept(layer, None, key, value, cu_seqlens)
+        layer = self._accept(layer, None, key, value, cu_seqlens)
         if cu_seqlens is None:
+            check_packed("cu_seqlens", None, self.batch_size, 0, self.device, max_seqlen)
             self._append_dense(layer, key, value)
         else:
             self._append_packed(
@@ -137,7 +141,8 @@ class QuantizedKVCache(CacheSequences):
             key: New keys, as in `append`.
             value: New values.
             cu_seqlens_q: int32 ``(batch + 1,)``: where each sequence's packed rows begin.
-            max_seqlen_q: Most packed rows of one sequence; by default their total.
+            max_seqlen_q: With ``cu_seqlens_q``, most packed rows of one sequence; by default their
+                total.
             softmax_scale: ``head_dim**-0.5`` by default.
             causal: A query sees no token behind its own position.
             sliding_window: A query at ``i`` sees tokens ``j > i - sliding_window``.
@@ -153,28 +158,43 @@ class QuantizedKVCache(CacheSequences):
 
         Returns:
             The output in query's dtype and shape (with ``v_head_dim``), and with ``return_lse``
-            float32 ``query.shape[:-1]``.
+            float32 ``query.shape[:-1]``. Packed rows of no sequence are zero, and -inf.
 
         Raises:
-            TypeError: A dtype that is not supported.
+            TypeError: An argument of another type, a dtype that is not supported.
             ValueError: Arguments that do not fit.
             CacheFullError: No room; nothing was written.
         """
+        flags: Any = causal, return_lse, exact_prompt
+        if not (type(flags[0]) is type(flags[1]) is type(flags[2]) is bool):
+            check_flag("causal", causal)
+            check_flag("return_lse", return_lse)
+            check_flag("exact_prompt", exact_prompt)
         seen: tuple[Any, ...] = ()
-        if cu_seqlens_q is None and sinks is None and alibi_slopes is None and not return_lse:
+        if (
+            cu_seqlens_q is None and max_seqlen_q is None and sinks is None
+            and alibi_slopes is None and not return_lse
+        ):  # fmt: skip
             seen = (look(query), look(key), look(value), softmax_scale, causal, sliding_window,
                     softcap, split_size, forced())  # fmt: skip
             known, state = self._step, self._state
-            if known is not None and seen == known[0] and 0 <= layer < len(state.lens):
+            if (
+                known is not None and type(layer) is int and 0 <= layer < len(state.lens)
+                and _equal(seen, known[0])
+            ):  # fmt: skip
                 tokens, room = query.shape[1], state.room[layer]
                 exact = exact_prompt and tokens > 1 and not state.high[layer]
                 if room >= tokens and not exact and is_plain(query):
                     return self._take_step(known[1], layer, query, key, value)
-        self._accept(layer, query, key, value, cu_seqlens_q)
-        scale = self._scale if softmax_scale is None else finite("softmax_scale", softmax_scale)
+        layer = self._accept(layer, query, key, value, cu_seqlens_q)
+        scale = self._scale
+        if softmax_scale is not None:
+            scale = check_number("softmax_scale", softmax_scale)
         window = check_window(sliding_window)
-        cap = 0.0 if softcap is None else positive("softcap", softcap)
+        cap = 0.0 if softcap is None else check_number("softcap", softcap, positive=True)
         split = check_split_size(split_size)
+        if cu_seqlens_q is None:
+            check_packed("cu_seqlens_q", None, self.batch_size, 0, self.device, max_seqlen_q)
         if sinks is not None or alibi_slopes is not None:
             check_index("sinks", sinks, query.shape[-2], self.device, torch.float32)
             check_index("alibi_slopes", alibi_slopes, query.shape[-2], self.device, torch.float32)
@@ -260,13 +280,13 @@ class QuantizedKVCache(CacheSequences):
         key: Tensor | None,
         value: Tensor | None,
         cu_seqlens: Tensor | None,
-    ) -> None:
-        """Check a call's tensors, unless they look like the last accepted ones."""
-        if not 0 <= layer < len(self._state.lens):
-            self._check_layer(layer)
+    ) -> int:
+        """Check a call's tensors, unless they look like the last accepted ones; the layer."""
+        if type(layer) is not int or not 0 <= layer < len(self._state.lens):
+            layer = self._check_layer(layer)
         seen = (cu_seqlens is None, look(query), look(key), look(value))
         if seen == self._accepted:
-            return
+            return layer
         check_call(
             self._state.config,
             self._state.pool.layers[layer],
@@ -277,6 +297,7 @@ class QuantizedKVCache(CacheSequences):
         )
         grad = any(x is not None and x.requires_grad for x in (query, key, value))
         self._accepted = None if grad else seen
+        return layer
 
     # ------------------------------------------------------------------------------- what is stored
 
@@ -292,6 +313,8 @@ class QuantizedKVCache(CacheSequences):
             token or padding.
         """
         storage, state = self.storage(layer), self._state
+        dtype = self.dtype if dtype is None else dtype
+        check_float_dtype("dtype", dtype)
         state.settle()
         return functional.gather(
             storage,
@@ -299,7 +322,7 @@ class QuantizedKVCache(CacheSequences):
             seq_lens=state.lens[layer],
             seq_starts=state.seq_starts,
             tokens=state.high[layer],
-            dtype=dtype or self.dtype,
+            dtype=dtype,
         )
 
     def layer_past(self, layer: int) -> LayerPast:
@@ -313,8 +336,7 @@ class QuantizedKVCache(CacheSequences):
             ValueError: Another format than ``CacheFormat.plain()``, or sequences of several
                 lengths.
         """
-        self._check_layer(layer)
-        return _serialize.layer_past(self._state, layer)
+        return _serialize.layer_past(self._state, self._check_layer(layer))
 
     @classmethod
     def from_layer_past(
@@ -335,7 +357,7 @@ class QuantizedKVCache(CacheSequences):
             dtype: As for a new cache.
 
         Raises:
-            TypeError: A dtype that is not supported.
+            TypeError: Another structure, a dtype that is not supported.
             ValueError: Shapes that do not belong together, or scales beyond float16.
         """
         return _serialize.from_layer_past(cls, past, max_seq_len, block_size, dtype)
@@ -363,23 +385,61 @@ class QuantizedKVCache(CacheSequences):
         _serialize.fill(new, state)
         self._adopt(new)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = self._state
+        return _unpickle, (type(self), state.config, self.dtype, self.state_dict())
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to a safetensors file.
 
         Raises:
             ImportError: safetensors is not installed.
         """
-        _serialize.save(self._state, self.dtype, path)
+        _files.save(self._state, self.dtype, path)
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], device: torch.device | str | int | None = None
+        cls,
+        path: str | os.PathLike[str],
+        device: torch.device | str | int | None = None,
+        *,
+        max_seq_len: int | None = None,
+        block_size: int | None = None,
+        num_blocks: int | None = None,
     ) -> Self:
         """A cache from a file that `save` wrote.
 
+        Its capacity and its blocks are those of the saved cache, but memory is taken for the
+        stored tokens only: more comes by growth, up to the capacity, or at once with one of the
+        sizes below. A file is checked as a whole before memory is taken for it.
+
+        Args:
+            path: The file.
+            device: Where; torch's default device by default.
+            max_seq_len: In place of the saved cache's, allocated at once.
+            block_size: In place of the saved cache's.
+            num_blocks: In place of the saved cache's, allocated at once.
+
         Raises:
             ImportError: safetensors is not installed.
+            FileNotFoundError: No such file.
+            TypeError: An argument of another type.
             ValueError: The file is cut off, from another version or another program, or does not
-                hold together.
+                hold together; a size that does not fit it.
         """
-        return _serialize.load(cls, path, device)
+        sizes = {"max_seq_len": max_seq_len, "block_size": block_size, "num_blocks": num_blocks}
+        return _files.load(cls, path, device, sizes)
+
+
+def _unpickle(
+    cls: type[QuantizedKVCache], config: CacheConfig, dtype: torch.dtype, state: dict[str, Tensor]
+) -> QuantizedKVCache:
+    return _serialize.restore(cls, config, dtype, state, allocate=True)
+
+
+def _equal(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Whether two calls look alike; a tensor or an array in the place of a number never does."""
+    try:
+        return a == b
+    except (RuntimeError, ValueError):
+        return False

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from kvquant import backends, ops
-from kvquant._checks import FLOATS, require
+from kvquant._arguments import (
+    check_device,
+    check_float_dtype,
+    check_head_dim,
+    require,
+)
 from kvquant.cache import QuantizedKVCache
 from kvquant.formats import CacheFormat, check_format
 from kvquant.storage import LayerStorage
@@ -64,19 +69,24 @@ def explain(
         ValueError: An operation that there is not, a head_dim that no cache has.
         TypeError: A dtype that no operation takes, a format that is none.
     """
-    require(op in ops.OPS, f"op: expected one of {', '.join(ops.OPS)}, got {op!r}")
-    if dtype not in FLOATS:
-        raise TypeError(f"dtype: expected float16, bfloat16 or float32, got {dtype}")
+    require(
+        isinstance(op, str) and op in ops.OPS,
+        f"op: expected one of {', '.join(ops.OPS)}, got {op!r}",
+    )
+    check_float_dtype("dtype", dtype)
+    require(
+        cache is None or isinstance(cache, QuantizedKVCache),
+        f"cache: expected a QuantizedKVCache, got {type(cache).__name__}",
+        TypeError,
+    )
     if cache is not None:
         storage = cache.storage(0)
         device, format = cache.device, cache.format
         head_dim, v_head_dim = storage.k_data.shape[3], storage.v_data.shape[3]
-    v_dim = head_dim if v_head_dim is None else v_head_dim
-    if op in ("attention", "append_", "gather"):
-        for name, dim in (("head_dim", head_dim), ("v_head_dim", v_dim)):
-            require(dim > 0 and dim % 16 == 0, f"{name}: {dim} is not a multiple of 16")
+    head_dim = check_head_dim("head_dim", head_dim)
+    v_dim = head_dim if v_head_dim is None else check_head_dim("v_head_dim", v_head_dim)
     fmt = CacheFormat() if format is None else check_format(format)
-    target = torch.empty(0, device=device).device
+    target = check_device("device", device)
     backend, reason = ops.choose(op, _arguments(op, target, head_dim, v_dim, dtype, fmt))
     details: dict[str, Any] = {"device": _device_name(target)}
     if backend.name != "reference":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+from kvquant._arguments import check_flag, check_integer
 
 __all__ = ["CacheFormat", "check_format", "rotation_length"]
 
@@ -25,11 +26,16 @@ class CacheFormat:
         bits: Bits of a code. 8 is implemented.
         key_rotation: Rotate keys by an orthonormal Hadamard matrix along ``head_dim``
             (QuaRot, SpinQuant), block-diagonal where ``head_dim`` is no power of two.
-        key_mean: Tokens of a sequence that share one running key mean (a power of two from 16),
-            or None for no mean. The mean of a group is taken from the group before it.
+        key_mean: Tokens of a sequence that share one running key mean (a power of two from 16 to
+            2**30), or None for no mean. The mean of a group is taken from the group before it.
         value_rotation: Rotate values the same way.
 
+    Every element comes back within half a ``scale``, in the basis that it is stored in. A channel
+    that the rotation, or taking the mean off, leads beyond float16's 65504 counts as 65504. A row
+    with an element beyond 65504, or one that is not finite, comes back as NaN.
+
     Raises:
+        TypeError: An option of another type.
         ValueError: An option outside the range above.
     """
 
@@ -39,11 +45,17 @@ class CacheFormat:
     value_rotation: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits != 8:
+        if check_integer("bits", self.bits) != 8:
             raise ValueError(f"bits: expected 8, got {self.bits!r}")
-        group = self.key_mean
-        if group is not None and (group < 16 or group & (group - 1)):
-            raise ValueError(f"key_mean: expected None or a power of two from 16, got {group!r}")
+        check_flag("key_rotation", self.key_rotation)
+        check_flag("value_rotation", self.value_rotation)
+        if self.key_mean is not None:
+            group = check_integer("key_mean", self.key_mean)
+            if not 16 <= group <= 2**30 or group & (group - 1):
+                raise ValueError(
+                    f"key_mean: expected None or a power of two from 16 to 2**30, got {group}"
+                )
+            object.__setattr__(self, "key_mean", group)
 
     @classmethod
     def plain(cls) -> CacheFormat:
@@ -74,7 +86,7 @@ class CacheFormat:
 
     def mean_slots(self, block_size: int) -> int:
         """Mean vectors a block of ``block_size`` tokens holds, 0 without a mean."""
-        return max(1, math.ceil(block_size / self.key_mean)) if self.key_mean else 0
+        return -(-block_size // self.key_mean) if self.key_mean else 0
 
 
 def check_format(format: CacheFormat) -> CacheFormat:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from kvquant import ops
+from kvquant._arguments import (
+    check_flag,
+    check_float_dtype,
+    check_integer,
+    check_number,
+    require,
+)
 from kvquant._checks import (
     check_block_table,
     check_index,
     check_no_grad,
     check_packed,
+    check_pair,
     check_rows,
     check_slots,
     check_split_size,
     check_storage,
     check_table,
     check_window,
-    require,
 )
 from kvquant.storage import LayerStorage
 
@@ -54,28 +59,25 @@ def append_(
         value: Likewise, its head_dim may differ.
         storage: Where to write.
         block_table: int32 ``(batch, max_blocks)``. Needed unless ``slot_mapping`` is given and the
-            format has no key mean.
-        seq_lens: int32 ``(batch,)``: tokens stored before the call. Needed like ``block_table``.
+            format has no key mean; without it the slots alone say where rows go, and
+            ``cu_seqlens``, ``seq_starts`` and ``max_seqlen`` are refused.
+        seq_lens: int32 ``(batch,)``: tokens stored before the call. Given like ``block_table``.
         cu_seqlens: int32 ``(batch + 1,)``: where each sequence's packed rows begin.
         seq_starts: int32 ``(batch,)``: tokens before it are padding (left out of key means).
         slot_mapping: int64, one a row: ``block * block_size + row``, -1 to skip.
-        max_seqlen: Most packed rows of one sequence; by default their total.
+        max_seqlen: With ``cu_seqlens``, most packed rows of one sequence; by default their total.
         advance: Add the new tokens to ``seq_lens``, in the same launch.
 
     Raises:
-        TypeError: A dtype that is not supported.
+        TypeError: An argument of another type, a dtype that is not supported.
         ValueError: Arguments that do not fit together.
         CacheFullError: Past the table's capacity, where the lengths are on the host.
     """
-    packed = cu_seqlens is not None or (slot_mapping is not None and key.dim() == 3)
-    check_rows("key", key, 3 if packed else 4)
-    check_rows("value", value, 3 if packed else 4)
-    check_no_grad(key=key, value=value)
-    require(
-        key.shape[:-1] == value.shape[:-1] and key.dtype == value.dtype,
-        f"value: expected key's dtype and shape but for head_dim ({key.dtype}, "
-        f"{list(key.shape)}), got {value.dtype}, {list(value.shape)}",
-    )
+    packed = cu_seqlens is not None
+    if slot_mapping is not None and isinstance(key, Tensor):
+        packed = packed or key.dim() == 3
+    check_pair(key, value, 3 if packed else 4)
+    check_flag("advance", advance)
     check_storage(storage, key, key_dim=key.shape[-1], value_dim=value.shape[-1])
     require(
         key.shape[-2] == storage.k_data.shape[1],
@@ -83,35 +85,38 @@ def append_(
     )
     rows = key.shape[0] if packed else key.shape[0] * key.shape[1]
     by_table = slot_mapping is None or storage.format.key_mean is not None
-    if by_table:
-        require(
-            block_table is not None and seq_lens is not None,
-            "block_table, seq_lens: needed without a slot_mapping, and with a key mean",
-        )
+    require(
+        (block_table is None) == (seq_lens is None) and not (by_table and block_table is None),
+        "block_table, seq_lens: needed without a slot_mapping, and with a key mean; else both or "
+        "neither",
+    )
+    require(
+        not advance or (seq_lens is not None and slot_mapping is None),
+        "advance: needs seq_lens, and no slot_mapping",
+    )
     new_tokens = rows if packed else key.shape[1]
-    if block_table is not None and seq_lens is not None:
+    if block_table is None or seq_lens is None:
+        for name, x in (
+            ("cu_seqlens", cu_seqlens), ("seq_starts", seq_starts), ("max_seqlen", max_seqlen)
+        ):  # fmt: skip
+            require(x is None, f"{name}: only with a block_table, got a slot_mapping alone")
+    else:
         batch = check_table(block_table)
-        if not packed:
-            require(
-                key.shape[0] == batch, f"key: batch {key.shape[0]}, but block_table has {batch}"
-            )
+        require(
+            packed or key.shape[0] == batch,
+            f"key: batch {key.shape[0]}, but block_table has {batch}",
+        )
+        require(
+            not packed or cu_seqlens is not None,
+            "cu_seqlens: needed for packed rows with a block_table",
+        )
         check_packed("cu_seqlens", cu_seqlens, batch, rows, key.device, max_seqlen)
         check_index("seq_starts", seq_starts, batch, key.device)
         added: int | Tensor = new_tokens if cu_seqlens is None else cu_seqlens.diff()
         check_block_table(
             block_table, seq_lens, storage, key.device, added=added if by_table else 0
         )
-        require(
-            not packed or cu_seqlens is not None,
-            "cu_seqlens: needed for packed rows with a block_table",
-        )
-    require(
-        not advance or (seq_lens is not None and slot_mapping is None),
-        "advance: needs seq_lens, and no slot_mapping",
-    )
     check_slots(slot_mapping, rows, storage, key.device)
-    if block_table is None:  # the slots say it all
-        cu_seqlens = seq_starts = None
     fmt = storage.format
     ops.call(
         "append_",
@@ -159,7 +164,7 @@ def gather(
         rows outside ``[seq_starts, seq_lens)`` are zero.
 
     Raises:
-        TypeError: A dtype that is not supported.
+        TypeError: An argument of another type, a dtype that is not supported.
         ValueError: Arguments that do not fit together.
     """
     check_storage(storage)
@@ -167,13 +172,11 @@ def gather(
     check_index("seq_starts", seq_starts, check_table(block_table), device)
     check_block_table(block_table, seq_lens, storage, device)
     capacity = block_table.shape[1] * storage.block_size
-    tokens = capacity if tokens is None else tokens
-    require(0 <= tokens <= capacity, f"tokens: expected 0 to {capacity}, got {tokens}")
-    require(
-        dtype in (torch.float16, torch.bfloat16, torch.float32),
-        f"dtype: expected float16, bfloat16 or float32, got {dtype}",
-        TypeError,
-    )
+    if tokens is None:
+        tokens = capacity
+    elif not 0 <= (tokens := check_integer("tokens", tokens)) <= capacity:
+        raise ValueError(f"tokens: expected 0 to {capacity}, got {tokens}")
+    check_float_dtype("dtype", dtype)
     fmt = storage.format
     result: tuple[Tensor, Tensor] = ops.call(
         "gather",
@@ -231,7 +234,8 @@ def attention(
         seq_starts: int32 ``(batch,)``: tokens before it are padding and never seen.
         key: New keys, as in `append_`.
         value: New values.
-        max_seqlen_q: Most packed queries of one sequence; by default their total.
+        max_seqlen_q: With ``cu_seqlens_q``, most packed queries of one sequence; by default their
+            total.
         softmax_scale: ``head_dim**-0.5`` by default.
         causal: A query sees no token behind its own position.
         sliding_window: A query at ``i`` sees tokens ``j > i - sliding_window``.
@@ -250,12 +254,13 @@ def attention(
         return_lse: Also return the log-sum-exp of the scores (and sinks).
 
     Returns:
-        The output in query's dtype and shape (value's head_dim), zero where a query sees nothing;
-        with ``return_lse`` also float32 ``query.shape[:-1]``: the logarithm of the softmax's
-        denominator, the sink's part included; -inf where there is neither token nor sink.
+        The output in query's dtype and shape (value's head_dim), zero where a query sees nothing
+        and in packed rows of no sequence; with ``return_lse`` also float32 ``query.shape[:-1]``:
+        the logarithm of the softmax's denominator, the sink's part included; -inf where there is
+        neither token nor sink, and in packed rows of no sequence.
 
     Raises:
-        TypeError: A dtype that is not supported.
+        TypeError: An argument of another type, a dtype that is not supported.
         ValueError: Arguments that do not fit together.
         CacheFullError: New keys past the capacity, where the lengths are on the host.
     """
@@ -265,10 +270,12 @@ def attention(
     check_storage(storage, query, key_dim=query.shape[-1])
     batch, heads, kv_heads = check_table(block_table), query.shape[-2], storage.k_data.shape[1]
     require(
-        heads % kv_heads == 0,
+        heads > 0 and heads % kv_heads == 0,
         f"query: {heads} heads are no multiple of the storage's {kv_heads} (got shape "
         f"{list(query.shape)})",
     )
+    check_flag("causal", causal)
+    check_flag("return_lse", return_lse)
     require(
         packed or query.shape[0] == batch,
         f"query: batch {query.shape[0]}, but block_table has {batch}",
@@ -278,15 +285,21 @@ def attention(
     check_index("sinks", sinks, heads, query.device, torch.float32)
     check_index("alibi_slopes", alibi_slopes, heads, query.device, torch.float32)
     window = check_window(sliding_window)
-    cap = _option("softcap", softcap)
+    cap = 0.0 if softcap is None else check_number("softcap", softcap, positive=True)
     split = check_split_size(split_size)
-    scale = query.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    require(math.isfinite(scale), f"softmax_scale: expected a finite number, got {scale}")
+    scale = query.shape[-1] ** -0.5
+    if softmax_scale is not None:
+        scale = check_number("softmax_scale", softmax_scale)
     require(
         (key is None) == (value is None),
         "key, value: expected both or neither",
     )
     if key is not None and value is not None:
+        check_pair(key, value, 3 if packed else 4)
+        require(
+            not packed or key.shape[0] == query.shape[0],
+            f"key: {key.shape[0]} packed rows, but query has {query.shape[0]}",
+        )
         if split and not torch.compiler.is_compiling():
             layer = (storage.k_data, storage.k_params, storage.k_mean, storage.v_data)
             capacity = block_table.shape[1] * storage.block_size
@@ -332,13 +345,3 @@ def attention(
         return_lse,
     )
     return (out, lse) if return_lse else out
-
-
-def _option(name: str, number: float | None) -> float:
-    """The kernels' encoding of an optional positive number: 0 for None."""
-    if number is None:
-        return 0.0
-    require(
-        math.isfinite(number) and number > 0, f"{name}: expected a positive number, got {number}"
-    )
-    return float(number)

@@ -110,7 +110,7 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: An unknown name.
     """
-    if name not in ("auto", "reference"):
+    if not isinstance(name, str) or name not in ("auto", "reference"):
         raise ValueError(f"name: expected 'auto' or 'reference', got {name!r}")
     token = _forced.set(name)
     try:
@@ -184,7 +184,8 @@ def is_plain(x: Tensor) -> bool:
 
 def call(name: str, *args: Any) -> Any:
     """Run an operation; the first argument is a tensor on the device that decides."""
-    return _run(name, *args) if is_plain(args[0]) else _handles[name](*args)
+    plain = is_plain(args[0]) and not args[0].is_meta
+    return _run(name, *args) if plain else _handles[name](*args)
 
 
 def _fake_quantize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -29,7 +30,10 @@ def step_up(now: int, least: int, unit: int) -> int:
 
 
 class BlockAllocator:
-    """Reference counts of blocks ``0 .. num_blocks - 1``; a list of free ones. Host only.
+    """Reference counts of blocks ``0 .. num_blocks - 1`` and a heap of free ones. Host only.
+
+    The lowest free block is taken first, so that blocks at the end become free again and can be
+    given up.
 
     Args:
         num_blocks: Blocks at the start, all free.
@@ -39,7 +43,7 @@ class BlockAllocator:
     def __init__(self, num_blocks: int, limit: int | None) -> None:
         self.limit = limit
         self._counts = [0] * num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self._free = list(range(num_blocks))
         self._shared = 0
 
     @property
@@ -57,16 +61,15 @@ class BlockAllocator:
         """Blocks that nobody holds."""
         return len(self._free)
 
-    def grow_for(self, wanted: int) -> None:
-        """See to ``wanted`` free blocks, within the limit.
+    def size_for(self, wanted: int) -> int:
+        """How many blocks there must be for ``wanted`` free ones, within the limit.
 
         Raises:
-            CacheFullError: The limit leaves no room; nothing changed.
+            CacheFullError: The limit leaves no room.
         """
-        missing = wanted - len(self._free)
+        now, missing = self.num_blocks, wanted - len(self._free)
         if missing <= 0:
-            return
-        now = self.num_blocks
+            return now
         size = step_up(now, now + missing, 1)
         if self.limit is not None:
             if now + missing > self.limit:
@@ -75,12 +78,25 @@ class BlockAllocator:
                     f"{len(self._free) + self.limit - now} of {self.limit} are free"
                 )
             size = min(size, self.limit)
-        self._counts += [0] * (size - now)
-        self._free = [*range(size - 1, now - 1, -1), *self._free]
+        return size
+
+    def grow(self, size: int) -> None:
+        """Let there be ``size`` blocks, if there are fewer."""
+        self._free += range(self.num_blocks, size)  # larger than all others: still a heap
+        self._counts += [0] * (size - self.num_blocks)
+
+    def shrink(self, size: int) -> None:
+        """Give up free blocks at the end, as long as ``size`` are left."""
+        now = self.num_blocks
+        while now > size and not self._counts[now - 1]:
+            now -= 1
+        if now < self.num_blocks:
+            del self._counts[now:]
+            self._free = sorted(block for block in self._free if block < now)
 
     def take(self) -> int:
         """A free block, now held once. There must be one."""
-        block = self._free.pop()
+        block = heapq.heappop(self._free)
         self._counts[block] = 1
         return block
 
@@ -97,7 +113,7 @@ class BlockAllocator:
             if self._counts[block]:
                 self._shared -= 1
             else:
-                self._free.append(block)
+                heapq.heappush(self._free, block)
 
     def count(self, block: int) -> int:
         """How often ``block`` is held."""
@@ -135,6 +151,11 @@ class LayerPool:
             )
             for _ in range(num_layers)
         )
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that every layer has."""
+        return min(storage.k_data.shape[0] for storage in self.layers)
 
     @property
     def nbytes(self) -> int:
@@ -259,8 +280,7 @@ class Tables:
     @staticmethod
     def _on_device(owned: list[list[int]], width: int, device: torch.device) -> Tensor:
         rows = [blocks + [-1] * (width - len(blocks)) for blocks in owned]
-        table = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda")
-        return table.to(device, non_blocking=True)
+        return index_tensor(rows, device, torch.int32)
 
 
 def _as_args(storage: LayerStorage) -> tuple[Tensor | None, ...]:
@@ -278,8 +298,10 @@ def _replaced(storage: LayerStorage, tensors: dict[str, Any]) -> LayerStorage:
 
 
 def index_tensor(
-    values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64
+    values: Sequence[int] | Sequence[Sequence[int]],
+    device: torch.device,
+    dtype: torch.dtype = torch.int64,
 ) -> Tensor:
     """Integers on ``device``, without waiting for it."""
-    index = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    index = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
     return index.to(device, non_blocking=True)

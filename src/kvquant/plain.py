@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kvquant import ops
-from kvquant._checks import check_affine, check_no_grad, check_rows, require
+from kvquant._arguments import (
+    INT32_MAX,
+    check_float_dtype,
+    check_integer,
+    check_number,
+    require,
+)
+from kvquant._checks import check_affine, check_no_grad, check_rows
 
 __all__ = ["dequantize_cache_torch", "pv_matmul", "qk_matmul", "quantize_cache_v"]
 
@@ -42,29 +49,29 @@ def quantize_cache_v(
         shared elements hold a NaN or exceed 65504, both are NaN.
 
     Raises:
-        TypeError: A dtype that is not supported.
+        TypeError: An argument of another type, a dtype that is not supported.
         ValueError: A shape, stride or option that is not supported.
     """
     check_rows("x", x, 4, any_dim=True)
     check_no_grad(x=x)
-    require(isinstance(bits, int) and 1 <= bits <= 8, f"bits: expected 1 to 8, got {bits!r}")
-    high = float(2**bits - 1 if qmax is None else qmax)
-    low = float(0 if qmin is None else qmin)
+    bits = check_integer("bits", bits, 1, 8)
+    high = float(2**bits - 1) if qmax is None else _code("qmax", qmax)
+    low = 0.0 if qmin is None else _code("qmin", qmin)
     require(
         0 <= low < high <= 255,
         f"qmin, qmax: expected 0 <= qmin < qmax <= 255, got {low:g} and {high:g}",
     )
     require(
-        granularity in ("token", "head", "channel"),
+        isinstance(granularity, str) and granularity in ("token", "head", "channel"),
         f"granularity: expected 'token', 'head' or 'channel', got {granularity!r}",
     )
     if granularity != "channel":
         require(group_size is None, f"group_size: only for 'channel', not {granularity!r}")
-    require(
-        group_size is None or group_size > 0,
-        f"group_size: expected a positive number, got {group_size}",
-    )
-    group = (group_size or max(1, x.shape[2])) if granularity == "channel" else 0
+        group = 0
+    elif group_size is None:
+        group = max(1, x.shape[2])
+    else:
+        group = check_integer("group_size", group_size, 1, INT32_MAX)
     result: tuple[Tensor, Tensor, Tensor] = ops.call("quantize", x, low, high, granularity, group)
     return result
 
@@ -87,16 +94,12 @@ def dequantize_cache_torch(
         group_size: As given to `quantize_cache_v`.
 
     Raises:
-        TypeError: A dtype that is not supported.
+        TypeError: An argument of another type, a dtype that is not supported.
         ValueError: Shapes that do not belong together.
     """
-    dtype = dtype or scale.dtype
     group = check_affine("q", q, scale, zero, group_size)
-    require(
-        dtype in (torch.float16, torch.bfloat16, torch.float32),
-        f"dtype: expected float16, bfloat16 or float32, got {dtype}",
-        TypeError,
-    )
+    dtype = scale.dtype if dtype is None else dtype
+    check_float_dtype("dtype", dtype)
     result: Tensor = ops.call("dequantize", q, scale.float(), zero.float(), group, dtype)
     return result
 
@@ -117,11 +120,11 @@ def qk_matmul(
         ``(batch, q_heads, q_tokens, tokens)`` in the query's dtype, accumulated in float32.
 
     Raises:
-        TypeError: A dtype that is not supported.
+        TypeError: An argument of another type, a dtype that is not supported.
         ValueError: Shapes that do not belong together.
     """
     group = check_affine("qk", qk, scale, zero, group_size)
-    _check_factor("query", query, qk, qk.shape[3])
+    _check_factor("query", query, "qk", qk, qk.shape[3])
     result: Tensor = ops.call("qk_matmul", query, qk, scale.float(), zero.float(), group)
     return result
 
@@ -142,18 +145,27 @@ def pv_matmul(
         ``(batch, q_heads, q_tokens, head_dim)`` in probs' dtype, accumulated in float32.
 
     Raises:
-        TypeError: A dtype that is not supported.
+        TypeError: An argument of another type, a dtype that is not supported.
         ValueError: Shapes that do not belong together.
     """
     group = check_affine("qv", qv, scale, zero, group_size)
-    _check_factor("probs", probs, qv, qv.shape[2])
+    _check_factor("probs", probs, "qv", qv, qv.shape[2])
     result: Tensor = ops.call("pv_matmul", probs, qv, scale.float(), zero.float(), group)
     return result
 
 
-def _check_factor(name: str, x: Tensor, q: Tensor, last: int) -> None:
+def _code(name: str, code: Any) -> float:
+    """A smallest or largest code, which Qwen's callers may give as a tensor of one element."""
+    if isinstance(code, Tensor):
+        require(code.numel() == 1, f"{name}: expected one number, got shape {list(code.shape)}")
+        code = code.item()
+    return check_number(name, code)
+
+
+def _check_factor(name: str, x: Tensor, codes: str, q: Tensor, last: int) -> None:
     check_rows(name, x, 4, any_dim=True)
     check_no_grad(**{name: x})
+    require(q.shape[1] > 0, f"{codes}: expected a head at least, got shape {list(q.shape)}")
     require(
         x.shape[0] == q.shape[0] and x.shape[1] % q.shape[1] == 0 and x.shape[3] == last,
         f"{name}: expected shape [{q.shape[0]}, a multiple of {q.shape[1]}, any, {last}], got "

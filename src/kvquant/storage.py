@@ -7,6 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvquant._arguments import (
+    INT32_MAX,
+    check_device,
+    check_head_dim,
+    check_integer,
+    check_tensor,
+    require,
+)
 from kvquant.formats import CacheFormat, check_format
 
 __all__ = ["LayerStorage"]
@@ -40,17 +48,23 @@ class LayerStorage:
     format: CacheFormat
 
     def __post_init__(self) -> None:
-        if self.k_data.dim() != 4:
-            raise ValueError(f"k_data: expected 4 dimensions, got shape {list(self.k_data.shape)}")
+        check_format(self.format)
+        for name in _TENSORS:
+            if (x := getattr(self, name)) is not None or name != "k_mean":
+                check_tensor(name, x)
+                require(x.dim() == 4, f"{name}: expected 4 dimensions, got shape {list(x.shape)}")
         blocks, heads, size, k_dim = self.k_data.shape
+        require(heads > 0, f"k_data: expected a head at least, got shape {[*self.k_data.shape]}")
+        for name, data in (("k_data", self.k_data), ("v_data", self.v_data)):
+            check_head_dim(f"{name}: head_dim", data.shape[3])
         slots = self.format.mean_slots(size)
-        if (self.k_mean is None) != (slots == 0):
+        if (self.k_mean is None) != (self.format.key_mean is None):
             raise ValueError(f"k_mean: does not go with {self.format}")
         widths = {
             "k_data": (size, k_dim),
             "k_params": (size, 2),
             "k_mean": (slots, k_dim),
-            "v_data": (size, self.v_data.shape[-1]),
+            "v_data": (size, self.v_data.shape[3]),
             "v_params": (size, 2),
         }
         for name, x in self.tensors.items():
@@ -64,8 +78,9 @@ class LayerStorage:
             if x.device != self.k_data.device:
                 raise ValueError(f"{name}: on {x.device}, but k_data on {self.k_data.device}")
             steps = [step * x.element_size() for step in x.stride()[:2]]
-            if x.stride()[2:] != (x.shape[3], 1) or any(
-                step % 16 for step in (*steps, x.storage_offset() * x.element_size())
+            apart = (*steps, x.storage_offset() * x.element_size())
+            if x.numel() and (
+                x.stride()[2:] != (x.shape[3], 1) or any(step % 16 for step in apart)
             ):
                 raise ValueError(
                     f"{name}: the rows of a block and head must be contiguous and 16-byte aligned, "
@@ -84,18 +99,44 @@ class LayerStorage:
         format: CacheFormat | None = None,
         device: torch.device | str | None = None,
     ) -> LayerStorage:
-        """Unwritten storage for ``num_blocks`` blocks of ``block_size`` tokens."""
+        """Unwritten storage for ``num_blocks`` blocks of ``block_size`` tokens.
+
+        Args:
+            num_blocks: Blocks.
+            kv_heads: Heads of keys and values.
+            block_size: Tokens of a block.
+            k_dim: Channels of a key, a multiple of 16.
+            v_dim: Channels of a value; ``k_dim`` by default.
+            format: What the rows mean; ``CacheFormat()`` by default.
+            device: Where; torch's default device by default.
+
+        Raises:
+            TypeError: An argument of another type.
+            ValueError: A size out of range, a device that is not here.
+        """
         fmt = CacheFormat() if format is None else check_format(format)
-        v_dim = k_dim if v_dim is None else v_dim
+        lead = (
+            check_integer("num_blocks", num_blocks, 0, INT32_MAX),
+            check_integer("kv_heads", kv_heads, 1, INT32_MAX),
+        )
+        size = check_integer("block_size", block_size, 0, INT32_MAX)
+        k_dim = check_head_dim("k_dim", k_dim)
+        v_dim = k_dim if v_dim is None else check_head_dim("v_dim", v_dim)
+        require(
+            lead[1] * size * max(k_dim, v_dim) < 2**60,
+            f"block_size: {size} tokens of {lead[1]} heads are more than a tensor can hold",
+        )
+        if not isinstance(device, torch.device):
+            device = check_device("device", device)
 
-        def rows(width: int, dtype: torch.dtype, length: int = block_size) -> Tensor:
-            return torch.empty(num_blocks, kv_heads, length, width, dtype=dtype, device=device)
+        def rows(width: int, dtype: torch.dtype, length: int = size) -> Tensor:
+            return torch.empty(*lead, length, width, dtype=dtype, device=device)
 
-        slots = fmt.mean_slots(block_size)
+        slots = fmt.mean_slots(size)
         return cls(
             k_data=rows(k_dim, torch.uint8),
             k_params=rows(2, torch.float16),
-            k_mean=rows(k_dim, torch.float16, slots) if slots else None,
+            k_mean=None if fmt.key_mean is None else rows(k_dim, torch.float16, slots),
             v_data=rows(v_dim, torch.uint8),
             v_params=rows(2, torch.float16),
             format=fmt,

@@ -18,6 +18,8 @@ __all__ = ["Compiled"]
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _GRANULARITIES = {"token": 0, "head": 1, "channel": 2}
 _NO_SLAB = (0, 0, 0)
+_MAX_DIM = 256  # of the kernels
+_STORAGE_AT = {"append_": 2, "attention": 1, "gather": 0}  # where k_data stands, v_data 3 behind it
 
 
 def _slab(x: Tensor | None) -> tuple[int, int, int]:
@@ -36,6 +38,19 @@ def _rows(x: Tensor) -> tuple[int, int, int, int]:
     if x.dim() == 3:
         return x.data_ptr(), 0, x.stride(0), x.stride(1)
     return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
+
+
+def _packed(x: Tensor, max_tokens: int) -> tuple[int, int]:
+    """(packed rows there are, most of a sequence); of dense rows (0, those of each sequence)."""
+    return (x.shape[0], min(max_tokens, x.shape[0])) if x.dim() == 3 else (0, x.shape[1])
+
+
+def _called(query: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Which rows (.., 1) are a sequence's."""
+    if cu_seqlens is None:
+        return torch.ones(1, dtype=torch.bool, device=query.device)
+    row = torch.arange(query.shape[0], device=query.device)[:, None, None]
+    return ((row >= cu_seqlens[:-1]) & (row < cu_seqlens[1:])).any(-1)
 
 
 def _affine(scale: Tensor, zero: Tensor, group: int) -> tuple[int, int, tuple[int, ...], int]:
@@ -197,12 +212,11 @@ class Compiled(ABC):
         """Why a call cannot be served, or None."""
         if reason := self.unavailable(args[0]):
             return reason
-        if op in ("append_", "attention") and args[0].shape[-1] > 256:
-            return f"head_dim {args[0].shape[-1]} is over 256"
-        if op in ("append_", "attention", "gather"):
-            v_data = args[{"append_": 5, "attention": 4, "gather": 3}[op]]
-            if v_data.shape[-1] > 256 or v_data.shape[-1] % 16:
-                return f"the values' head_dim {v_data.shape[-1]} is no multiple of 16 up to 256"
+        if (first := _STORAGE_AT.get(op)) is not None:
+            for of, data in (("keys'", args[first]), ("values'", args[first + 3])):
+                dim = data.shape[-1]
+                if dim > _MAX_DIM or dim % 16:
+                    return f"the {of} head_dim {dim} is no multiple of 16 up to {_MAX_DIM}"
         return None
 
     def quantize(
@@ -297,9 +311,9 @@ class Compiled(ABC):
             table = (block_table.data_ptr(), block_table.stride(0), *block_table.shape)
         _native.module.append(
             _view(k_data, k_params, k_mean, v_data, v_params, mean_group, k_rotation, v_rotation),
-            *table, _pointer(seq_lens), _pointer(seq_starts), _pointer(cu_seqlens), max_tokens,
-            *_rows(key), *_rows(value), _DTYPES[key.dtype], _pointer(slot_mapping), advance,
-            counter, *self.queue(key),
+            *table, _pointer(seq_lens), _pointer(seq_starts), _pointer(cu_seqlens),
+            *_packed(key, max_tokens), *_rows(key), *_rows(value), _DTYPES[key.dtype],
+            _pointer(slot_mapping), advance, counter, *self.queue(key),
         )  # fmt: skip
 
     def gather(
@@ -362,14 +376,17 @@ class Compiled(ABC):
         lead, v_dim, device = query.shape[:-1], v_data.shape[3], query.device
         out = torch.empty(*lead, v_dim, dtype=query.dtype, device=device)
         lse = torch.empty(lead if return_lse else 0, dtype=torch.float32, device=device)
+        if cu_seqlens is not None:  # rows of no sequence
+            out.zero_()
+            lse.fill_(-torch.inf)
         if not out.numel():
             return out, lse
         batch, max_blocks = block_table.shape
         kv_heads, block_size = k_data.shape[1:3]
-        if not max_blocks or not k_data.shape[0]:  # nothing is stored, whatever lengths say
+        if not max_blocks or not k_data.numel():  # nothing is stored, whatever lengths say
             lse.fill_(-torch.inf)
             if sinks is not None and return_lse:
-                lse.copy_(sinks.expand_as(lse))
+                lse.copy_(sinks.expand_as(lse).where(_called(query, cu_seqlens), -torch.inf))
             return out.zero_(), lse
         splits, floats, counts = self.plan(
             query, batch, max_tokens, lead[-1], kv_heads, query.shape[-1], v_dim,
@@ -379,7 +396,8 @@ class Compiled(ABC):
         _native.module.attention(
             _view(k_data, k_params, k_mean, v_data, v_params, mean_group, k_rotation, v_rotation),
             block_table.data_ptr(), block_table.stride(0), batch, max_blocks, seq_lens.data_ptr(),
-            _pointer(seq_starts), _pointer(cu_seqlens), max_tokens, *_rows(query), *_rows(out),
+            _pointer(seq_starts), _pointer(cu_seqlens), *_packed(query, max_tokens),
+            *_rows(query), *_rows(out),
             _DTYPES[query.dtype], lse.data_ptr() if return_lse else 0, lead[-1], softmax_scale,
             causal, sliding_window, softcap, _pointer(sinks), _pointer(alibi_slopes), partials,
             counters, splits, split_size, *self.queue(query),

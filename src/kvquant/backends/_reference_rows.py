@@ -38,7 +38,7 @@ def quantize(
     groups = -(-s // group_size) if granularity == "channel" else 1
     if not x.numel():
         shape = {"token": (b, h, s, 1), "head": (b, h, 1, 1), "channel": (b, h, groups, d)}
-        scale = torch.full(shape[granularity], torch.nan, device=x.device)
+        scale = torch.full(shape[granularity], torch.nan, dtype=torch.float32, device=x.device)
         return torch.empty(x.shape, dtype=torch.uint8, device=x.device), scale, scale.clone()
     rows = x.float()
     if granularity == "channel":
@@ -94,7 +94,8 @@ def qk_matmul(query: Tensor, qk: Tensor, scale: Tensor, zero: Tensor, group_size
 def pv_matmul(probs: Tensor, qv: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Tensor:
     b, heads, rows, tokens = probs.shape
     kv_heads, d = qv.shape[1], qv.shape[3]
-    out = torch.zeros(b, kv_heads, heads // kv_heads * rows, d, device=probs.device)
+    shape = (b, kv_heads, heads // kv_heads * rows, d)
+    out = torch.zeros(shape, dtype=torch.float32, device=probs.device)
     for begin, end in chunks(tokens, KEYS):
         x = probs[..., begin:end].float().reshape(b, kv_heads, -1, end - begin)
         out += x @ _affine_rows(qv, scale, zero, group_size, begin, end)
@@ -127,13 +128,12 @@ def _half_down(x: Tensor) -> Tensor:
 
 def encode(y: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
     """Rows ``(.., dim)`` in the stored basis to codes and (scale, offset) ``(.., 2)``."""
-    low, high = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
+    low, high = (x.clamp(-MAX_ABS, MAX_ABS) for x in y.aminmax(dim=-1, keepdim=True))
     offset = _half_down(low)
     span = high - offset.float()
     step = (span / torch.full_like(span, 255.0)).clamp_min(_MIN_SCALE)
     scale = -_half_down(-step)
-    fits = finite & (low >= -MAX_ABS) & (high <= MAX_ABS) & scale.isfinite()
     shift, factor = offset.float(), scale.float()
     codes = ((y - shift) * (torch.ones_like(factor) / factor)).round().clamp(0, 255)
-    params = torch.cat([scale, offset], -1).where(fits, torch.nan)
-    return codes.where(fits, 0).to(torch.uint8), params
+    params = torch.cat([scale, offset], -1).where(finite, torch.nan)
+    return codes.where(finite, 0).to(torch.uint8), params

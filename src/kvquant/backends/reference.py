@@ -87,7 +87,7 @@ def _call_rows(
         return [(b * tokens, tokens) for b in range(batch)]
     edges = cu_seqlens.tolist()
     return [
-        (begin, max(0, min(tokens, end - begin, total - begin))) if begin >= 0 else (0, 0)
+        (max(0, begin), max(0, min(tokens, min(end, total) - max(0, begin))))
         for begin, end in pairwise(edges)
     ]
 
@@ -125,8 +125,9 @@ def _append(
         calls = [(0, total)]
     else:
         calls = _call_rows(cu_seqlens, batch, total, max_tokens)
-    lengths = [0] * batch if seq_lens is None else [max(0, n) for n in seq_lens.tolist()]
-    starts = [0] * batch if seq_starts is None else [max(0, n) for n in seq_starts.tolist()]
+    capacity = 0 if block_table is None else block_table.shape[1] * slabs.block_size
+    spans = [(0, 0)] * batch if seq_lens is None else _lengths(seq_lens, seq_starts, capacity)
+    starts, lengths = [start for start, _ in spans], [length for _, length in spans]
 
     for b, (first, count) in enumerate(calls):
         if not count:
@@ -297,7 +298,7 @@ def _attention(
     packed = query.flatten(0, 1) if query.dim() == 4 else query
     tokens = query.shape[1] if query.dim() == 4 else max_tokens
     out = torch.zeros(*packed.shape[:-1], v_data.shape[3], dtype=query.dtype, device=query.device)
-    lse = torch.full(packed.shape[:-1], -torch.inf, device=query.device)
+    lse = torch.full(packed.shape[:-1], -torch.inf, dtype=torch.float32, device=query.device)
     lengths = _lengths(seq_lens, seq_starts, block_table.shape[1] * slabs.block_size)
     for b, (first, count) in enumerate(_call_rows(cu_seqlens, batch, packed.shape[0], tokens)):
         start, length = lengths[b]
@@ -305,7 +306,7 @@ def _attention(
             rows = slice(first + begin, first + end)
             x = rotate(packed[rows].float(), k_rotation)
             x = x.transpose(0, 1).unflatten(0, share[:2])  # (kv_heads, share, queries, dim)
-            top = torch.full((*x.shape[:-1], 1), -torch.inf, device=x.device)
+            top = torch.full((*x.shape[:-1], 1), -torch.inf, dtype=torch.float32, device=x.device)
             if sinks is not None:
                 top = sinks.reshape(share).expand_as(top)
             span = (start, length, length - count + begin)
@@ -338,7 +339,7 @@ def _attend(
     if rules.window:
         first = max(first, position - rules.window + 1)
     total = torch.ones_like(top) if has_sink else torch.zeros_like(top)
-    acc = torch.zeros(*query.shape[:3], v_dim, device=query.device)
+    acc = torch.zeros(*query.shape[:3], v_dim, dtype=torch.float32, device=query.device)
     for begin in range(first, end, KEYS):
         tokens = torch.arange(begin, min(begin + KEYS, end), device=query.device)
         key, there = slabs.keys(table, tokens)

@@ -1,0 +1,172 @@
+"""Caches as safetensors files; nothing is allocated on the word of a file's header."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from kvquant._arguments import FLOATS, check_device, check_integer, require
+from kvquant._config import CacheConfig
+from kvquant._serialize import VERSION, check_state, restore, state_dict
+from kvquant._state import CacheState
+from kvquant.formats import CacheFormat
+from kvquant.paged import ceil_to
+
+if TYPE_CHECKING:
+    from kvquant.cache import QuantizedKVCache
+
+    Cache = TypeVar("Cache", bound=QuantizedKVCache)
+
+__all__ = ["load", "save"]
+
+_MAGIC = "kvquant"
+_DTYPES = {str(x).removeprefix("torch."): x for x in FLOATS}
+_SIZES = {  # in the header: in CacheConfig
+    "num_layers": "num_layers",
+    "batch_size": "batch_size",
+    "num_kv_heads": "kv_heads",
+    "head_dim": "k_dim",
+    "v_head_dim": "v_dim",
+    "max_seq_len": "max_seq_len",
+    "block_size": "block_size",
+    "num_blocks": "num_blocks",
+}
+_FORMAT = ("bits", "key_rotation", "key_mean", "value_rotation")
+# A cache may take this many times the bytes of its file, and some: blocks of 256 tokens with one
+# in each are the natural worst case.
+_MOST_TIMES, _MOST_MORE = 256, 32 << 20
+
+
+def _safetensors() -> tuple[ModuleType, ModuleType]:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "QuantizedKVCache.save and load need safetensors: pip install safetensors"
+        ) from error
+    return safetensors, safetensors.torch
+
+
+def _name_of(path: Any) -> str:
+    try:
+        return os.fsdecode(path)
+    except TypeError:
+        raise TypeError(f"path: expected a path, got {type(path).__name__}") from None
+
+
+def save(state: CacheState, dtype: torch.dtype, path: str | os.PathLike[str]) -> None:
+    """See `QuantizedKVCache.save`. The file appears complete or not at all."""
+    name = _name_of(path)
+    _, files = _safetensors()
+    config = state.config
+    header = {
+        "version": VERSION,
+        "format": {field: getattr(config.format, field) for field in _FORMAT},
+        **{field: getattr(config, attribute) for field, attribute in _SIZES.items()},
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    tensors = {key: x.cpu() for key, x in state_dict(state).items()}
+    part = f"{name}.{os.getpid()}.part"
+    try:
+        files.save_file(tensors, part, {"magic": _MAGIC, "cache": json.dumps(header)})
+        os.replace(part, name)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """The tensors of an open file, each read when it is asked for."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._names = dict.fromkeys(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        try:
+            tensor: Tensor = self._file.get_tensor(name)
+        except RuntimeError as error:  # torch's word on a shape that no tensor can have
+            raise ValueError(f"{name}: {error}") from error
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def load(
+    cls: type[Cache],
+    path: str | os.PathLike[str],
+    device: torch.device | str | int | None,
+    sizes: Mapping[str, int | None],
+) -> Cache:
+    """See `QuantizedKVCache.load`; ``sizes``: what takes the place of the header's."""
+    name = _name_of(path)
+    chosen = {key: check_integer(key, x, 1) for key, x in sizes.items() if x is not None}
+    target = check_device("device", device)
+    package, _ = _safetensors()
+    if not os.path.isfile(name):
+        raise FileNotFoundError(f"{name}: no such file")
+    try:
+        with package.safe_open(name, framework="pt") as file:
+            config, dtype = _read_header(file.metadata() or {}, chosen, target)
+            tensors = _Tensors(file)
+            check_state(tensors, config)
+            _check_memory(config, tensors["seq_lens"], os.path.getsize(name))
+            at_once = "max_seq_len" in chosen or "num_blocks" in chosen
+            return restore(cls, config, dtype, tensors, allocate=at_once)
+    except package.SafetensorError as error:
+        raise ValueError(f"{name}: cut off, or no safetensors file ({error})") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _read_header(
+    metadata: Mapping[str, str], chosen: Mapping[str, int], device: torch.device
+) -> tuple[CacheConfig, torch.dtype]:
+    """What a file says of itself; every field is there, and of its type."""
+    require(metadata.get("magic") == _MAGIC, "not a file of kvquant's")
+    try:
+        header = json.loads(metadata["cache"])
+        require(isinstance(header, dict), "it is no object")
+        version = header.pop("version")
+        require(version == VERSION, f"file version {version}, but this kvquant reads {VERSION}")
+        fields, dtype = header.pop("format"), _DTYPES[header.pop("dtype")]
+        require(isinstance(fields, dict), "format is no object")
+        for found, wanted in ((header.keys(), _SIZES.keys()), (fields.keys(), {*_FORMAT})):
+            missing, unknown = sorted(wanted - found), sorted(found - wanted)
+            require(not (missing or unknown), f"missing {missing}, unknown {unknown}")
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"the header does not hold together ({error!r:.200})") from error
+    sizes = {_SIZES[key]: chosen.get(key, x) for key, x in header.items()}
+    return CacheConfig(format=CacheFormat(**fields), device=device, **sizes), dtype
+
+
+def _check_memory(config: CacheConfig, lengths: Tensor, file_bytes: int) -> None:
+    """Refuse blocks so large that a small file would ask for a lot of memory."""
+    size = config.block_size
+    if size is None:
+        return
+    rows = sum(ceil_to(n, size) for n in lengths.amax(0).tolist())
+    means = config.format.mean_slots(size) * 2 * config.k_dim * rows // size
+    row_bytes = config.format.row_bytes(config.k_dim, config.v_dim)
+    wanted = config.num_layers * config.kv_heads * (rows * row_bytes + means)
+    require(
+        wanted <= _MOST_TIMES * file_bytes + _MOST_MORE,
+        f"block_size: blocks of {size} tokens would take {wanted} bytes for a file of "
+        f"{file_bytes}: give load() a smaller block_size",
+    )
