@@ -24,7 +24,7 @@ def main(name: str, *prompts: str) -> None:
         for prompt in prompts
     ]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-    cache = KVQuantCache(model.config)
+    cache = KVQuantCache(model)
     output = model.generate(**inputs.to(device), **{CACHE_ARGUMENT: cache}, max_new_tokens=100)
     new = output[:, inputs["input_ids"].shape[1] :]
     for text in tokenizer.batch_decode(new, skip_special_tokens=True):

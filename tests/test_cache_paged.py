@@ -264,7 +264,7 @@ def test_forks_share_blocks_until_one_writes():
 def test_a_pool_that_is_too_small():
     cache = make("paged-pool", num_blocks=7)
     append_dense([cache], None, 32)
-    with Unchanged(cache), pytest.raises(CacheFullError, match="num_blocks: 3 more blocks"):
+    with Unchanged(cache), pytest.raises(CacheFullError, match="key: 3 more blocks"):
         cache.append(0, *rows(3, 1))
     cu = torch.tensor([0, 16, 16, 16], dtype=torch.int32)
     cache.append(0, *rows(16), cu_seqlens=cu)

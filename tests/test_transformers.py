@@ -19,6 +19,7 @@ from kvquant.integrations.transformers import (  # noqa: E402
     QuantizedHandle,
     handle,
 )
+from kvquant.integrations.transformers.mask import CausalMask  # noqa: E402
 from support import no_waiting  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
@@ -169,8 +170,8 @@ def test_a_left_padded_batch_equals_its_rows_alone(
         got = logits(model, cache, token, attention_mask=mask, position_ids=positions)
         for i, own in enumerate(alone):
             assert_close(got[i], logits(model, own, token[i : i + 1])[0])
-    assert cache.padding.starts is not None
-    assert cache.padding.starts.tolist() == [0, 16, 8]
+    assert cache.batch.starts is not None
+    assert cache.batch.starts.tolist() == [0, 16, 8]
     assert "dequantised" not in warnings_of.text
 
 
@@ -247,7 +248,7 @@ def test_a_mask_with_holes_is_honoured(device: str, warnings_of: pytest.LogCaptu
         )
         visible = mask[:, part].bool()
         assert_close(ours[visible], theirs[visible])
-    assert not caches[0].padding.regular
+    assert not caches[0].batch.regular
     assert "dequantised copy" in warnings_of.text
 
 
@@ -352,3 +353,160 @@ def test_a_failed_forward_leaves_the_cache_as_it_was() -> None:
             input_ids=ids, use_cache=True, **{CACHE_ARGUMENT: KVQuantCache(model.config)}
         ).logits
     assert torch.equal(again, fresh)
+
+
+# ------------------------------------------------------------------------- what cannot be served
+
+
+def xglm(attention: str) -> Any:
+    config = transformers.XGLMConfig(
+        vocab_size=97, d_model=64, ffn_dim=96, num_layers=2, attention_heads=4
+    )
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+
+
+def test_models_with_an_attention_of_their_own_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"attn_implementation: XGLM\w+ computes attention by its"):
+        xglm("kvquant")
+    model = xglm("eager")
+    for call in ({"attn_implementation": "kvquant"}, {"attn_implementation": {"": "kvquant"}}):
+        with pytest.raises(ValueError, match="Load it with attn_implementation='eager'"):
+            model.set_attn_implementation(**call)
+    assert model.config._attn_implementation == "eager"
+    falcon = transformers.FalconConfig(
+        vocab_size=97, hidden_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    with pytest.raises(ValueError, match="attn_implementation: FalconForCausalLM"):
+        transformers.AutoModelForCausalLM.from_config(falcon, attn_implementation="kvquant")
+
+
+def test_a_refused_model_runs_eager_on_the_cache() -> None:
+    torch.manual_seed(3)
+    model = xglm("eager").eval().requires_grad_(False)
+    caches = KVQuantCache(model), transformers.DynamicCache()
+    ids = ids_of(2, 20, "cpu")
+    for part in ids.split([12, 7, 1], dim=1):
+        ours, theirs = (logits(model, cache, part) for cache in caches)
+        assert_close(ours, theirs)
+
+
+def test_attention_weights_are_not_to_be_had() -> None:
+    model = make("llama", "cpu")
+    cache = KVQuantCache(model)
+    with pytest.raises(ValueError, match=r"output_attentions: .* load the model with .*'eager'"):
+        logits(model, cache, ids_of(1, 4, "cpu"), output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions"):
+        generate(
+            model, KVQuantCache(model), ids_of(1, 4, "cpu"),
+            output_attentions=True, return_dict_in_generate=True,
+        )  # fmt: skip
+
+
+def test_another_cache_is_reported_once(device: str, warnings_of: pytest.LogCaptureFixture) -> None:
+    model = make("llama", device)
+    generate(model, None, ids_of(1, 6, device))
+    assert warnings_of.text.count(f"Pass {CACHE_ARGUMENT}=KVQuantCache(model)") == 1
+    handle._warned.clear()
+    warnings_of.clear()
+    model(input_ids=ids_of(1, 6, device), use_cache=False)
+    generate(model, KVQuantCache(model), ids_of(1, 6, device))
+    assert not warnings_of.text
+
+
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "even"])
+def test_a_cache_continues_one_text(device: str, padded: bool) -> None:
+    model = make("llama", device)
+    cache = KVQuantCache(model)
+    ids = ids_of(2, 9, device)
+    options = {}
+    if padded:
+        ids[1, :3] = 0
+        options["attention_mask"] = ids.ne(0).long()
+    first = generate(model, cache, ids, **options)
+    with pytest.raises(ValueError, match="A cache continues one text: reset"):
+        generate(model, cache, ids, **options)
+    cache.reset()
+    assert torch.equal(generate(model, cache, ids, **options), first)
+
+
+def test_a_crop_takes_positions_back(device: str) -> None:
+    model = make("llama", device)
+    cache = KVQuantCache(model)
+    ids = ids_of(1, 12, device)
+    logits(model, cache, ids)
+    cache.crop(-4)
+    logits(model, cache, ids[:, 8:])
+    assert cache.get_seq_length() == 12
+
+
+def test_autocast(device: str) -> None:
+    model, peer = make("llama", device), reference("llama", device)
+    cache, full = KVQuantCache(model), transformers.DynamicCache(config=peer.config)
+    with torch.autocast(device, torch.bfloat16):
+        for part in ids_of(2, 30, device).split([20, 1, 9], dim=1):
+            assert_close(logits(model, cache, part), logits(peer, full, part))
+    part = ids_of(2, 1, device)  # and on without it
+    assert_close(logits(model, cache, part), logits(peer, full, part))
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 36])
+def test_heads_that_are_no_multiple_of_sixteen(head_dim: int, device: str) -> None:
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(**{**COMMON, "head_dim": head_dim})
+    models = []
+    for attention in ("kvquant", "sdpa"):
+        torch.manual_seed(3)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        models.append(model.to(device).eval().requires_grad_(False))
+    cache, full = KVQuantCache(models[0]), transformers.DynamicCache(config=config)
+    for part in ids_of(2, 30, device).split([20, 1, 9], dim=1):
+        assert_close(logits(models[0], cache, part), logits(models[1], full, part))
+    key, _ = cache.layers[0].dequantize(30)
+    assert key.shape == (2, 2, 30, head_dim)
+
+
+def test_a_cache_is_made_from_a_model_or_its_config() -> None:
+    model = make("llama", "cpu")
+    assert len(KVQuantCache(model).layers) == len(KVQuantCache(model.config).layers) == 3
+    with pytest.raises(TypeError, match="config: expected a model or its config, got str"):
+        KVQuantCache("llama")
+
+
+def test_a_layer_shows_its_rows_to_models_that_look(device: str) -> None:
+    model = make("llama", device)
+    cache = KVQuantCache(model)
+    assert cache.layers[0].keys is None
+    ids = ids_of(2, 10, device)
+    logits(model, cache, ids)
+    for got, rows in zip(
+        (cache.layers[1].keys, cache.layers[1].values), cache.layers[1].dequantize(10), strict=True
+    ):
+        assert isinstance(got, QuantizedHandle)
+        assert torch.equal(got + 0, rows)
+
+
+def test_a_mask_is_written_only_for_those_who_look() -> None:
+    model, peer = make("mistral-sliding", "cpu"), make("mistral-sliding", "cpu", "eager")
+    masks = []
+
+    def spy(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        masks.append(kwargs["attention_mask"])
+
+    model.model.layers[0].self_attn.register_forward_pre_hook(spy, with_kwargs=True)
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[1, :5] = 0
+    cache = KVQuantCache(model)
+    logits(model, cache, ids_of(2, 30, "cpu"), attention_mask=mask)
+    (got,) = masks
+    assert isinstance(got, CausalMask)
+    assert got.window == 16
+    assert got._written is None
+    assert got[:, :, :, :30].window == 16
+    assert got._written is None
+    assert "window=16" in repr(got)
+    wanted = transformers.masking_utils.create_sliding_window_causal_mask(
+        config=peer.config, inputs_embeds=torch.zeros(2, 30, 64), attention_mask=mask,
+        **{CACHE_ARGUMENT: transformers.DynamicCache()},
+    )  # fmt: skip
+    seen = mask[:, None, :, None].bool() & got
+    assert torch.equal(seen, mask[:, None, :, None].bool() & (wanted == 0))

@@ -36,7 +36,7 @@ def require(condition: bool, message: str, error: type[Exception] = ValueError) 
 
 def check_integer(name: str, x: Any, low: int | None = None, high: int | None = None) -> int:
     """An integer of any type that Python takes for an index, within [low, high]."""
-    if isinstance(x, bool):
+    if isinstance(x, bool) or (isinstance(x, Tensor) and x.dtype == torch.bool):
         raise TypeError(f"{name}: expected an integer, got {x}")
     if not isinstance(x, int):
         try:

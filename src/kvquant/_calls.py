@@ -42,10 +42,10 @@ def check_call(
     if query is not None:
         check_rows("query", query, dims)
         check_no_grad(query=query)
-        check_storage(storage, query, key_dim=query.shape[-1])
+        check_storage(storage, query=query)
     if key is not None and value is not None:
         check_pair(key, value, dims)
-        check_storage(storage, key, key_dim=key.shape[-1], value_dim=value.shape[-1])
+        check_storage(storage, key=key, value=value)
         require(
             key.shape[-2] == config.kv_heads,
             f"key: {key.shape[-2]} heads, but the storage has {config.kv_heads}",

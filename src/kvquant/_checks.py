@@ -78,23 +78,23 @@ def check_no_grad(**tensors: Tensor) -> None:
                 )
 
 
-def check_storage(
-    storage: LayerStorage,
-    like: Tensor | None = None,
-    *,
-    key_dim: int | None = None,
-    value_dim: int | None = None,
-) -> None:
-    """A layer on ``like``'s device whose head_dims are the caller's."""
+def check_storage(storage: LayerStorage, **rows: Tensor | None) -> None:
+    """A layer on the device of the caller's tensors, and with their head_dims.
+
+    ``rows``: by the names of the call; "value" has the values' head_dim, all others the keys'.
+    """
     if not isinstance(storage, LayerStorage):
         raise TypeError(f"storage: expected a LayerStorage, got {type(storage).__name__}")
-    k_dim, v_dim = storage.k_data.shape[3], storage.v_data.shape[3]
-    if key_dim not in (None, k_dim):
-        raise ValueError(f"head_dim: {key_dim} given, but the storage's keys have {k_dim}")
-    if value_dim not in (None, v_dim):
-        raise ValueError(f"value: head_dim {value_dim}, but the storage's values have {v_dim}")
-    if like is not None and storage.k_data.device != like.device:
-        raise ValueError(f"storage: on {storage.k_data.device}, but the call is on {like.device}")
+    for name, x in rows.items():
+        if x is None:
+            continue
+        of, data = ("values", storage.v_data) if name == "value" else ("keys", storage.k_data)
+        if x.shape[-1] != data.shape[3]:
+            raise ValueError(
+                f"{name}: head_dim {x.shape[-1]}, but the storage's {of} have {data.shape[3]}"
+            )
+        if x.device != data.device:
+            raise ValueError(f"{name}: on {x.device}, but the storage is on {data.device}")
 
 
 def check_index(
@@ -126,10 +126,10 @@ def check_packed(
     rows: int,
     device: torch.device,
     most: int | None = None,
-) -> None:
+) -> int | None:
     """Where each sequence's packed rows begin; on the host also that they are among the rows.
 
-    ``most``: what the caller says the longest sequence has, if anything.
+    ``most``: what the caller says the longest sequence has, if anything; returned as an int.
     """
     label = name.replace("cu_seqlens", "max_seqlen")
     if most is not None:
@@ -137,13 +137,14 @@ def check_packed(
         most = check_integer(label, most, 0, INT32_MAX)
     check_index(name, cu_seqlens, batch + 1, device)
     if cu_seqlens is None or device.type != "cpu" or torch.compiler.is_compiling():
-        return
+        return most
     edges = cu_seqlens.tolist()
     if edges != sorted(edges) or edges[0] < 0 or edges[-1] > rows:
         raise ValueError(f"{name}: expected rising numbers from 0 to {rows}, got {edges}")
     longest = max(end - begin for begin, end in pairwise(edges))
     if most is not None and longest > most:
         raise ValueError(f"{label}: {most}, but a sequence has {longest} rows")
+    return most
 
 
 def check_table(block_table: Tensor) -> int:
@@ -218,8 +219,14 @@ def check_slots(
         raise ValueError("slot_mapping: a slot is given twice")
 
 
-def check_affine(name: str, q: Tensor, scale: Tensor, zero: Tensor, group_size: int | None) -> int:
-    """Codes with a (scale, zero) of one of the granularities; returns the tokens of a group."""
+def check_affine(
+    name: str, q: Tensor, scale: Tensor, zero: Tensor, group_size: int | None, of: str = ""
+) -> int:
+    """Codes with a (scale, zero) of one of the granularities; returns the tokens of a group.
+
+    ``of``: what they are part of, for the error.
+    """
+    name = of + name
     check_tensor(name, q)
     if q.dtype != torch.uint8:
         raise TypeError(f"{name}: expected torch.uint8, got {q.dtype}")
@@ -228,7 +235,7 @@ def check_affine(name: str, q: Tensor, scale: Tensor, zero: Tensor, group_size: 
             f"{name}: expected (batch, heads, tokens, head_dim) with a contiguous last dimension, "
             f"got shape {list(q.shape)}, strides {list(q.stride())}"
         )
-    for label, x in (("scale", scale), ("zero", zero)):
+    for label, x in ((f"{of}scale", scale), (f"{of}zero", zero)):
         check_tensor(label, x)
         if x.dtype not in FLOATS:
             raise TypeError(f"{label}: expected float16, bfloat16 or float32, got {x.dtype}")
@@ -245,7 +252,7 @@ def check_affine(name: str, q: Tensor, scale: Tensor, zero: Tensor, group_size: 
     }
     if scale.shape != zero.shape or tuple(scale.shape) not in shapes:
         raise ValueError(
-            f"scale, zero: expected shape [{b}, {h}, {s} or 1, 1], or [{b}, {h}, "
+            f"{of}scale, zero: expected shape [{b}, {h}, {s} or 1, 1], or [{b}, {h}, "
             f"{-(-s // group)}, {d}] with group_size {group_size}, got {list(scale.shape)} and "
             f"{list(zero.shape)}"
         )

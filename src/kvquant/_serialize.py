@@ -119,11 +119,6 @@ def check_state(tensors: Mapping[str, Tensor], config: CacheConfig) -> None:
 
     Tensors are asked for one at a time, each after the sizes of all have been found right.
     """
-    require(
-        isinstance(tensors, Mapping),
-        f"state: expected a mapping of tensors, got {type(tensors).__name__}",
-        TypeError,
-    )
 
     def expect(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         require(name in tensors, f"{name}: missing")
@@ -188,11 +183,11 @@ def _check_ends(
 
 
 @torch.inference_mode(mode=False)  # what is made here is written later on
-def fill(state: CacheState, tensors: Mapping[str, Tensor]) -> None:
-    """Write a checked state dict into an empty state."""
+def fill(state: CacheState, tensors: Mapping[str, Tensor], name: str = "state") -> None:
+    """Write a checked state dict, of the argument ``name``, into an empty state."""
     lengths: list[list[int]] = tensors["seq_lens"].tolist()
     for layer, of_layer in enumerate(lengths):
-        state.make_room(layer, of_layer)
+        state.make_room(layer, of_layer, name)
     for layer, of_layer in enumerate(lengths):
         storage = state.pool.layers[layer]
         for name in _shapes(state.config, 0):
@@ -235,11 +230,11 @@ def layer_past(state: CacheState, layer: int) -> LayerPast:
     """See `QuantizedKVCache.layer_past`."""
     require(
         state.config.format.is_plain,
-        "format: (q, scale, zero) exist only for a cache with CacheFormat.plain()",
+        "layer: (q, scale, zero) exist only for a cache with CacheFormat.plain()",
     )
     state.settle()
     lengths = state.bounds(layer)
-    require(len(set(lengths)) == 1, f"seq_lens: expected sequences of one length, got {lengths}")
+    require(len(set(lengths)) == 1, f"layer: expected sequences of one length, got {lengths}")
     rows = read_layer(state, layer)
     return _affine(rows["k_data"], rows["k_params"]), _affine(rows["v_data"], rows["v_params"])
 
@@ -273,7 +268,7 @@ def from_layer_past(
             "kv", pair, (first_key, first_value), strict=True
         ):
             name = f"past[{layer}]: {letter}"
-            check_affine(f"{name}: q", q, scale, zero, None)
+            check_affine("q", q, scale, zero, None, of=f"{name}: ")
             b, h, s, _ = q.shape
             require(
                 q.shape == (*first_key.shape[:3], first.shape[3]) and q.device == first_key.device,
@@ -307,7 +302,7 @@ def from_layer_past(
         dtype=dtype,
         device=first_key.device,
     )
-    fill(cache._state, tensors)
+    fill(cache._state, tensors, "past")
     return cache
 
 

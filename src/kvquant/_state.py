@@ -148,39 +148,39 @@ class CacheState:
 
     # --------------------------------------------------------------------------------------- room
 
-    def make_room(self, layer: int, counts: list[int]) -> None:
-        """See to room for ``counts`` more tokens in a layer.
+    def make_room(self, layer: int, counts: list[int], name: str = "key") -> None:
+        """See to room for ``counts`` more tokens in a layer, which the argument ``name`` brings.
 
         Raises:
             CacheFullError: There is none; nothing changed.
             RuntimeError: Tensors would have to change while a CUDA graph is captured.
         """
         try:
-            self._make_room(layer, counts)
+            self._make_room(layer, counts, name)
         except CacheFullError:
             if not self.inexact or _capturing(self.config.device):
                 raise
             self.sync_lengths()  # the bounds may have been too high
-            self._make_room(layer, counts)
+            self._make_room(layer, counts, name)
 
     @_normal
-    def _make_room(self, layer: int, counts: list[int]) -> None:
+    def _make_room(self, layer: int, counts: list[int], name: str) -> None:
         ends = [n + new for n, new in zip(self.bounds(layer), counts, strict=True)]
         most, capacity = max(ends), self.config.capacity
         if capacity is not None and most > capacity:
             raise CacheFullError(
-                f"key: layer {layer} would hold {most} tokens a sequence, but the cache takes "
+                f"{name}: layer {layer} would hold {most} tokens a sequence, but the cache takes "
                 f"{capacity}"
             )
         if self.config.block_size is not None:
-            self._make_block_room(layer, ends)
+            self._make_block_room(layer, ends, name)
         elif most > (now := self.pool.layers[layer].block_size):
             self._refuse_in_capture()
             size = ceil_to(step_up(now, most, _ROWS) if now else most, 16)
             self.pool.resize(layer, block_size=size if capacity is None else min(size, capacity))
         self._refresh_room(None if self.config.block_size is not None else layer)
 
-    def _make_block_room(self, layer: int, ends: list[int]) -> None:
+    def _make_block_room(self, layer: int, ends: list[int], name: str) -> None:
         size, owned, allocator = self.config.block_size or 1, self.tables.owned, self.allocator
         missing = [
             max(0, -(-n // size) - len(blocks)) for n, blocks in zip(ends, owned, strict=True)
@@ -189,7 +189,7 @@ class CacheState:
         here = self.pool.layers[layer].k_data.shape[0]
         if copies or any(missing):
             self._refuse_in_capture()
-            blocks = allocator.size_for(sum(missing) + len(copies))
+            blocks = allocator.size_for(sum(missing) + len(copies), name)
         elif here < allocator.num_blocks:  # another layer has grown: as far as this one's tokens go
             held = (ids[: -(-n // size)] for n, ids in zip(ends, owned, strict=True))
             least = 1 + max((max(ids) for ids in held if ids), default=-1)
@@ -241,7 +241,8 @@ class CacheState:
         held = [len(blocks) for blocks in self.tables.owned]
         try:
             for layer in self._layers:
-                self.make_room(layer, [max(0, tokens - n) for n in self.bounds(layer)])
+                more = [max(0, tokens - n) for n in self.bounds(layer)]
+                self.make_room(layer, more, "tokens")
         except BaseException:
             owned = zip(self.tables.owned, held, strict=True)
             self._give_back([blocks[:count] for blocks, count in owned])

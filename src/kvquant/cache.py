@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from kvquant import _files, _serialize, functional
-from kvquant._arguments import check_flag, check_float_dtype, check_number
+from kvquant._arguments import check_flag, check_float_dtype, check_number, check_tensor
 from kvquant._calls import check_call, look, ragged
 from kvquant._checks import check_index, check_packed, check_split_size, check_window
 from kvquant._config import CacheConfig
@@ -186,6 +186,7 @@ class QuantizedKVCache(CacheSequences):
                 exact = exact_prompt and tokens > 1 and not state.high[layer]
                 if room >= tokens and not exact and is_plain(query):
                     return self._take_step(known[1], layer, query, key, value)
+        check_tensor("query", query)
         layer = self._accept(layer, query, key, value, cu_seqlens_q)
         scale = self._scale
         if softmax_scale is not None:
@@ -378,9 +379,15 @@ class QuantizedKVCache(CacheSequences):
         Raises:
             TypeError: A dtype is another.
             ValueError: Something is missing, of another shape, or of another format.
-            CacheFullError: More tokens than the capacity.
+            CacheFullError: More tokens than the capacity, or more blocks than ``num_blocks``:
+                sequences that shared blocks each have their own then.
         """
-        _serialize.check_state(state, self._state.config)
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: expected a mapping of tensors, got {type(state).__name__}")
+        try:
+            _serialize.check_state(state, self._state.config)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"state: {error}") from None
         new = CacheState.empty(self._state.config)
         _serialize.fill(new, state)
         self._adopt(new)

@@ -78,7 +78,7 @@ def append_(
         packed = packed or key.dim() == 3
     check_pair(key, value, 3 if packed else 4)
     check_flag("advance", advance)
-    check_storage(storage, key, key_dim=key.shape[-1], value_dim=value.shape[-1])
+    check_storage(storage, key=key, value=value)
     require(
         key.shape[-2] == storage.k_data.shape[1],
         f"key: {key.shape[-2]} heads, but the storage has {storage.k_data.shape[1]}",
@@ -110,7 +110,7 @@ def append_(
             not packed or cu_seqlens is not None,
             "cu_seqlens: needed for packed rows with a block_table",
         )
-        check_packed("cu_seqlens", cu_seqlens, batch, rows, key.device, max_seqlen)
+        max_seqlen = check_packed("cu_seqlens", cu_seqlens, batch, rows, key.device, max_seqlen)
         check_index("seq_starts", seq_starts, batch, key.device)
         added: int | Tensor = new_tokens if cu_seqlens is None else cu_seqlens.diff()
         check_block_table(
@@ -267,7 +267,7 @@ def attention(
     packed = cu_seqlens_q is not None
     check_rows("query", query, 3 if packed else 4)
     check_no_grad(query=query)
-    check_storage(storage, query, key_dim=query.shape[-1])
+    check_storage(storage, query=query)
     batch, heads, kv_heads = check_table(block_table), query.shape[-2], storage.k_data.shape[1]
     require(
         heads > 0 and heads % kv_heads == 0,
@@ -280,7 +280,9 @@ def attention(
         packed or query.shape[0] == batch,
         f"query: batch {query.shape[0]}, but block_table has {batch}",
     )
-    check_packed("cu_seqlens_q", cu_seqlens_q, batch, query.shape[0], query.device, max_seqlen_q)
+    max_seqlen_q = check_packed(
+        "cu_seqlens_q", cu_seqlens_q, batch, query.shape[0], query.device, max_seqlen_q
+    )
     check_index("seq_starts", seq_starts, batch, query.device)
     check_index("sinks", sinks, heads, query.device, torch.float32)
     check_index("alibi_slopes", alibi_slopes, heads, query.device, torch.float32)

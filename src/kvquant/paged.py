@@ -61,8 +61,10 @@ class BlockAllocator:
         """Blocks that nobody holds."""
         return len(self._free)
 
-    def size_for(self, wanted: int) -> int:
+    def size_for(self, wanted: int, name: str = "num_blocks") -> int:
         """How many blocks there must be for ``wanted`` free ones, within the limit.
+
+        ``name``: the argument that asks for them.
 
         Raises:
             CacheFullError: The limit leaves no room.
@@ -74,7 +76,7 @@ class BlockAllocator:
         if self.limit is not None:
             if now + missing > self.limit:
                 raise CacheFullError(
-                    f"num_blocks: {wanted} more blocks are needed, but only "
+                    f"{name}: {wanted} more blocks are needed, but only "
                     f"{len(self._free) + self.limit - now} of {self.limit} are free"
                 )
             size = min(size, self.limit)

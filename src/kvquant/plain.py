@@ -71,7 +71,7 @@ def quantize_cache_v(
     elif group_size is None:
         group = max(1, x.shape[2])
     else:
-        group = check_integer("group_size", group_size, 1, INT32_MAX)
+        group = min(check_integer("group_size", group_size, 1, INT32_MAX), max(1, x.shape[2]))
     result: tuple[Tensor, Tensor, Tensor] = ops.call("quantize", x, low, high, granularity, group)
     return result
 
@@ -159,7 +159,7 @@ def _code(name: str, code: Any) -> float:
     if isinstance(code, Tensor):
         require(code.numel() == 1, f"{name}: expected one number, got shape {list(code.shape)}")
         code = code.item()
-    return check_number(name, code)
+    return check_number(name, code if isinstance(code, float) else check_integer(name, code))
 
 
 def _check_factor(name: str, x: Tensor, codes: str, q: Tensor, last: int) -> None:

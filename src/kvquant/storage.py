@@ -104,7 +104,7 @@ class LayerStorage:
         Args:
             num_blocks: Blocks.
             kv_heads: Heads of keys and values.
-            block_size: Tokens of a block.
+            block_size: Tokens of a block, a multiple of 16.
             k_dim: Channels of a key, a multiple of 16.
             v_dim: Channels of a value; ``k_dim`` by default.
             format: What the rows mean; ``CacheFormat()`` by default.
@@ -120,14 +120,14 @@ class LayerStorage:
             check_integer("kv_heads", kv_heads, 1, INT32_MAX),
         )
         size = check_integer("block_size", block_size, 0, INT32_MAX)
+        require(size % 16 == 0, f"block_size: {size} is not a multiple of 16")
         k_dim = check_head_dim("k_dim", k_dim)
         v_dim = k_dim if v_dim is None else check_head_dim("v_dim", v_dim)
         require(
             lead[1] * size * max(k_dim, v_dim) < 2**60,
             f"block_size: {size} tokens of {lead[1]} heads are more than a tensor can hold",
         )
-        if not isinstance(device, torch.device):
-            device = check_device("device", device)
+        device = check_device("device", device)
 
         def rows(width: int, dtype: torch.dtype, length: int = size) -> Tensor:
             return torch.empty(*lead, length, width, dtype=dtype, device=device)

@@ -5,13 +5,14 @@ Importing this module registers the attention implementation "kvquant"::
     from kvquant.integrations.transformers import KVQuantCache
 
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="kvquant")
-    model.generate(**inputs, past_key_values=KVQuantCache(model.config))
+    model.generate(**inputs, past_key_values=KVQuantCache(model))
 """
 
 from kvquant.integrations.transformers._version import CACHE_ARGUMENT  # first: checks the version
-from kvquant.integrations.transformers.attention import kvquant_attention, kvquant_mask, register
+from kvquant.integrations.transformers.attention import kvquant_attention, register
 from kvquant.integrations.transformers.cache import KVQuantCache
 from kvquant.integrations.transformers.handle import QuantizedHandle
+from kvquant.integrations.transformers.mask import kvquant_mask
 
 __all__ = [
     "CACHE_ARGUMENT",

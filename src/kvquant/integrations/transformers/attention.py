@@ -1,31 +1,27 @@
-"""The attention and mask functions that transformers calls under the name "kvquant"."""
+"""The attention function that transformers calls under the name "kvquant"."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import (
-    AttentionMaskInterface,
-    causal_mask_function,
-    sdpa_mask,
-)
+from transformers.masking_utils import AttentionMaskInterface
 
-from kvquant.integrations.transformers.handle import QuantizedHandle, warn_once
+from kvquant.integrations.transformers.handle import QuantizedHandle, Snapshot, warn_once
+from kvquant.integrations.transformers.mask import CausalMask, kvquant_mask
+from kvquant.integrations.transformers.support import NAME, refuse_unsupported_models
 
-__all__ = ["kvquant_attention", "kvquant_mask", "register"]
-
-NAME = "kvquant"
+__all__ = ["kvquant_attention", "register"]
 
 
 def register() -> None:
     """Make ``attn_implementation="kvquant"`` known to transformers."""
     AttentionInterface.register(NAME, kvquant_attention)
     AttentionMaskInterface.register(NAME, kvquant_mask)
+    refuse_unsupported_models()
 
 
 def kvquant_attention(
@@ -48,49 +44,77 @@ def kvquant_attention(
     Args:
         module: The model's attention layer.
         query: ``(batch, q_heads, tokens, head_dim)``.
-        key: A `QuantizedHandle`, or a tensor if the cache is another one.
+        key: A `QuantizedHandle`, or a tensor if the cache is another one, or if the model computed
+            with what the cache gave it.
         value: Like ``key``.
-        attention_mask: None: causal, the window and the padding known; a 4D mask otherwise.
+        attention_mask: A `CausalMask`, None (causal, the layer's window and the cache's padding) or
+            a 4D mask, as `kvquant_mask` or the caller made it.
         dropout: Of the probabilities.
         scaling: Of the scores, ``head_dim**-0.5`` by default.
         softcap: Of the scores (Gemma 2).
         s_aux: A sink a head (GPT-OSS).
-        sliding_window: Of this layer.
+        sliding_window: Of this layer; a mask has its own.
         is_causal: Overrides the module's flag.
         position_bias: Added to the scores (dense only).
         **kwargs: What else the model passes; the dense attention gets it.
 
     Returns:
         ``(batch, tokens, q_heads, v_dim)`` and no weights.
+
+    Raises:
+        ValueError: ``output_attentions=True``: there are no weights to give out.
     """
+    config = getattr(module, "config", None)
+    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
+        raise ValueError(
+            "output_attentions: attn_implementation='kvquant' has no attention weights to give "
+            "out; load the model with attn_implementation='eager' for them"
+        )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    if isinstance(key, QuantizedHandle):
-        snapshot = key.snapshot
-        if attention_mask is not None:
+    handles = [x for x in (key, value) if isinstance(x, QuantizedHandle)]
+    if handles:
+        snapshot, reason = handles[0].snapshot, ""
+        window = snapshot.layer.sliding_window if sliding_window is None else sliding_window
+        if isinstance(attention_mask, CausalMask):
+            causal, window = True, attention_mask.window
+            if attention_mask.shape[2:] != (query.shape[2], snapshot.length):
+                reason = "a mask of other tokens than the cache's"
+            dropped = _dropped(attention_mask, snapshot, query.shape[2])
+            if dropped and query.shape[2] == 1:
+                window = snapshot.length - dropped
+            elif dropped:
+                token = torch.arange(snapshot.length, device=query.device)
+                attention_mask = attention_mask.dense() & (token >= dropped)
+                reason = "tokens that a sliding cache drops, though the model's mask shows them"
+        elif attention_mask is not None:
             reason = "a mask that is not causal with a window and left padding"
-        elif dropout:
+        if dropout:
             reason = "dropout"
         elif position_bias is not None:
             reason = "a position bias"
+        elif len(handles) != 2:
+            reason = "keys or values that the model computed with"
         elif snapshot.length != snapshot.layer.length:
             reason = "keys from before the cache's last update"
-        else:
+        if not reason:
             out = snapshot.layer.attend(
                 query,
+                positions=kwargs.get("position_ids"),
                 scaling=scaling,
                 causal=causal,
-                sliding_window=sliding_window,
+                sliding_window=window,
                 softcap=softcap,
                 sinks=s_aux,
             )
             return out, None
         warn_once(f"{reason}: attention runs on a dequantised copy of the 8-bit cache")
-        key, value = snapshot.dequantize()
+        key, value = (x.dequantize() if isinstance(x, QuantizedHandle) else x for x in (key, value))
         if attention_mask is None:
-            window = snapshot.layer.sliding_window if sliding_window is None else sliding_window
             attention_mask = _history_mask(
-                query, key.shape[2], causal, window, snapshot.layer.padding.starts
+                query, key.shape[2], causal, window, snapshot.layer.batch.starts
             )
+    if isinstance(attention_mask, CausalMask):
+        attention_mask = attention_mask.dense()
     if softcap is None and s_aux is None:
         if position_bias is not None:
             kwargs["position_bias"] = position_bias
@@ -111,48 +135,16 @@ def kvquant_attention(
     ), None
 
 
-def kvquant_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """None where causality, a window and left padding say it all; else transformers' 4D mask.
+def _dropped(mask: CausalMask, snapshot: Snapshot, tokens: int) -> int:
+    """Tokens that transformers' own sliding cache would have dropped though no mask hides them.
 
-    The padding of a 2D mask goes to the cache (through the length that its layer gave out), which
-    passes it to the kernels. With another cache this is transformers' own mask.
+    Some models (Moshi) have a window in their config, which makes their cache slide, and masks
+    without one.
     """
-    padding = getattr(kwargs.get("kv_length"), "padding", None)
-    if padding is not None:
-        kwargs["kv_length"] = kv_length = int(kwargs["kv_length"])
-        query_length = kwargs.get("q_length")
-        if query_length is None:  # 4.56 passes the positions
-            query_length = kwargs["cache_position"].shape[0]
-        regular = padding.read(kwargs.get("attention_mask"), query_length, kv_length)
-        if regular and _is_causal_window(kwargs.get("mask_function", causal_mask_function)):
-            return None
-        kwargs["allow_is_causal_skip"] = False
-    mask: Any = sdpa_mask(*args, **kwargs)
-    return mask if isinstance(mask, Tensor) else None
-
-
-def _is_causal_window(function: Callable[..., Any]) -> bool:
-    """Whether a mask function is transformers' causal one, with or without its sliding window."""
-    if function is causal_mask_function:
-        return True
-    parts = _parts(function)
-    return causal_mask_function in parts and all(
-        part is causal_mask_function or _name(part).startswith("sliding_window_overlay.")
-        for part in parts
-    )
-
-
-def _parts(function: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
-    """The functions that ``and_masks`` joined."""
-    if not _name(function).startswith("and_masks."):
-        return ()
-    names = function.__code__.co_freevars
-    cells = dict(zip(names, function.__closure__ or (), strict=True))
-    return tuple(cells["mask_functions"].cell_contents) if "mask_functions" in cells else ()
-
-
-def _name(function: Callable[..., Any]) -> str:
-    return str(getattr(function, "__qualname__", ""))
+    window = snapshot.layer.sliding_window
+    if window is None or mask.window is not None:
+        return 0
+    return max(0, snapshot.length - tokens - window + 1)
 
 
 def _history_mask(

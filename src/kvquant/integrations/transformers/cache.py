@@ -10,25 +10,30 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 import kvquant
 from kvquant.integrations.transformers.handle import QuantizedHandle, handles
+from kvquant.integrations.transformers.support import config_of, layer_windows
 
-__all__ = ["KVLength", "KVQuantCache", "KVQuantLayer", "Padding"]
+_ONE_TEXT = "A cache continues one text: reset() it or make a new one for another"
+_CHANNELS = 16  # of which the kernels take a multiple
 
-_STORED = ("full_attention", "sliding_attention", "chunked_attention")
-_NOTHING_STORED = ("dummy", "moe", "mlp")
+__all__ = ["Batch", "KVLength", "KVQuantCache", "KVQuantLayer"]
 
 
-class Padding:
-    """What the masks of a batch said about its padding; one for all layers of a cache.
+class Batch:
+    """What a model said about the batch that a cache holds; one for all its layers.
 
     Attributes:
         starts: int32 ``(batch,)``: tokens of left padding, None without padding.
         regular: Whether left padding is all that the last 2D mask hid. If not, attention goes by
             the mask itself, over dequantised rows.
+        asked: Whether a mask of "kvquant" was asked for: whether that is the model's attention.
+        positions: The last tokens' position_ids, None where they are not known.
     """
 
     def __init__(self) -> None:
         self.starts: Tensor | None = None
         self.regular = True
+        self.asked = False
+        self.positions: Tensor | None = None
 
     def read(self, mask: Tensor | None, query_length: int, kv_length: int) -> bool:
         """Take over a 2D mask (True: a token); returns `regular`.
@@ -37,9 +42,17 @@ class Padding:
         adds tokens, and looking at it would wait for the device. Prompts (and chunks of more than
         one token) are looked at.
         """
+        self.asked = True
+        if query_length == 0:
+            raise ValueError(f"input_ids: no token is new to a cache of {kv_length}. {_ONE_TEXT}")
         if mask is None:
             self.starts, self.regular = None, True
             return True
+        if mask.shape[1] < kv_length:
+            raise ValueError(
+                f"attention_mask: of {mask.shape[1]} tokens, but {kv_length - query_length} are in "
+                f"the cache and {query_length} more came. {_ONE_TEXT}"
+            )
         if query_length == 1 and kv_length > 1 and mask.device.type != "cpu":
             return self.regular
         hidden = ~mask[:, :kv_length].bool()
@@ -53,21 +66,37 @@ class Padding:
             self.starts = starts
         return self.regular
 
+    def check_positions(self, positions: Tensor) -> None:
+        """Refuse tokens whose positions do not come after the last ones: of another text.
+
+        A decode step on an accelerator is not looked at: that would wait for the device.
+        """
+        before = self.positions
+        step = positions.shape[-1] == 1 and positions.device.type != "cpu"
+        if before is None or step or before.shape != positions.shape[:-1]:
+            return
+        if bool((positions[..., 0] <= before).any()):
+            raise ValueError(
+                f"position_ids: from {int(positions[..., 0].min())} on, but the cache holds tokens "
+                f"up to position {int(before.max())}. {_ONE_TEXT}"
+            )
+
     def rows(self, index: Tensor) -> None:
         """Follow a change of the batch's rows."""
+        self.positions = None
         if self.starts is not None:
             self.starts = self.starts[index.to(self.starts.device)]
 
 
 class KVLength(int):
-    """The length that a layer gives to the mask function, with the padding to be read there."""
+    """The length that a layer gives to the mask function, with the batch to be told of padding."""
 
-    padding: Padding
+    batch: Batch
 
-    def __new__(cls, length: int, padding: Padding) -> KVLength:
-        """``length`` with ``padding`` attached."""
+    def __new__(cls, length: int, batch: Batch) -> KVLength:
+        """``length`` with ``batch`` attached."""
         number = super().__new__(cls, length)
-        number.padding = padding
+        number.batch = batch
         return number
 
 
@@ -76,7 +105,8 @@ class KVQuantLayer(CacheLayerMixin):
 
     Layers with a sliding window keep every token; attention reads the window. The new rows of
     `update` wait until the attention function takes them (append and attend are one call), or
-    until anything else needs them stored.
+    until anything else needs them stored. Heads whose channels are no multiple of 16 are stored
+    with zeros behind them.
     """
 
     is_compileable = False
@@ -86,16 +116,19 @@ class KVQuantLayer(CacheLayerMixin):
 
     def __init__(
         self,
-        padding: Padding,
+        batch: Batch,
         *,
+        leads: bool = False,
         sliding_window: int | None = None,
         max_cache_len: int | None = None,
         block_size: int | None = None,
         format: kvquant.CacheFormat | None = None,
         exact_prompt: bool = True,
     ) -> None:
+        self._shape: tuple[int, int, int, int, torch.device] | None = None
         super().__init__()
-        self.padding = padding
+        self.batch = batch
+        self.leads = leads  # the first of its cache: it sees to the positions
         self.sliding_window = sliding_window
         self.max_cache_len = max_cache_len
         self.exact_prompt = exact_prompt
@@ -109,20 +142,18 @@ class KVQuantLayer(CacheLayerMixin):
         self._pending: tuple[Tensor, Tensor] | None = None
         self._starts: Tensor | None = None
         self._sinks: tuple[Tensor, Tensor] | None = None
-        self._shape: tuple[Any, ...] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Make the storage, for the batch, heads and head_dims of the first rows."""
         value_states = key_states if value_states is None else value_states
-        batch, heads, _, dim = key_states.shape
-        self._shape = _row_shape(key_states, value_states)
+        self._shape = batch, heads, dim, v_dim, _ = _row_shape(key_states, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.storage = kvquant.QuantizedKVCache(
             1,
             batch,
             heads,
-            dim,
-            v_head_dim=value_states.shape[-1],
+            dim + -dim % _CHANNELS,
+            v_head_dim=v_dim + -v_dim % _CHANNELS,
             dtype=key_states.dtype,
             device=key_states.device,
             **self._options,
@@ -147,8 +178,8 @@ class KVQuantLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         elif shape != self._shape:
             raise ValueError(
-                f"key_states, value_states: the cache holds (batch, heads, k_dim, v_dim, dtype, "
-                f"device) {self._shape}, got {shape}"
+                f"key_states, value_states: the cache holds (batch, heads, k_dim, v_dim, device) "
+                f"{self._shape}, got {shape}"
             )
         new = key_states.shape[-2]
         if self.max_cache_len is not None and self.length + new > self.max_cache_len:
@@ -157,13 +188,17 @@ class KVQuantLayer(CacheLayerMixin):
                 f"stored and {new} more came"
             )
         self.length += new
-        self._pending = (key_states, value_states)
-        return handles(self, self.length, key_states, value_states)
+        dtype = torch.promote_types(key_states.dtype, value_states.dtype)
+        self._pending = _rows(key_states, dtype), _rows(value_states, dtype)
+        batch, heads, k_dim, v_dim, _ = shape
+        rows = (batch, heads, k_dim), (batch, heads, v_dim)
+        return handles(self, self.length, *rows, key_states, value_states)
 
     def attend(
         self,
         query: Tensor,
         *,
+        positions: Any,
         scaling: float | None,
         causal: bool,
         sliding_window: int | None,
@@ -172,23 +207,31 @@ class KVQuantLayer(CacheLayerMixin):
     ) -> Tensor:
         """Attention on the 8-bit rows for queries (batch, q_heads, tokens, head_dim).
 
+        ``positions`` are the new tokens' position_ids, where the model says them.
+
         Returns:
             ``(batch, tokens, q_heads, v_dim)``.
         """
         assert self.storage is not None
+        assert self._shape is not None
         self._set_starts()
         key, value = (None, None) if self._pending is None else self._pending
-        window = self.sliding_window if sliding_window is None else sliding_window
+        window = sliding_window
         if window is not None and window >= self.length:
             window = None  # it hides nothing yet
+        if scaling is None:
+            scaling = query.shape[-1] ** -0.5
         if sinks is not None and (self._sinks is None or self._sinks[0] is not sinks):
             self._sinks = (sinks, sinks.detach().float().contiguous())
+        follows = self.leads and key is not None and isinstance(positions, Tensor)
         try:
+            if follows:
+                self.batch.check_positions(positions)
             out = self.storage.attend(
                 0,
-                query.transpose(1, 2),
-                None if key is None else key.transpose(1, 2),
-                None if value is None else value.transpose(1, 2),
+                _rows(query, query.dtype),
+                key,
+                value,
                 softmax_scale=scaling,
                 causal=causal,
                 sliding_window=window,
@@ -200,12 +243,15 @@ class KVQuantLayer(CacheLayerMixin):
             self._drop_pending()  # a failed forward leaves this layer as it was
             raise
         self._pending = None
+        if follows:
+            self.batch.positions = positions[..., -1]
         assert isinstance(out, Tensor)
-        return out
+        v_dim = self._shape[3]
+        return out if out.shape[-1] == v_dim else out[..., :v_dim]
 
     def _drop_pending(self) -> None:
         if self._pending is not None:
-            self.length -= self._pending[0].shape[-2]
+            self.length -= self._pending[0].shape[1]
             self._pending = None
 
     def flush(self) -> None:
@@ -213,21 +259,51 @@ class KVQuantLayer(CacheLayerMixin):
         if self._pending is not None and self.storage is not None:
             key, value = self._pending
             self._set_starts()
-            self.storage.append(0, key.transpose(1, 2), value.transpose(1, 2))
+            self.storage.append(0, key, value)
             self._pending = None
 
-    def dequantize(self, length: int) -> tuple[Tensor, Tensor]:
+    def dequantize(self, length: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """The first ``length`` rows, keys and values (batch, kv_heads, length, head_dim)."""
         assert self.storage is not None
+        assert self._shape is not None
         self.flush()
-        key, value = self.storage.dequantize(0, dtype=self.dtype)
-        return key[:, :length].transpose(1, 2), value[:, :length].transpose(1, 2)
+        key, value = self.storage.dequantize(0, dtype=self.dtype if dtype is None else dtype)
+        _, _, k_dim, v_dim, _ = self._shape
+        return (
+            key[:, :length, :, :k_dim].transpose(1, 2).contiguous(),
+            value[:, :length, :, :v_dim].transpose(1, 2).contiguous(),
+        )
 
     def _set_starts(self) -> None:
-        if self.storage is not None and self.padding.starts is not self._starts:
-            self._starts = self.padding.starts
+        if self.storage is not None and self.batch.starts is not self._starts:
+            self._starts = self.batch.starts
             on_device = None if self._starts is None else self._starts.to(self.device)
             self.storage.set_seq_starts(on_device)
+
+    @property
+    def keys(self) -> QuantizedHandle | None:
+        """All stored keys, for models that look into a layer; None before the first."""
+        return self._stored()[0]
+
+    @keys.setter
+    def keys(self, nothing: None) -> None:
+        """Transformers' own initialisation: there is nothing to set."""
+
+    @property
+    def values(self) -> QuantizedHandle | None:
+        """Like `keys`."""
+        return self._stored()[1]
+
+    @values.setter
+    def values(self, nothing: None) -> None:
+        """See `keys`."""
+
+    def _stored(self) -> tuple[QuantizedHandle | None, QuantizedHandle | None]:
+        if self._shape is None:
+            return None, None
+        batch, heads, k_dim, v_dim, device = self._shape
+        like = torch.empty(0, dtype=self.dtype, device=device)
+        return handles(self, self.length, (batch, heads, k_dim), (batch, heads, v_dim), like, like)
 
     def get_seq_length(self, *args: Any) -> int:
         """Tokens a sequence, padding among them; known on the host."""
@@ -237,7 +313,7 @@ class KVQuantLayer(CacheLayerMixin):
         """Length and offset of the keys that a mask must cover."""
         if isinstance(query_length, Tensor):  # 4.56 passes the positions
             query_length = query_length.shape[0]
-        return KVLength(self.length + query_length, self.padding), 0
+        return KVLength(self.length + query_length, self.batch), 0
 
     def get_max_length(self) -> int:
         """``max_cache_len``, -1 without."""
@@ -248,6 +324,7 @@ class KVQuantLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove tokens from the end: -n of them, or (as 4.56 did) all behind a positive length."""
         self.flush()
+        self.batch.positions = None
         keep = tokens_to_remove if tokens_to_remove > 0 else self.length + tokens_to_remove
         keep = max(0, keep)
         if self.storage is not None and keep < self.length:
@@ -264,17 +341,17 @@ class KVQuantLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes sequence ``beam_idx[i]`` (beam search)."""
-        self._rows("reorder", beam_idx)
+        self._change("reorder", beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences."""
-        self._rows("select", indices)
+        self._change("select", indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence."""
-        self._rows("repeat_interleave", repeats)
+        self._change("repeat_interleave", repeats)
 
-    def _rows(self, method: str, argument: Any) -> None:
+    def _change(self, method: str, argument: Any) -> None:
         self.flush()
         if self.storage is None:
             return
@@ -293,13 +370,13 @@ class KVQuantLayer(CacheLayerMixin):
 
 
 class KVQuantCache(Cache):
-    """An 8-bit cache for ``model.generate(..., past_key_values=KVQuantCache(model.config))``.
+    """An 8-bit cache for ``model.generate(..., past_key_values=KVQuantCache(model))``.
 
     Load the model with ``attn_implementation="kvquant"``: its attention reads the 8-bit rows. With
     any other attention the rows are dequantised at each step (correct, slow, reported once).
 
     Args:
-        config: The model's config.
+        config: The model, or its config.
         max_cache_len: Capacity a sequence, allocated at once; None: grows.
         block_size: Tokens of a block (a power of two from 16), None: one block a sequence.
         format: How rows are stored, ``kvquant.CacheFormat()`` by default.
@@ -307,6 +384,7 @@ class KVQuantCache(Cache):
             padding, window, softcap or sinks); False: every query reads stored rows.
 
     Raises:
+        TypeError: Neither a model nor a config.
         ValueError: A model with layers that keep something else than keys and values.
     """
 
@@ -319,17 +397,18 @@ class KVQuantCache(Cache):
         format: kvquant.CacheFormat | None = None,
         exact_prompt: bool = True,
     ) -> None:
-        self.padding = Padding()
+        self.batch = Batch()
         layers = [
             KVQuantLayer(
-                self.padding,
+                self.batch,
+                leads=index == 0,
                 sliding_window=window,
                 max_cache_len=max_cache_len,
                 block_size=block_size,
                 format=format,
                 exact_prompt=exact_prompt,
             )
-            for window in _windows(config)
+            for index, window in enumerate(layer_windows(config_of(config)))
         ]
         super().__init__(layers=layers)
 
@@ -341,44 +420,38 @@ class KVQuantCache(Cache):
     def reset(self) -> None:
         """Forget all tokens, keep the memory."""
         super().reset()
-        self.padding.read(None, 0, 0)
+        self.batch.starts = self.batch.positions = None
+        self.batch.regular = True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes sequence ``beam_idx[i]``."""
         super().reorder_cache(beam_idx)
-        self.padding.rows(beam_idx)
+        self.batch.rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences."""
         super().batch_select_indices(indices)
-        self.padding.rows(indices)
+        self.batch.rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence."""
         super().batch_repeat_interleave(repeats)
-        if self.padding.starts is not None:
-            self.padding.starts = self.padding.starts.repeat_interleave(repeats)
+        self.batch.positions = None
+        if self.batch.starts is not None:
+            self.batch.starts = self.batch.starts.repeat_interleave(repeats)
 
 
-def _row_shape(key: Tensor, value: Tensor) -> tuple[Any, ...]:
+def _row_shape(key: Tensor, value: Tensor) -> tuple[int, int, int, int, torch.device]:
     batch, heads, _, dim = key.shape
-    return (batch, heads, dim, value.shape[-1], key.dtype, key.device)
+    return batch, heads, dim, value.shape[-1], key.device
 
 
-def _windows(config: Any) -> list[int | None]:
-    """Each layer's sliding window, None for a full one."""
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError("config: an encoder-decoder model; KVQuantCache serves decoders only")
-    text = config.get_text_config(decoder=True)
-    window = getattr(text, "sliding_window", None)
-    types = getattr(text, "layer_types", None)
-    if types is None:
-        kind = "full_attention" if window is None else "sliding_attention"
-        types = [kind] * text.num_hidden_layers
-    for index, kind in enumerate(types):
-        if kind not in _STORED + _NOTHING_STORED:
-            raise ValueError(
-                f"config: layer {index} is '{kind}'; KVQuantCache serves "
-                + ", ".join(f"'{name}'" for name in _STORED)
-            )
-    return [window if kind == "sliding_attention" else None for kind in types]
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows (batch, heads, tokens, dim) as the cache takes them, (batch, tokens, heads, dim)."""
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    if more := -x.shape[-1] % _CHANNELS:
+        x = torch.nn.functional.pad(x, (0, more))
+    elif x.stride(-1) != 1:
+        x = x.contiguous()
+    return x.transpose(1, 2)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 if TYPE_CHECKING:
     from kvquant.integrations.transformers.cache import KVQuantLayer
@@ -41,10 +41,10 @@ class Snapshot:
         self.length = length
         self._dense: tuple[Tensor, Tensor] | None = None
 
-    def dequantize(self) -> tuple[Tensor, Tensor]:
+    def dequantize(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values, ``(batch, kv_heads, length, head_dim)``; made once, freed with self."""
-        if self._dense is None:
-            self._dense = self.layer.dequantize(self.length)
+        if self._dense is None or self._dense[0].dtype != dtype:
+            self._dense = self.layer.dequantize(self.length, dtype)
         return self._dense
 
 
@@ -52,7 +52,8 @@ class QuantizedHandle(Tensor):
     """Keys or values in the 8-bit cache, to anyone else a tensor (batch, kv_heads, tokens, dim).
 
     The attention function "kvquant" takes `snapshot` and reads the 8-bit rows. Any other function
-    that touches the handle gets the dequantised rows: correct, slow, and reported once.
+    that touches the handle, another attention or the model's own code, gets the dequantised rows:
+    correct, slow, and reported once.
     """
 
     snapshot: Snapshot
@@ -77,7 +78,7 @@ class QuantizedHandle(Tensor):
 
     def dequantize(self) -> Tensor:
         """The rows in the handle's dtype."""
-        return self.snapshot.dequantize()[self.is_value]
+        return self.snapshot.dequantize(self.dtype)[self.is_value]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -88,10 +89,7 @@ class QuantizedHandle(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run ``func`` on the dequantised rows."""
-        warn_once(
-            "an attention function other than 'kvquant' reads a dequantised copy of the 8-bit "
-            "cache: correct but slow. Load the model with attn_implementation='kvquant'"
-        )
+        warn_once(_reason(args, kwargs))
 
         def plain(x: Any) -> Any:
             return x.dequantize() if isinstance(x, QuantizedHandle) else x
@@ -99,13 +97,34 @@ class QuantizedHandle(Tensor):
         return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
 
 
-def handles(
-    layer: KVQuantLayer, length: int, key: Tensor, value: Tensor
-) -> tuple[QuantizedHandle, QuantizedHandle]:
-    """A pair for ``length`` tokens of ``layer``, in the dtypes of the new rows."""
-    snapshot = Snapshot(layer, length)
-    batch, heads = key.shape[:2]
+def _reason(*calls: Any) -> str:
+    """Why a handle is touched: by another attention, or by a model that computes with it."""
+    found = [x for x in tree_leaves(calls) if isinstance(x, QuantizedHandle)]
+    if any(x.snapshot.layer.batch.asked for x in found):
+        return (
+            "the model computes with keys or values between its cache and its attention: each step "
+            "runs on a dequantised copy of the 8-bit cache, correct but slow"
+        )
     return (
-        QuantizedHandle(snapshot, False, (batch, heads, length, key.shape[-1]), key),
-        QuantizedHandle(snapshot, True, (batch, heads, length, value.shape[-1]), value),
+        "an attention function other than 'kvquant' reads a dequantised copy of the 8-bit cache: "
+        "correct but slow. Load the model with attn_implementation='kvquant'"
+    )
+
+
+def handles(
+    layer: KVQuantLayer,
+    length: int,
+    key_shape: tuple[int, int, int],
+    value_shape: tuple[int, int, int],
+    key: Tensor,
+    value: Tensor,
+) -> tuple[QuantizedHandle, QuantizedHandle]:
+    """A pair for ``length`` tokens of ``layer``; shapes are (batch, kv_heads, dim).
+
+    Their dtypes and devices are those of ``key`` and ``value``.
+    """
+    snapshot = Snapshot(layer, length)
+    return (
+        QuantizedHandle(snapshot, False, (*key_shape[:2], length, key_shape[2]), key),
+        QuantizedHandle(snapshot, True, (*value_shape[:2], length, value_shape[2]), value),
     )

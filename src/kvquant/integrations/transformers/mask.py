@@ -1,0 +1,137 @@
+"""The mask function "kvquant": what the kernels know by themselves stays unwritten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from kvquant.integrations.transformers._version import CACHE_ARGUMENT
+from kvquant.integrations.transformers.handle import warn_once
+
+__all__ = ["CausalMask", "kvquant_mask"]
+
+
+class CausalMask(Tensor):
+    """A 4D mask ``(batch, 1, queries, keys)`` that is causal, with a window and left padding.
+
+    The attention function "kvquant" takes `window`; causality and the padding are the cache's and
+    the kernels' affair. Any other function that touches it gets the mask itself: bool, True where
+    a query sees a key.
+    """
+
+    window: int | None
+    _write: Callable[[], Tensor]
+    _written: Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls,
+        shape: tuple[int, ...],
+        device: torch.device,
+        window: int | None,
+        write: Callable[[], Tensor],
+    ) -> CausalMask:
+        """A mask of ``shape`` that ``write()`` makes when it is needed."""
+        mask: CausalMask = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=torch.bool, device=device, requires_grad=False
+        )
+        mask.window, mask._write, mask._written = window, write, None
+        return mask
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Shape and window: printing must not write the mask."""
+        return f"CausalMask({tuple(self.shape)}, window={self.window}, {self.device})"
+
+    def dense(self) -> Tensor:
+        """The mask as a tensor; made once."""
+        if self._written is None:
+            self._written = self._write()
+        return self._written
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run ``func`` on the mask itself, unless it would cut nothing off."""
+        whole = func in (torch.ops.aten.alias.default, torch.ops.aten.detach.default)
+        if func is torch.ops.aten.slice.Tensor and not kwargs:
+            options: tuple[Any, ...] = args[1:]
+            dim, start, end, step = options + (0, None, None, 1)[len(options) :]
+            whole = not start and step == 1 and (end is None or end >= args[0].shape[dim])
+        if whole:
+            mask = args[0]
+            return CausalMask(tuple(mask.shape), mask.device, mask.window, mask.dense)
+
+        def written(x: Any) -> Any:
+            return x.dense() if isinstance(x, CausalMask) else x
+
+        return func(*tree_map(written, args), **tree_map(written, kwargs or {}))
+
+
+def kvquant_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """A `CausalMask` where causality, a window and left padding say it all; else a 4D mask.
+
+    The padding of a 2D mask goes to the cache (through the length that its layer gave out), which
+    passes it to the kernels. With another cache this is transformers' own mask.
+    """
+    batch = getattr(kwargs.get("kv_length"), "batch", None)
+    causal, window = _causal_window(kwargs.get("mask_function", causal_mask_function))
+    kwargs["kv_length"] = kv_length = int(kwargs["kv_length"])
+    query_length = kwargs.get("q_length")
+    if query_length is None:  # 4.56 passes the positions
+        query_length = kwargs["cache_position"].shape[0]
+    if batch is None:
+        if causal and kv_length > query_length:
+            warn_once(
+                "attn_implementation='kvquant', but the cache is another one, which keeps keys and "
+                f"values in 16 bits or more. Pass {CACHE_ARGUMENT}=KVQuantCache(model)"
+            )
+        mask: Any = sdpa_mask(*args, **kwargs)
+        return mask if isinstance(mask, Tensor) else None
+    of_tokens = kwargs.get("attention_mask")
+    regular = batch.read(of_tokens, query_length, kv_length)
+    kwargs["allow_is_causal_skip"] = False
+
+    def write() -> Tensor:
+        mask: Any = sdpa_mask(*args, **kwargs)
+        assert isinstance(mask, Tensor)
+        return mask
+
+    offset = kwargs.get("q_offset", kv_length - query_length)
+    if not (regular and causal and offset == kv_length - query_length):
+        return write()
+    device = torch.device(kwargs.get("device", "cpu") if of_tokens is None else of_tokens.device)
+    shape = kwargs["batch_size"], 1, query_length, kv_length
+    return CausalMask(shape, device, window, write)
+
+
+def _causal_window(function: Callable[..., Any]) -> tuple[bool, int | None]:
+    """Whether a mask function is transformers' causal one, and its sliding window if any."""
+    if function is causal_mask_function:
+        return True, None
+    window, causal = None, False
+    for part in _cells(function, "and_masks.").get("mask_functions", ()):
+        if part is causal_mask_function:
+            causal = True
+        elif cells := _cells(part, "sliding_window_overlay."):
+            window = min(cells["sliding_window"], window or cells["sliding_window"])
+        else:
+            return False, None
+    return causal, window
+
+
+def _cells(function: Callable[..., Any], maker: str) -> dict[str, Any]:
+    """What a function that ``maker`` returned has closed over; nothing of any other."""
+    if not str(getattr(function, "__qualname__", "")).startswith(maker):
+        return {}
+    closure = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return {name: cell.cell_contents for name, cell in closure}

@@ -1,0 +1,1 @@
+"""Random calls of everything public, run long by ``python -m tests.fuzz``."""

@@ -1,0 +1,118 @@
+"""``python -m tests.fuzz``: random calls, and files that are not as they were written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .run import Total
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+console = Console(soft_wrap=True)
+
+Seed = Annotated[int, typer.Option(help="Another seed, other calls.")]
+Device = Annotated[str, typer.Option(help="Where the tensors are: cpu or cuda.")]
+
+
+@app.command()
+def calls(
+    count: Annotated[int, typer.Option(help="How many calls.")] = 2000,
+    first: Annotated[int, typer.Option(help="The number of the first one.")] = 0,
+    only: Annotated[int | None, typer.Option(help="One call in this process, shown.")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    wrap: Annotated[str, typer.Option(help="A tool to run the calls under.")] = "",
+    limit: Annotated[float, typer.Option(help="Most seconds of one call.")] = 20.0,
+) -> None:
+    """Random calls of everything public, good and bad: none crashes, all do as they should."""
+    from . import run
+
+    if missing := run.uncovered():
+        raise typer.BadParameter(f"nothing fuzzes {', '.join(missing)}")
+    if only is not None:
+        raise typer.Exit(_only(only, seed, device))
+    with console.status("starting") as status:
+
+        def told(number: int, total: run.Total) -> None:
+            status.update(f"call {number:,}, {len(total.failures)} distinct failures")
+
+        total = run.run_all(
+            seed, first, first + count, device=device, wrap=wrap, limit=limit, told=told
+        )
+    _show(total, seed, device, count)
+    raise typer.Exit(bool(total.failures))
+
+
+def _only(number: int, seed: int, device: str) -> int:
+    """Run one call here; its exit status."""
+    import torch
+
+    from . import run
+    from .calls import Report
+
+    torch.set_num_threads(1)
+
+    def plainly(text: str) -> None:
+        console.print(text, markup=False, highlight=False)
+
+    report = Report(begin=lambda what: plainly(f"> {what}"), trace=plainly)
+    run.run_one(seed, number, device, report)
+    for failure in report.failures:
+        plainly(f"FAILED {failure.operation}: {failure.kind}: {failure.message}")
+    return int(bool(report.failures))
+
+
+def _show(total: Total, seed: int, device: str, count: int) -> None:
+    table = Table("operation", "calls", "accepted", "refused", title="Calls")
+    for name, number in sorted(total.calls.items()):
+        accepted = total.accepted[name]
+        table.add_row(name, f"{number:,}", f"{accepted:,}", f"{number - accepted:,}")
+    console.print(table)
+    made, accepted = total.calls.total(), total.accepted.total()
+    console.print(
+        f"{count:,} numbers, {made:,} calls ({made / max(total.seconds, 1e-9):.0f} a second), "
+        f"{accepted:,} accepted, {made - accepted:,} refused or lost, {total.children} processes"
+    )
+    where = "" if device == "cpu" else f" --device {device}"
+    for (name, kind, message), (number, times, details) in sorted(total.failures.items()):
+        console.print(f"[red]{escape(name)}: {escape(kind)}: {escape(message)}[/red] ({times}x)")
+        console.print(f"    {details.splitlines()[0] if details else ''}"[:400], markup=False)
+        console.print(f"    python -m tests.fuzz calls --only {number} --seed {seed}{where}")
+    if not total.failures:
+        console.print("no failure")
+
+
+@app.command(hidden=True)
+def child(
+    path: str,
+    seed: Seed = 0,
+    first: int = 0,
+    end: int = 0,
+    device: Device = "cpu",
+) -> None:
+    """What `calls` starts."""
+    from .run import child
+
+    child(path, seed, first, end, device)
+
+
+@app.command()
+def files(
+    count: Annotated[int, typer.Option(help="How many files.")] = 100_000,
+    seed: Seed = 0,
+    jobs: Annotated[int, typer.Option(help="How many processes.")] = 2,
+    only: Annotated[int | None, typer.Option(help="One file, shown.")] = None,
+) -> None:
+    """Files that are not as they were written: none is loaded as if it were."""
+    from .files import main
+
+    main(count, seed, jobs, only)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m tests.fuzz")

@@ -1,0 +1,197 @@
+"""What was before beside what is after, and the compiled kernels beside the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kvquant
+
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+LOOSE = 5e-2  # where stored codes may differ by a step
+
+
+def tensors_in(x: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that an argument leads to."""
+    if isinstance(x, Tensor):
+        yield name, x
+    elif isinstance(x, kvquant.LayerStorage):
+        for part, tensor in x.tensors.items():
+            yield f"{name}.{part}", tensor
+    elif isinstance(x, Mapping):
+        for key, value in x.items():
+            yield from tensors_in(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(x, (list, tuple)):
+        for i, value in enumerate(x):
+            yield from tensors_in(value, f"{name}[{i}]")
+
+
+def memory_of(x: Tensor) -> Tensor:
+    """All bytes of the buffer that ``x`` lies in, as a view."""
+    return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
+
+
+class Memory:
+    """The bytes of all buffers under some arguments at one time, what lies between included."""
+
+    def __init__(self, arguments: Any) -> None:
+        self._named: dict[int, tuple[str, Tensor, Tensor]] = {}
+        for name, x in tensors_in(arguments):
+            if x.device.type == "meta" or x.layout is not torch.strided:
+                continue
+            address = x.untyped_storage().data_ptr()
+            if address not in self._named:
+                memory = memory_of(x.detach())
+                self._named[address] = name, memory, memory.clone()
+
+    def changed(self, but: Sequence[Tensor] = ()) -> str | None:
+        """The name of a tensor whose buffer is not as it was, outside of ``but``."""
+        for address, (name, memory, before) in self._named.items():
+            if torch.equal(memory, before):
+                continue
+            now = memory.clone()
+            for x in but:
+                if x.untyped_storage().data_ptr() == address:
+                    place = x.storage_offset(), x.size(), x.stride()
+                    view, old = (
+                        torch.empty(0, dtype=x.dtype, device=x.device).set_(
+                            buffer.untyped_storage(), *place
+                        )
+                        for buffer in (now, before)
+                    )
+                    view.copy_(old)
+            if not torch.equal(now, before):
+                return name
+        return None
+
+
+def bits(x: Tensor) -> Tensor:
+    """Bytes of the elements, in their order."""
+    return x.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """The same numbers, NaN equal to NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(bits(a), bits(b)) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def clone(x: Any) -> Any:
+    """Arguments of the same content that share no memory with ``x``."""
+    if isinstance(x, Tensor):
+        return x.clone()
+    if isinstance(x, kvquant.LayerStorage):
+        return dataclasses.replace(x, **{name: part.clone() for name, part in x.tensors.items()})
+    if isinstance(x, dict):
+        return {key: clone(value) for key, value in x.items()}
+    return x
+
+
+def difference(got: Any, wanted: Any, tolerance: float | None = None) -> str | None:
+    """How a result differs from the reference's by more than rounding, or None."""
+    if isinstance(wanted, Tensor):
+        return _tensor_difference(got, wanted, tolerance)
+    if isinstance(wanted, (tuple, list)):
+        if type(got) is not type(wanted) or len(got) != len(wanted):
+            return f"{type(got).__name__} instead of {type(wanted).__name__}"
+        for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
+            if why := difference(a, b, tolerance):
+                return f"[{i}]: {why}"
+        return None
+    return None if got == wanted else f"{got!r} instead of {wanted!r}"
+
+
+def _tensor_difference(got: Any, wanted: Tensor, tolerance: float | None) -> str | None:
+    if not isinstance(got, Tensor):
+        return f"a {type(got).__name__} instead of a tensor"
+    if got.shape != wanted.shape or got.dtype != wanted.dtype or got.device != wanted.device:
+        return (
+            f"{got.dtype} {list(got.shape)} on {got.device} instead of {wanted.dtype} "
+            f"{list(wanted.shape)} on {wanted.device}"
+        )
+    if not wanted.is_floating_point():
+        return None if torch.equal(got, wanted) else "other integers"
+    if equal(got, wanted):
+        return None
+    finite = wanted.isfinite()
+    patterns = (
+        got.nan_to_num(posinf=1, neginf=-1, nan=0),
+        wanted.nan_to_num(posinf=1, neginf=-1, nan=0),
+    )
+    if not torch.equal(got.isfinite(), finite) or not torch.equal(got.isnan(), wanted.isnan()):
+        return "other elements are NaN or infinite"
+    if not torch.equal(patterns[0][~finite], patterns[1][~finite]):
+        return "infinities of another sign"
+    a, b = got[finite].double(), wanted[finite].double()
+    limit = _TOLERANCE[wanted.dtype] if tolerance is None else tolerance
+    limit = max(limit, _TOLERANCE[wanted.dtype])
+    error = (a - b).norm().item()
+    size = b.norm().item() + 1e-3 * b.numel() ** 0.5
+    return None if error <= limit * size else f"off by {error / size:.0e}"
+
+
+def attention_difference(
+    cu: Tensor | None, got: Any, wanted: Any, tolerance: float | None
+) -> str | None:
+    """`difference` of outputs, with rows of no sequence looked at first: they say nothing."""
+    if cu is None or type(got) is not type(wanted):
+        return difference(got, wanted, tolerance)
+    first, last = int(cu[0]), int(cu[-1])
+    pairs = [(got, wanted)] if isinstance(got, Tensor) else list(zip(got, wanted, strict=True))
+    for i, (ours, theirs) in enumerate(pairs):
+        nothing = 0.0 if i == 0 else -torch.inf
+        for x in (ours, theirs):
+            if (x[:first] != nothing).any() or (x[last:] != nothing).any():
+                return "rows outside of cu_seqlens_q are not empty"
+        if why := difference(ours[first:last], theirs[first:last], tolerance):
+            return why
+    return None
+
+
+def stored_difference(
+    got: kvquant.LayerStorage, wanted: kvquant.LayerStorage, before: kvquant.LayerStorage
+) -> str | None:
+    """How a layer that was written differs from the reference's, or None.
+
+    Without a mean every bit is the same; with one, a mean may be rounded otherwise and then a code
+    is the next one. What the reference left alone is to be left alone.
+    """
+    for name, x in got.tensors.items():
+        ours, theirs, old = x, wanted.tensors[name], before.tensors[name]
+        if equal(ours, theirs):
+            continue
+        if got.k_mean is None or name.startswith("v_"):
+            return f"{name}: other bits"
+        row = bits_of_rows(theirs).ne(bits_of_rows(old)).any(-1)
+        if bits_of_rows(ours).ne(bits_of_rows(old)).any(-1)[~row].any():
+            return f"{name}: a row was written that the reference left alone"
+    if got.k_mean is None:
+        return None
+    means = [x.k_mean.float() for x in (got, wanted) if x.k_mean is not None]
+    if not torch.equal(means[0].isnan(), means[1].isnan()):
+        return "k_mean: NaN elsewhere"
+    largest = means[1].nan_to_num(nan=0).abs().amax().item() if means[1].numel() else 0.0
+    rows = [_dequantised(x) for x in (got, wanted)]
+    large = rows[1].nan_to_num(nan=0).abs().amax().item() if rows[1].numel() else 0.0
+    near = 2**-9 * means[1].abs() + 1e-4 + 1e-6 * large  # sums in another order
+    if (means[0] - means[1]).abs().nan_to_num(nan=0).gt(near).any():
+        return "k_mean: another mean"
+    if not torch.equal(rows[0].isnan(), rows[1].isnan()):
+        return "k_params: NaN elsewhere"
+    step = wanted.k_params[..., :1].float()
+    off = (rows[0] - rows[1]).abs() > 1.1 * step + 2**-9 * largest + 1e-4 + 1e-6 * large
+    return "k_data: off by more than a step" if off.any() else None
+
+
+def bits_of_rows(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def _dequantised(storage: kvquant.LayerStorage) -> Tensor:
+    scale, offset = storage.k_params.float().unbind(-1)
+    return scale[..., None] * storage.k_data.float() + offset[..., None]

@@ -1,0 +1,169 @@
+"""Lives of a cache: random operations on it and, by the reference, on its twin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kvquant
+from kvquant import QuantizedKVCache
+
+from .arguments import Dice
+from .caches import CONSTRUCTOR
+from .calls import Outcome, Report, check_outcome, make_plan, plain
+from .compare import LOOSE, Memory, attention_difference, difference, equal
+from .methods import METHODS
+
+_PROPERTIES = (
+    "num_layers", "batch_size", "num_kv_heads", "format", "device", "block_size", "capacity",
+    "max_length", "seq_lens", "seq_starts", "dtype",
+)  # fmt: skip  # which blocks are taken follows from when dead forks are collected
+
+
+def state_of(cache: QuantizedKVCache) -> dict[str, Any]:
+    """All that a refused call must leave as it is."""
+    layers = range(cache.num_layers)
+    return {
+        **cache.state_dict(),
+        "lengths": [cache.seq_lens_of(layer).clone() for layer in layers],
+        "bounds": [cache.max_length_of(layer) for layer in layers],
+        "batch_size": cache.batch_size,
+        "starts": None if cache.seq_starts is None else cache.seq_starts.clone(),
+    }
+
+
+def other_part(a: dict[str, Any], b: dict[str, Any]) -> str | None:
+    """What differs between two states."""
+    if a.keys() != b.keys():
+        return "other names"
+    for name, x in a.items():
+        if isinstance(x, Tensor):
+            if not equal(x, b[name]):
+                return name
+        elif difference(x, b[name]):
+            return name
+    return None
+
+
+@dataclass
+class Pair:
+    """A cache, its twin, and the state that the cache was in when last seen."""
+
+    cache: QuantizedKVCache
+    twin: QuantizedKVCache
+    state: dict[str, Any] = field(init=False)
+    same_bits: bool = field(init=False, default=True)
+
+    def __post_init__(self) -> None:
+        self.state = state_of(self.cache)
+
+    def look(self) -> str | None:
+        """Take note of the state; says how cache and twin differ."""
+        self.state = state_of(self.cache)
+        with kvquant.use_backend("reference"):
+            theirs = state_of(self.twin)
+        part = other_part(self.state, theirs)
+        self.same_bits = part is None
+        if part is not None and not part.endswith(("k_data", "k_params", "k_mean")):
+            return f"{part} differs"
+        if part is not None and self.cache.format.key_mean is None:
+            return f"{part} differs"
+        for name in _PROPERTIES:
+            ours = getattr(self.cache, name)
+            if why := difference(ours, getattr(self.twin, name)):
+                return f"{name}: {why}"
+        for layer in range(self.cache.num_layers):
+            rows = self.cache.dequantize(layer, torch.float32)
+            with kvquant.use_backend("reference"):
+                wanted = self.twin.dequantize(layer, torch.float32)
+            steps = [theirs[f"layers.{layer}.{x}_params"][..., :1].float() for x in "kv"]
+            for name, a, b, step in zip(("keys", "values"), rows, wanted, steps, strict=True):
+                if why := _rows_differ(a, b, step):
+                    return f"dequantized {name}: {why}"
+        return None
+
+
+def _rows_differ(got: Tensor, wanted: Tensor, step: Tensor) -> str | None:
+    """Rows ``(batch, tokens, heads, dim)`` and the steps of their codes, heads before tokens."""
+    if got.shape != wanted.shape:
+        return f"shape {list(got.shape)} instead of {list(wanted.shape)}"
+    if equal(got, wanted):
+        return None
+    if not torch.equal(got.isfinite(), wanted.isfinite()):
+        return "other elements are NaN or infinite"
+    off = (got - wanted).nan_to_num(nan=0, posinf=0, neginf=0).norm(dim=-1)
+    size = wanted.nan_to_num(nan=0, posinf=0, neginf=0).norm(dim=-1)
+    most = 1.1 * got.shape[-1] ** 0.5 * step[..., 0].transpose(1, 2).nan_to_num(nan=0)
+    return "off by more than a step" if (off > most + 1e-5 * size).any() else None
+
+
+def run_life(dice: Dice, report: Report) -> None:
+    """One cache from its beginning."""
+    usual, dice.spelling = dice.spelling, 0.02
+    plan = make_plan(dice, CONSTRUCTOR)
+    dice.spelling = usual
+    report.begin(plan.describe())
+    outcome = Outcome.of(CONSTRUCTOR.call, **plan.arguments)
+    check_outcome(report, plan, outcome, False)
+    if outcome.error is not None:
+        return
+    with kvquant.use_backend("reference"):
+        twin = QuantizedKVCache(**plan.arguments)
+    pairs = [Pair(outcome.result, twin)]
+    for _ in range(dice.number(5, 15)):
+        pair = dice.among(pairs)
+        if not _one_operation(dice, report, pair, pairs):
+            return  # what comes after a failure says nothing
+
+
+def _one_operation(dice: Dice, report: Report, pair: Pair, pairs: list[Pair]) -> bool:
+    """Run one and check it; False after a failure."""
+    failures = len(report.failures)
+    operation = dice.among(METHODS)
+    mistakes = dice.number(1, 3) if dice.chance(0.4) and operation.kinds else 0
+    plan = make_plan(dice, operation, pair.cache, mistakes)
+    report.begin(f"{plan.describe()} on {pair.cache}")
+    must = None
+    if not plan.mistakes and not plan.unsure and not plan.unseen:
+        must = operation.refused(plan.arguments, pair.cache)
+    memory = Memory(plan.arguments)
+    outcome = Outcome.of(operation.call, pair.cache, **plan.arguments)
+    if dice.device != "cpu":
+        torch.cuda.synchronize()
+    check_outcome(report, plan, outcome, must)
+    if name := memory.changed():
+        report.fail(plan, "written", f"{name} is not as it was")
+    refused = outcome.error is not None
+    if refused and (part := other_part(pair.state, state_of(pair.cache))):
+        report.fail(plan, "written though refused", f"{part} is not as it was")
+    if outcome.error is None and (plan.mistakes or plan.unsure or plan.unseen):
+        return False  # nobody knows what the twin should be
+    with kvquant.use_backend("reference"):
+        wanted = Outcome.of(operation.call, pair.twin, **plan.arguments)
+    if type(outcome.error) is not type(wanted.error):
+        errors = plain(repr(outcome.error)), plain(repr(wanted.error))
+        report.fail(plan, "not as the reference", f"{errors[0]}, but there {errors[1]}")
+        return False
+    if len(report.failures) > failures:
+        return False
+    if outcome.error is None and isinstance(outcome.result, QuantizedKVCache):
+        new = Pair(outcome.result, wanted.result)
+        if part := other_part(pair.state, new.state):
+            report.fail(plan, "another cache", f"{part} is not the old one's")
+        if why := new.look():
+            report.fail(plan, "not as the reference", plain(why))
+        pairs[:] = [*pairs[-2:], new]
+    elif outcome.error is None:
+        if why := pair.look():
+            report.fail(plan, "not as the reference", plain(why))
+        tolerance = None if pair.same_bits else LOOSE
+        results = plan.arguments.get("cu_seqlens_q"), outcome.result, wanted.result
+        if operation.compare and (why := attention_difference(*results, tolerance)):
+            report.fail(plan, "not as the reference", plain(why))
+    other = dice.among(pairs)
+    if other is not pair and (part := other_part(other.state, state_of(other.cache))):
+        report.fail(plan, "another cache was written", part)
+    return len(report.failures) == failures
