@@ -3,11 +3,11 @@
 import torch
 import typer
 
-from benchmarks import cpu, decode, generate, overhead, rows
+from benchmarks import cpu, decode, generate, host, overhead, rows
 
 app = typer.Typer(add_completion=False)
 ON_GPU = {"decode": decode.main, "rows": rows.main, "overhead": overhead.main}
-PROGRAMS = {"cpu": cpu.main, "generate": generate.main, **ON_GPU}
+PROGRAMS = {"cpu": cpu.main, "generate": generate.main, "host": host.main, **ON_GPU}
 for name, program in PROGRAMS.items():
     app.command(name)(program)
 
