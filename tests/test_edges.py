@@ -421,3 +421,53 @@ def test_meta_tensors_have_shapes():
     x = torch.empty(1, 2, 8, 32, device="meta")
     q, scale, _ = kvquant.quantize_cache_v(x)
     assert (q.shape, scale.shape, q.device.type) == (x.shape, (1, 2, 8, 1), "meta")
+
+
+def test_sizes_given_to_load_are_kept_or_refused(tmp_path):
+    cache = make("paged16", batch=2, num_blocks=8, max_seq_len=None)
+    append_dense([cache], None, 40)
+    cache.save(tmp_path / "cache")
+    with pytest.raises(CacheFullError, match="num_blocks: the stored tokens take 6 blocks, got 3"):
+        QuantizedKVCache.load(tmp_path / "cache", num_blocks=3)
+    with pytest.raises(
+        CacheFullError, match="max_seq_len: 40 tokens are stored, but it would take"
+    ):
+        QuantizedKVCache.load(tmp_path / "cache", max_seq_len=16)
+    wider = QuantizedKVCache.load(tmp_path / "cache", block_size=32)
+    assert (wider.capacity, wider.block_size) == (cache.capacity, 32)
+    assert QuantizedKVCache.load(tmp_path / "cache", num_blocks=9).capacity == 9 * 16
+
+
+def test_a_state_with_a_history_leaves_none():
+    cache, other = make("contiguous"), make("contiguous")
+    append_dense([cache], None, 20)
+    state = {
+        name: x.requires_grad_() if x.is_floating_point() else x
+        for name, x in cache.state_dict().items()
+    }
+    with torch.enable_grad():
+        other.load_state_dict(state)
+    assert not other.storage(0).k_params.requires_grad
+    state["layers.0.k_params"] = state["layers.0.k_params"].detach().to("meta")
+    with (
+        Unchanged(other),
+        pytest.raises(ValueError, match=r"state: layers\.0\.k_params: expected data"),
+    ):
+        other.load_state_dict(state)
+
+
+def test_numbers_that_change_compile_whole(backend, device):
+    torch._dynamo.reset()
+    cache = filled_cache([40, 7], block=16, device=device)
+    query = torch.randn(9, 4, 64, device=device, dtype=BF16)
+    offsets = index([0, 4, 9], device)
+
+    def attend(most: int) -> torch.Tensor:
+        return kvquant.attention(
+            query, cache.storage, block_table=cache.table, seq_lens=cache.lens,
+            cu_seqlens_q=offsets, max_seqlen_q=most,
+        )  # fmt: skip
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for most in (5, 6, 9):
+        assert torch.equal(compiled(most), attend(most))

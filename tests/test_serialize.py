@@ -178,7 +178,7 @@ def rewrite(path, header=None, tensors=None, metadata=None) -> None:
         ({"key_rotation": True}, "unknown"),
         ({"num_layers": 3}, "seq_lens: expected shape"),
         ({"num_layers": "drop"}, "num_layers"),
-        ({"max_seq_len": 50}, "takes 64"),
+        ({"max_seq_len": 50}, "would take 64"),
         ({"block_size": 24}, "block_size: expected None or a power of two"),
     ],
     ids=str,

@@ -510,3 +510,137 @@ def test_a_mask_is_written_only_for_those_who_look() -> None:
     )  # fmt: skip
     seen = mask[:, None, :, None].bool() & got
     assert torch.equal(seen, mask[:, None, :, None].bool() & (wanted == 0))
+
+
+def test_chunks_of_a_left_padded_prompt(device: str) -> None:
+    model = make("llama", device)
+    ids = ids_of(2, 40, device)
+    mask = torch.ones_like(ids)
+    mask[1, :25] = 0
+    whole = generate(model, KVQuantCache(model, exact_prompt=False), ids, attention_mask=mask)
+    for size in (1, 11):  # the padding ends within a chunk, and behind several
+        cache = KVQuantCache(model, exact_prompt=False)
+        parts = generate(model, cache, ids, attention_mask=mask, prefill_chunk_size=size)
+        assert (parts == whole).float().mean() > 0.9  # means of other chunks: rounding
+
+
+def test_positions_in_a_buffer_that_is_reused(device: str) -> None:
+    model = make("llama", device)
+    cache = KVQuantCache(model)
+    logits(model, cache, ids_of(2, 10, device))
+    positions = torch.full((2, 1), 10, device=device)
+    for _ in range(3):
+        logits(model, cache, ids_of(2, 1, device), position_ids=positions)
+        positions += 1
+    logits(
+        model,
+        cache,
+        ids_of(2, 4, device),
+        position_ids=torch.arange(13, 17, device=device)[None].expand(2, 4),
+    )
+    assert cache.get_seq_length() == 17
+
+
+def test_positions_may_go_back_where_that_is_meant(device: str) -> None:
+    model = make("llama", device)
+    ids = ids_of(1, 8, device)
+    positions = torch.arange(8, device=device)[None]
+    caches = KVQuantCache(model), KVQuantCache(model, check_positions=False)
+    for cache in caches:
+        logits(model, cache, ids, position_ids=positions)
+    with pytest.raises(ValueError, match=r"position_ids: from 0 on, but .* check_positions=False"):
+        logits(model, caches[0], ids, position_ids=positions)
+    logits(model, caches[1], ids, position_ids=positions)
+    assert [cache.get_seq_length() for cache in caches] == [8, 16]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mask: torch.ops.aten._to_copy(mask),
+        lambda mask: mask.clone(),
+        lambda mask: mask.expand(*mask.shape),
+        lambda mask: mask[:, :, :, : mask.shape[-1]],
+        lambda mask: mask.view(mask.shape),
+    ],
+)
+def test_a_copied_mask_is_still_no_mask(change: Any, warnings_of: pytest.LogCaptureFixture) -> None:
+    """As between the layers of a model that lies on several devices."""
+    model = make("mistral-sliding", "cpu")
+    ids = ids_of(2, 40, "cpu")
+    expected = logits(model, KVQuantCache(model), ids)
+
+    def copied(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "attention_mask": change(kwargs["attention_mask"])}
+
+    for layer in model.model.layers[1:]:
+        layer.register_forward_pre_hook(copied, with_kwargs=True)
+    assert torch.equal(logits(model, KVQuantCache(model), ids), expected)
+    assert not warnings_of.text
+    mask = CausalMask(
+        (1, 1, 2, 2), torch.device("cpu"), None, lambda: torch.eye(2).bool()[None, None]
+    )
+    assert not isinstance(mask.float(), CausalMask)
+    assert torch.equal(mask[:, :, :1].clone() + 0.0, torch.tensor([[[[1.0, 0.0]]]]))
+
+
+def test_a_call_that_fails_leaves_padding_and_layers(device: str) -> None:
+    model = make("llama", device)
+    ids = ids_of(2, 10, device)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    cache = KVQuantCache(model, max_cache_len=32)
+    logits(model, cache, ids, attention_mask=mask)
+    positions = cache.batch.positions
+    with pytest.raises(kvquant.CacheFullError):
+        logits(model, cache, ids_of(2, 30, device), attention_mask=torch.ones(2, 40).to(device))
+    assert cache.batch.starts is not None
+    assert cache.batch.starts.tolist() == [0, 4]
+    for broken in (1, 2):
+        layer = cache.layers[broken].storage
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                layer, "attend", lambda *_, **__: (_ for _ in ()).throw(MemoryError("none left"))
+            )
+            with pytest.raises(MemoryError):
+                logits(model, cache, ids[:, :3], attention_mask=torch.ones(2, 13).to(device))
+        assert [one.get_seq_length() for one in cache.layers] == [10] * 3
+        assert cache.batch.starts.tolist() == [0, 4]
+        assert torch.equal(cache.batch.positions, positions)
+    again = KVQuantCache(model, max_cache_len=32)
+    logits(model, again, ids, attention_mask=mask)
+    more = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+    got, expected = (logits(model, one, ids[:, :1], attention_mask=more) for one in (cache, again))
+    assert torch.equal(got, expected)
+
+
+def test_layers_left_apart_are_reported(device: str) -> None:
+    model = make("llama", device)
+    cache = KVQuantCache(model)
+    logits(model, cache, ids_of(1, 10, device))
+    cache.layers[1].crop(-1)
+    with pytest.raises(ValueError, match="cache: the mask is of 11 tokens, but a layer holds 10"):
+        logits(model, cache, ids_of(1, 1, device))
+    cache.crop(9)
+    logits(model, cache, ids_of(1, 1, device))
+    assert [one.get_seq_length() for one in cache.layers] == [10] * 3
+
+
+def test_a_name_set_past_the_checks_is_refused_in_the_forward_pass() -> None:
+    model = xglm("eager")
+    model.config._attn_implementation = "kvquant"
+    with pytest.raises(ValueError, match="XGLMConfig computes attention by itself"):
+        logits(model, KVQuantCache(model), ids_of(1, 4, "cpu"))
+
+
+def test_a_subclass_of_a_users_own_is_served(tmp_path: Any, monkeypatch: Any) -> None:
+    (tmp_path / "own_model.py").write_text(
+        "import torch\nfrom transformers import LlamaForCausalLM\n"
+        "class OwnAttentionPool(torch.nn.Module):\n    pass\n"
+        "class OwnLlama(LlamaForCausalLM):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from own_model import OwnLlama  # type: ignore[import-not-found]
+
+    model = OwnLlama._from_config(CONFIGS["llama"](), attn_implementation="kvquant")
+    logits(model.eval().requires_grad_(False), KVQuantCache(model), ids_of(1, 4, "cpu"))

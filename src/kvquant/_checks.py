@@ -133,7 +133,8 @@ def check_packed(
     """
     label = name.replace("cu_seqlens", "max_seqlen")
     if most is not None:
-        require(cu_seqlens is not None, f"{label}: only with {name}, got {most}")
+        if cu_seqlens is None:
+            raise ValueError(f"{label}: only with {name}, got {most}")
         most = check_integer(label, most, 0, INT32_MAX)
     check_index(name, cu_seqlens, batch + 1, device)
     if cu_seqlens is None or device.type != "cpu" or torch.compiler.is_compiling():

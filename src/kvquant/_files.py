@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from kvquant._arguments import FLOATS, check_device, check_integer, require
 from kvquant._config import CacheConfig
-from kvquant._serialize import VERSION, check_state, restore, state_dict
+from kvquant._serialize import VERSION, blocks_for, check_state, restore, state_dict
 from kvquant._state import CacheState
+from kvquant.errors import CacheFullError
 from kvquant.formats import CacheFormat
 from kvquant.paged import ceil_to
 
@@ -125,12 +127,15 @@ def load(
         with package.safe_open(name, framework="pt") as file:
             config, dtype = _read_header(file.metadata() or {}, chosen, target)
             tensors = _Tensors(file)
-            check_state(tensors, config)
+            check_state(tensors, replace(config, max_seq_len=None, num_blocks=None))
+            _check_fit(config, tensors, chosen)
             _check_memory(config, tensors["seq_lens"], os.path.getsize(name))
             at_once = "max_seq_len" in chosen or "num_blocks" in chosen
             return restore(cls, config, dtype, tensors, allocate=at_once)
     except package.SafetensorError as error:
         raise ValueError(f"{name}: cut off, or no safetensors file ({error})") from error
+    except CacheFullError as error:
+        raise CacheFullError(f"{name}: {error}") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
 
@@ -144,7 +149,10 @@ def _read_header(
         header = json.loads(metadata["cache"])
         require(isinstance(header, dict), "it is no object")
         version = header.pop("version")
-        require(version == VERSION, f"file version {version}, but this kvquant reads {VERSION}")
+        require(
+            type(version) is int and version == VERSION,
+            f"file version {version}, but this kvquant reads {VERSION}",
+        )
         fields, dtype = header.pop("format"), _DTYPES[header.pop("dtype")]
         require(isinstance(fields, dict), "format is no object")
         for found, wanted in ((header.keys(), _SIZES.keys()), (fields.keys(), {*_FORMAT})):
@@ -152,8 +160,25 @@ def _read_header(
             require(not (missing or unknown), f"missing {missing}, unknown {unknown}")
     except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"the header does not hold together ({error!r:.200})") from error
+    size, blocks = header["block_size"], header["num_blocks"]
+    if "block_size" in chosen and isinstance(size, int) and isinstance(blocks, int):
+        header["num_blocks"] = ceil_to(blocks * size, chosen["block_size"]) // chosen["block_size"]
     sizes = {_SIZES[key]: chosen.get(key, x) for key, x in header.items()}
     return CacheConfig(format=CacheFormat(**fields), device=device, **sizes), dtype
+
+
+def _check_fit(
+    config: CacheConfig, tensors: Mapping[str, Tensor], chosen: Mapping[str, int]
+) -> None:
+    """Refuse sizes that the stored tokens do not fit."""
+    longest, capacity = int(tensors["seq_lens"].max()), config.capacity
+    if capacity is not None and longest > capacity:
+        name = next((key for key in ("max_seq_len", "num_blocks") if key in chosen), "seq_lens")
+        raise CacheFullError(f"{name}: {longest} tokens are stored, but it would take {capacity}")
+    if "num_blocks" in chosen and (needed := blocks_for(config, tensors)) > chosen["num_blocks"]:
+        raise CacheFullError(
+            f"num_blocks: the stored tokens take {needed} blocks, got {chosen['num_blocks']}"
+        )
 
 
 def _check_memory(config: CacheConfig, lengths: Tensor, file_bytes: int) -> None:

@@ -28,6 +28,7 @@ LayerPast: TypeAlias = tuple[AffineRows, AffineRows]
 __all__ = [
     "VERSION",
     "LayerPast",
+    "blocks_for",
     "check_state",
     "fill",
     "from_layer_past",
@@ -124,6 +125,7 @@ def check_state(tensors: Mapping[str, Tensor], config: CacheConfig) -> None:
         require(name in tensors, f"{name}: missing")
         x = tensors[name]
         check_tensor(name, x)
+        require(not x.is_meta, f"{name}: expected data, got a tensor on meta")
         require(x.dtype == dtype, f"{name}: expected {dtype}, got {x.dtype}", TypeError)
         require(
             tuple(x.shape) == shape, f"{name}: expected shape {list(shape)}, got {list(x.shape)}"
@@ -190,15 +192,21 @@ def fill(state: CacheState, tensors: Mapping[str, Tensor], name: str = "state") 
         state.make_room(layer, of_layer, name)
     for layer, of_layer in enumerate(lengths):
         storage = state.pool.layers[layer]
-        for name in _shapes(state.config, 0):
-            rows = tensors[f"layers.{layer}.{name}"]
+        for part_name in _shapes(state.config, 0):
+            rows = tensors[f"layers.{layer}.{part_name}"].detach()
             for b, length in enumerate(of_layer):
-                for part, begin, end in _pieces(state, storage, name, b, length):
+                for part, begin, end in _pieces(state, storage, part_name, b, length):
                     part.copy_(rows[b, :, begin:end])
     state.seq_lens.copy_(tensors["seq_lens"])
     starts = tensors.get("seq_starts")
     state.set_starts(None if starts is None else starts.to(state.config.device))
     state.set_bounds(lengths)
+
+
+def blocks_for(config: CacheConfig, tensors: Mapping[str, Tensor]) -> int:
+    """Blocks that the sequences of a state dict take if they share none."""
+    size = config.block_size or 1
+    return sum(-(-n // size) for n in tensors["seq_lens"].amax(0).tolist())
 
 
 def restore(
@@ -210,11 +218,8 @@ def restore(
     allocate: bool,
 ) -> Cache:
     """A cache that holds a checked state dict; its capacity allocated, or left to growth."""
-    if config.num_blocks is not None and config.block_size is not None:
-        # Sequences that shared blocks each have their own now.
-        longest = tensors["seq_lens"].amax(0).tolist()
-        needed = sum(-(-n // config.block_size) for n in longest)
-        config = replace(config, num_blocks=max(config.num_blocks, needed))
+    if config.num_blocks is not None:  # sequences that shared blocks each have their own now
+        config = replace(config, num_blocks=max(config.num_blocks, blocks_for(config, tensors)))
     state = CacheState.empty(config, allocate=allocate)
     fill(state, tensors)
     cache = cls.__new__(cls)

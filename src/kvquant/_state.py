@@ -16,8 +16,7 @@ __all__ = ["CacheState"]
 
 _ROWS = 256  # a contiguous layer grows by as many tokens at least
 
-
-# What is made within torch.inference_mode() could not be written outside of it.
+# For what makes tensors: those made within torch.inference_mode() could not be written outside.
 _normal = torch.inference_mode(mode=False)
 
 

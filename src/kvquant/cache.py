@@ -417,22 +417,23 @@ class QuantizedKVCache(CacheSequences):
         """A cache from a file that `save` wrote.
 
         Its capacity and its blocks are those of the saved cache, but memory is taken for the
-        stored tokens only: more comes by growth, up to the capacity, or at once with one of the
-        sizes below. A file is checked as a whole before memory is taken for it.
+        stored tokens only: more comes by growth, up to the capacity, or at once if ``max_seq_len``
+        or ``num_blocks`` is given. A file is checked as a whole before memory is taken for it.
 
         Args:
             path: The file.
             device: Where; torch's default device by default.
             max_seq_len: In place of the saved cache's, allocated at once.
-            block_size: In place of the saved cache's.
+            block_size: In place of the saved cache's, whose ``num_blocks`` are then as many tokens.
             num_blocks: In place of the saved cache's, allocated at once.
 
         Raises:
             ImportError: safetensors is not installed.
             FileNotFoundError: No such file.
             TypeError: An argument of another type.
+            CacheFullError: The stored tokens do not fit the sizes given.
             ValueError: The file is cut off, from another version or another program, or does not
-                hold together; a size that does not fit it.
+                hold together.
         """
         sizes = {"max_seq_len": max_seq_len, "block_size": block_size, "num_blocks": num_blocks}
         return _files.load(cls, path, device, sizes)

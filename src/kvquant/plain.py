@@ -57,10 +57,8 @@ def quantize_cache_v(
     bits = check_integer("bits", bits, 1, 8)
     high = float(2**bits - 1) if qmax is None else _code("qmax", qmax)
     low = 0.0 if qmin is None else _code("qmin", qmin)
-    require(
-        0 <= low < high <= 255,
-        f"qmin, qmax: expected 0 <= qmin < qmax <= 255, got {low:g} and {high:g}",
-    )
+    if not 0 <= low < high <= 255:
+        raise ValueError(f"qmin, qmax: expected 0 <= qmin < qmax <= 255, got {low:g} and {high:g}")
     require(
         isinstance(granularity, str) and granularity in ("token", "head", "channel"),
         f"granularity: expected 'token', 'head' or 'channel', got {granularity!r}",

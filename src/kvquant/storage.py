@@ -104,7 +104,7 @@ class LayerStorage:
         Args:
             num_blocks: Blocks.
             kv_heads: Heads of keys and values.
-            block_size: Tokens of a block, a multiple of 16.
+            block_size: Tokens of a block, a multiple of 16 (0: no rows yet).
             k_dim: Channels of a key, a multiple of 16.
             v_dim: Channels of a value; ``k_dim`` by default.
             format: What the rows mean; ``CacheFormat()`` by default.

@@ -73,12 +73,14 @@ def kvquant_attention(
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     handles = [x for x in (key, value) if isinstance(x, QuantizedHandle)]
     if handles:
-        snapshot, reason = handles[0].snapshot, ""
-        window = snapshot.layer.sliding_window if sliding_window is None else sliding_window
+        snapshot = handles[0].snapshot
+        layer = snapshot.layer
+        window = layer.sliding_window if sliding_window is None else sliding_window
+        layer.follow(kwargs.get("position_ids"))
+        reason = ""
         if isinstance(attention_mask, CausalMask):
             causal, window = True, attention_mask.window
-            if attention_mask.shape[2:] != (query.shape[2], snapshot.length):
-                reason = "a mask of other tokens than the cache's"
+            _check_length(attention_mask, snapshot)
             dropped = _dropped(attention_mask, snapshot, query.shape[2])
             if dropped and query.shape[2] == 1:
                 window = snapshot.length - dropped
@@ -94,12 +96,11 @@ def kvquant_attention(
             reason = "a position bias"
         elif len(handles) != 2:
             reason = "keys or values that the model computed with"
-        elif snapshot.length != snapshot.layer.length:
+        elif snapshot.length != layer.length:
             reason = "keys from before the cache's last update"
         if not reason:
-            out = snapshot.layer.attend(
+            out = layer.attend(
                 query,
-                positions=kwargs.get("position_ids"),
                 scaling=scaling,
                 causal=causal,
                 sliding_window=window,
@@ -110,9 +111,7 @@ def kvquant_attention(
         warn_once(f"{reason}: attention runs on a dequantised copy of the 8-bit cache")
         key, value = (x.dequantize() if isinstance(x, QuantizedHandle) else x for x in (key, value))
         if attention_mask is None:
-            attention_mask = _history_mask(
-                query, key.shape[2], causal, window, snapshot.layer.batch.starts
-            )
+            attention_mask = _history_mask(query, key.shape[2], causal, window, layer.batch.starts)
     if isinstance(attention_mask, CausalMask):
         attention_mask = attention_mask.dense()
     if softcap is None and s_aux is None:
@@ -133,6 +132,16 @@ def kvquant_attention(
     return _capped_attention(
         query, key, value, attention_mask, dropout, scaling, softcap, s_aux, causal
     ), None
+
+
+def _check_length(mask: CausalMask, snapshot: Snapshot) -> None:
+    """Refuse a mask that cannot fit the keys: layers differ where an earlier call failed."""
+    if mask.shape[3] != snapshot.length:
+        snapshot.layer.drop_call()
+        raise ValueError(
+            f"cache: the mask is of {mask.shape[3]} tokens, but a layer holds {snapshot.length}: "
+            "an earlier call failed half way. crop() or reset() the cache"
+        )
 
 
 def _dropped(mask: CausalMask, snapshot: Snapshot, tokens: int) -> int:

@@ -9,95 +9,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 import kvquant
+from kvquant.integrations.transformers.batch import Batch, KVLength
 from kvquant.integrations.transformers.handle import QuantizedHandle, handles
 from kvquant.integrations.transformers.support import config_of, layer_windows
 
-_ONE_TEXT = "A cache continues one text: reset() it or make a new one for another"
 _CHANNELS = 16  # of which the kernels take a multiple
 
-__all__ = ["Batch", "KVLength", "KVQuantCache", "KVQuantLayer"]
-
-
-class Batch:
-    """What a model said about the batch that a cache holds; one for all its layers.
-
-    Attributes:
-        starts: int32 ``(batch,)``: tokens of left padding, None without padding.
-        regular: Whether left padding is all that the last 2D mask hid. If not, attention goes by
-            the mask itself, over dequantised rows.
-        asked: Whether a mask of "kvquant" was asked for: whether that is the model's attention.
-        positions: The last tokens' position_ids, None where they are not known.
-    """
-
-    def __init__(self) -> None:
-        self.starts: Tensor | None = None
-        self.regular = True
-        self.asked = False
-        self.positions: Tensor | None = None
-
-    def read(self, mask: Tensor | None, query_length: int, kv_length: int) -> bool:
-        """Take over a 2D mask (True: a token); returns `regular`.
-
-        On an accelerator a decode step leaves things as the prompt's mask set them: its mask only
-        adds tokens, and looking at it would wait for the device. Prompts (and chunks of more than
-        one token) are looked at.
-        """
-        self.asked = True
-        if query_length == 0:
-            raise ValueError(f"input_ids: no token is new to a cache of {kv_length}. {_ONE_TEXT}")
-        if mask is None:
-            self.starts, self.regular = None, True
-            return True
-        if mask.shape[1] < kv_length:
-            raise ValueError(
-                f"attention_mask: of {mask.shape[1]} tokens, but {kv_length - query_length} are in "
-                f"the cache and {query_length} more came. {_ONE_TEXT}"
-            )
-        if query_length == 1 and kv_length > 1 and mask.device.type != "cpu":
-            return self.regular
-        hidden = ~mask[:, :kv_length].bool()
-        starts = hidden.sum(-1, dtype=torch.int32)
-        left = torch.arange(hidden.shape[1], device=mask.device) < starts.unsqueeze(1)
-        is_left, is_padded = torch.stack([(hidden == left).all(), starts.any()]).tolist()
-        self.regular = is_left and hidden.shape[1] == kv_length
-        if not (self.regular and is_padded):
-            self.starts = None
-        elif self.starts is None or not torch.equal(self.starts, starts):
-            self.starts = starts
-        return self.regular
-
-    def check_positions(self, positions: Tensor) -> None:
-        """Refuse tokens whose positions do not come after the last ones: of another text.
-
-        A decode step on an accelerator is not looked at: that would wait for the device.
-        """
-        before = self.positions
-        step = positions.shape[-1] == 1 and positions.device.type != "cpu"
-        if before is None or step or before.shape != positions.shape[:-1]:
-            return
-        if bool((positions[..., 0] <= before).any()):
-            raise ValueError(
-                f"position_ids: from {int(positions[..., 0].min())} on, but the cache holds tokens "
-                f"up to position {int(before.max())}. {_ONE_TEXT}"
-            )
-
-    def rows(self, index: Tensor) -> None:
-        """Follow a change of the batch's rows."""
-        self.positions = None
-        if self.starts is not None:
-            self.starts = self.starts[index.to(self.starts.device)]
-
-
-class KVLength(int):
-    """The length that a layer gives to the mask function, with the batch to be told of padding."""
-
-    batch: Batch
-
-    def __new__(cls, length: int, batch: Batch) -> KVLength:
-        """``length`` with ``batch`` attached."""
-        number = super().__new__(cls, length)
-        number.batch = batch
-        return number
+__all__ = ["KVQuantCache", "KVQuantLayer"]
 
 
 class KVQuantLayer(CacheLayerMixin):
@@ -118,7 +36,6 @@ class KVQuantLayer(CacheLayerMixin):
         self,
         batch: Batch,
         *,
-        leads: bool = False,
         sliding_window: int | None = None,
         max_cache_len: int | None = None,
         block_size: int | None = None,
@@ -128,7 +45,6 @@ class KVQuantLayer(CacheLayerMixin):
         self._shape: tuple[int, int, int, int, torch.device] | None = None
         super().__init__()
         self.batch = batch
-        self.leads = leads  # the first of its cache: it sees to the positions
         self.sliding_window = sliding_window
         self.max_cache_len = max_cache_len
         self.exact_prompt = exact_prompt
@@ -171,22 +87,30 @@ class KVQuantLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[QuantizedHandle, QuantizedHandle]:
-        """Take new rows ``(batch, kv_heads, tokens, head_dim)``; returns handles on all rows."""
+        """Take new rows ``(batch, kv_heads, tokens, head_dim)``; returns handles on all rows.
+
+        Raises:
+            ValueError: Another batch, number of heads or channels, or device than the stored rows.
+            kvquant.CacheFullError: More tokens than ``max_cache_len``.
+        """
         self.flush()
         shape = _row_shape(key_states, value_states)
         if self.storage is None or (shape != self._shape and not self.length):
             self.lazy_initialization(key_states, value_states)
         elif shape != self._shape:
+            self.batch.undo(self.length, taken=False)
             raise ValueError(
                 f"key_states, value_states: the cache holds (batch, heads, k_dim, v_dim, device) "
                 f"{self._shape}, got {shape}"
             )
         new = key_states.shape[-2]
         if self.max_cache_len is not None and self.length + new > self.max_cache_len:
+            self.batch.undo(self.length, taken=False)
             raise kvquant.CacheFullError(
                 f"max_cache_len: {self.max_cache_len} tokens a sequence, but {self.length} are "
                 f"stored and {new} more came"
             )
+        self.batch.take(self)
         self.length += new
         dtype = torch.promote_types(key_states.dtype, value_states.dtype)
         self._pending = _rows(key_states, dtype), _rows(value_states, dtype)
@@ -198,7 +122,6 @@ class KVQuantLayer(CacheLayerMixin):
         self,
         query: Tensor,
         *,
-        positions: Any,
         scaling: float | None,
         causal: bool,
         sliding_window: int | None,
@@ -206,8 +129,6 @@ class KVQuantLayer(CacheLayerMixin):
         sinks: Tensor | None,
     ) -> Tensor:
         """Attention on the 8-bit rows for queries (batch, q_heads, tokens, head_dim).
-
-        ``positions`` are the new tokens' position_ids, where the model says them.
 
         Returns:
             ``(batch, tokens, q_heads, v_dim)``.
@@ -223,10 +144,7 @@ class KVQuantLayer(CacheLayerMixin):
             scaling = query.shape[-1] ** -0.5
         if sinks is not None and (self._sinks is None or self._sinks[0] is not sinks):
             self._sinks = (sinks, sinks.detach().float().contiguous())
-        follows = self.leads and key is not None and isinstance(positions, Tensor)
         try:
-            if follows:
-                self.batch.check_positions(positions)
             out = self.storage.attend(
                 0,
                 _rows(query, query.dtype),
@@ -240,26 +158,40 @@ class KVQuantLayer(CacheLayerMixin):
                 exact_prompt=self.exact_prompt,
             )
         except BaseException:
-            self._drop_pending()  # a failed forward leaves this layer as it was
+            self.drop_call()
             raise
         self._pending = None
-        if follows:
-            self.batch.positions = positions[..., -1]
         assert isinstance(out, Tensor)
         v_dim = self._shape[3]
         return out if out.shape[-1] == v_dim else out[..., :v_dim]
 
-    def _drop_pending(self) -> None:
+    def follow(self, positions: Any) -> None:
+        """Refuse a call whose position_ids, where the model says them, are of another text."""
+        if self._pending is None:
+            return
+        try:
+            self.batch.follow(self, positions, self._pending[0].shape[1])
+        except ValueError:
+            self.drop_call()
+            raise
+
+    def drop_call(self) -> None:
+        """Forget the tokens of a call that failed here, in the layers before, too."""
         if self._pending is not None:
             self.length -= self._pending[0].shape[1]
             self._pending = None
+            self.batch.undo(self.length, taken=True)
 
     def flush(self) -> None:
         """Store rows that no attention has taken."""
         if self._pending is not None and self.storage is not None:
             key, value = self._pending
             self._set_starts()
-            self.storage.append(0, key, value)
+            try:
+                self.storage.append(0, key, value)
+            except BaseException:
+                self.drop_call()
+                raise
             self._pending = None
 
     def dequantize(self, length: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -382,6 +314,8 @@ class KVQuantCache(Cache):
         format: How rows are stored, ``kvquant.CacheFormat()`` by default.
         exact_prompt: A prompt's own attention uses its exact keys and values where it can (no
             padding, window, softcap or sinks); False: every query reads stored rows.
+        check_positions: Refuse tokens whose position_ids do not come after those of the stored
+            ones, as another text's; False: positions may go back (soft prompts, parallel contexts).
 
     Raises:
         TypeError: Neither a model nor a config.
@@ -396,21 +330,21 @@ class KVQuantCache(Cache):
         block_size: int | None = None,
         format: kvquant.CacheFormat | None = None,
         exact_prompt: bool = True,
+        check_positions: bool = True,
     ) -> None:
-        self.batch = Batch()
-        layers = [
+        self.batch = Batch(check_positions)
+        self.batch.layers = [
             KVQuantLayer(
                 self.batch,
-                leads=index == 0,
                 sliding_window=window,
                 max_cache_len=max_cache_len,
                 block_size=block_size,
                 format=format,
                 exact_prompt=exact_prompt,
             )
-            for index, window in enumerate(layer_windows(config_of(config)))
+            for window in layer_windows(config_of(config))
         ]
-        super().__init__(layers=layers)
+        super().__init__(layers=self.batch.layers)
 
     @property
     def nbytes(self) -> int:
@@ -420,25 +354,22 @@ class KVQuantCache(Cache):
     def reset(self) -> None:
         """Forget all tokens, keep the memory."""
         super().reset()
-        self.batch.starts = self.batch.positions = None
-        self.batch.regular = True
+        self.batch.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes sequence ``beam_idx[i]``."""
         super().reorder_cache(beam_idx)
-        self.batch.rows(beam_idx)
+        self.batch.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences."""
         super().batch_select_indices(indices)
-        self.batch.rows(indices)
+        self.batch.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence."""
         super().batch_repeat_interleave(repeats)
-        self.batch.positions = None
-        if self.batch.starts is not None:
-            self.batch.starts = self.batch.starts.repeat_interleave(repeats)
+        self.batch.repeat_interleave(repeats)
 
 
 def _row_shape(key: Tensor, value: Tensor) -> tuple[int, int, int, int, torch.device]:

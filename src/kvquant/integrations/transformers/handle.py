@@ -100,7 +100,7 @@ class QuantizedHandle(Tensor):
 def _reason(*calls: Any) -> str:
     """Why a handle is touched: by another attention, or by a model that computes with it."""
     found = [x for x in tree_leaves(calls) if isinstance(x, QuantizedHandle)]
-    if any(x.snapshot.layer.batch.asked for x in found):
+    if any(x.snapshot.layer.batch.masked for x in found):
         return (
             "the model computes with keys or values between its cache and its attention: each step "
             "runs on a dequantised copy of the 8-bit cache, correct but slow"

@@ -12,8 +12,16 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from kvquant.integrations.transformers._version import CACHE_ARGUMENT
 from kvquant.integrations.transformers.handle import warn_once
+from kvquant.integrations.transformers.support import check_config
 
 __all__ = ["CausalMask", "kvquant_mask"]
+
+
+_aten = torch.ops.aten
+_KEEPING = (  # what may leave a mask as it is: a model slices to the keys' length, or moves it
+    _aten.alias.default, _aten.clone.default, _aten.detach.default, _aten.expand.default,
+    _aten.slice.Tensor, _aten.view.default, _aten._to_copy.default, _aten._unsafe_view.default,
+)  # fmt: skip
 
 
 class CausalMask(Tensor):
@@ -61,15 +69,16 @@ class CausalMask(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run ``func`` on the mask itself, unless it would cut nothing off."""
-        whole = func in (torch.ops.aten.alias.default, torch.ops.aten.detach.default)
-        if func is torch.ops.aten.slice.Tensor and not kwargs:
-            options: tuple[Any, ...] = args[1:]
-            dim, start, end, step = options + (0, None, None, 1)[len(options) :]
-            whole = not start and step == 1 and (end is None or end >= args[0].shape[dim])
-        if whole:
-            mask = args[0]
-            return CausalMask(tuple(mask.shape), mask.device, mask.window, mask.dense)
+        """Run ``func`` on the mask itself, unless it changes nothing but the device."""
+        if func in _KEEPING and isinstance(args[0], CausalMask):
+            mask, device = args[0], (kwargs or {}).get("device") or args[0].device
+            like = torch.empty(mask.shape, dtype=mask.dtype, device="meta")
+            options = {name: x for name, x in (kwargs or {}).items() if name != "device"}
+            out = func(like, *args[1:], **options)
+            if out.shape == mask.shape and out.dtype == mask.dtype:
+                return CausalMask(
+                    tuple(mask.shape), device, mask.window, lambda: mask.dense().to(device)
+                )
 
         def written(x: Any) -> Any:
             return x.dense() if isinstance(x, CausalMask) else x
@@ -83,6 +92,9 @@ def kvquant_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     The padding of a 2D mask goes to the cache (through the length that its layer gave out), which
     passes it to the kernels. With another cache this is transformers' own mask.
     """
+    if (config := kwargs.get("config")) is not None:
+        kind: Any = type(config)
+        check_config(kind)
     batch = getattr(kwargs.get("kv_length"), "batch", None)
     causal, window = _causal_window(kwargs.get("mask_function", causal_mask_function))
     kwargs["kv_length"] = kv_length = int(kwargs["kv_length"])

@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["NAME", "config_of", "layer_windows", "refuse_unsupported_models"]
+__all__ = ["NAME", "check_config", "config_of", "layer_windows", "refuse_unsupported_models"]
 
 NAME = "kvquant"
 
@@ -91,26 +91,49 @@ def refuse_unsupported_models() -> None:
         setattr(PreTrainedModel, name, checked(getattr(PreTrainedModel, name)))
 
 
-def _check_attention(model: type, config: Any) -> None:
-    """Refuse a model with attention layers that never ask for the registered function.
+@functools.cache
+def check_config(kind: type) -> None:
+    """Refuse the models of a config, where "kvquant" was set past the checks of a model."""
+    modules = [name.replace(".configuration_", ".modeling_") for name in _modules(kind)]
+    _check_source(kind.__name__, modules, has_text=True, decodes=True)
 
-    Those that have a class for each name would fail on ours; those that compute attention by
+
+def _check_attention(model: type, config: Any) -> None:
+    """Refuse a model with attention layers that never ask for the registered function."""
+    _check_source(
+        model.__name__,
+        _modules(model),
+        has_text=getattr(config, "vocab_size", None) is not None,
+        decodes=not getattr(config, "is_encoder_decoder", False),
+    )
+
+
+def _modules(kind: type) -> list[str]:
+    """The modules of a model's or config's class and of those that it derives from."""
+    return [
+        base.__module__
+        for base in kind.__mro__
+        if issubclass(base, (PreTrainedModel, PretrainedConfig))
+        and base not in (PreTrainedModel, PretrainedConfig)
+    ]
+
+
+def _check_source(name: str, modules: list[str], *, has_text: bool, decodes: bool) -> None:
+    """Those that have a class for each name would fail on ours; those that compute attention by
     themselves would run without their mask. Towers of images and sound may do the latter.
     """
     try:
-        code = inspect.getsource(sys.modules[model.__module__])
+        code = "\n".join(inspect.getsource(sys.modules[module]) for module in modules)
     except (KeyError, OSError, TypeError):
         return
-    by_class = re.search(r"\w+_CLASSES\[[\w.]*_attn_implementation\]", code)
     layers = re.search(r"^class \w*Attention\w*\(", code, re.MULTILINE)
-    reads_text = getattr(config, "vocab_size", None) is not None
-    if by_class:
+    if re.search(r"\w+_CLASSES\[[\w.]*_attn_implementation\]", code):
         why = "has attention classes of its own for each name, and none for 'kvquant'"
-    elif reads_text and layers and "ALL_ATTENTION_FUNCTIONS" not in code:
+    elif has_text and layers and "ALL_ATTENTION_FUNCTIONS" not in code:
         why = "computes attention by itself and never asks for the function named 'kvquant'"
     else:
         return
     advice = "Load it with attn_implementation='eager'"
-    if not getattr(config, "is_encoder_decoder", False):
+    if decodes:
         advice += ": KVQuantCache then stores 8 bits all the same, and each step dequantises them"
-    raise ValueError(f"attn_implementation: {model.__name__} {why}. {advice}")
+    raise ValueError(f"attn_implementation: {name} {why}. {advice}")

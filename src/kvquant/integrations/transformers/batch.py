@@ -1,0 +1,150 @@
+"""What a model says about the batch that a cache holds, and what does not go together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kvquant.integrations.transformers.cache import KVQuantLayer
+
+__all__ = ["Batch", "KVLength"]
+
+_ONE_TEXT = "A cache continues one text: reset() it or make a new one for another"
+
+
+class Batch:
+    """The padding and the positions of a cache's tokens; one for all its layers.
+
+    Masks are made before the layers see a call's tokens. So what a mask says is kept aside until
+    the first layer has taken them, and a call that fails leaves everything as it was.
+
+    Attributes:
+        layers: The cache's layers.
+        starts: int32 ``(batch,)``: tokens of left padding, None without padding.
+        regular: False where the last 2D mask hid more than left padding. Attention then goes by
+            the mask itself, over dequantised rows.
+        masked: Whether the model has asked for a mask of "kvquant", its attention's name.
+        positions: position_ids of the last tokens; None: not known.
+    """
+
+    def __init__(self, check_positions: bool) -> None:
+        self.layers: list[KVQuantLayer] = []
+        self.starts: Tensor | None = None
+        self.regular = True
+        self.masked = False
+        self.positions: Tensor | None = None
+        self._checks = check_positions
+        self._leader: KVQuantLayer | None = None  # the layer that takes a call's tokens first
+        self._next: tuple[Tensor | None, bool] | None = None
+        self._before: tuple[Tensor | None, bool, Tensor | None] = None, True, None
+
+    def read(self, mask: Tensor | None, query_length: int, kv_length: int) -> bool:
+        """Look at a 2D mask (True: a token); says whether left padding is all that it hides.
+
+        On an accelerator a decode step leaves things as the prompt's mask set them: its mask only
+        adds tokens, and looking at it would wait for the device. Prompts (and chunks of more than
+        one token) are looked at.
+
+        Raises:
+            ValueError: No new token, or a mask of fewer tokens than the cache then holds.
+        """
+        self.masked = True
+        if query_length == 0:
+            raise ValueError(f"input_ids: no token is new to a cache of {kv_length}. {_ONE_TEXT}")
+        if mask is None:
+            self._next = None, True
+            return True
+        if mask.shape[1] < kv_length:
+            raise ValueError(
+                f"attention_mask: of {mask.shape[1]} tokens, but {kv_length - query_length} are in "
+                f"the cache and {query_length} more came. {_ONE_TEXT}"
+            )
+        if query_length == 1 and kv_length > 1 and mask.device.type != "cpu":
+            return self.regular
+        hidden = ~mask[:, :kv_length].bool()
+        starts = hidden.sum(-1, dtype=torch.int32)
+        left = torch.arange(kv_length, device=mask.device) < starts.unsqueeze(1)
+        regular, is_padded = torch.stack([(hidden == left).all(), starts.any()]).tolist()
+        if not (regular and is_padded):
+            self._next = None, regular
+        elif self.starts is None or not torch.equal(self.starts, starts):
+            self._next = starts, True
+        else:
+            self._next = self.starts, True
+        return bool(regular)
+
+    def take(self, layer: KVQuantLayer) -> None:
+        """Note that ``layer`` has taken a call's tokens: what the masks said holds now."""
+        self._leader = self._leader or layer
+        if layer is self._leader:
+            self._before = self.starts, self.regular, self.positions
+        if self._next is not None:
+            (self.starts, self.regular), self._next = self._next, None
+
+    def follow(self, layer: KVQuantLayer, positions: Any, tokens: int) -> None:
+        """Refuse tokens whose positions do not come after the last ones: of another text.
+
+        A decode step on an accelerator is not looked at: that would wait for the device.
+
+        Raises:
+            ValueError: A position that is not larger than the last one of its sequence.
+        """
+        if layer is not self._leader or not isinstance(positions, Tensor):
+            return
+        before, first = self.positions, positions[..., 0]
+        looks = self._checks and (tokens > 1 or positions.device.type == "cpu")
+        if looks and before is not None and before.shape == first.shape:
+            back = first <= before
+            if self.starts is not None:  # padding has any position
+                back = back & (self.starts.to(back.device) < layer.length - tokens)
+            if bool(back.any()):
+                raise ValueError(
+                    f"position_ids: from {int(first.min())} on, but the cache holds tokens up to "
+                    f"position {int(before.max())}. {_ONE_TEXT}, or let positions go back with "
+                    "KVQuantCache(..., check_positions=False)"
+                )
+        self.positions = positions[..., -1].clone()
+
+    def undo(self, length: int, *, taken: bool) -> None:
+        """Leave ``length`` tokens in all layers: a call that brought more has failed in one.
+
+        ``taken``: whether that one had taken its tokens.
+        """
+        longer = [layer for layer in self.layers if layer.length > length]
+        for layer in longer:
+            layer.crop(length - layer.length)
+        self._next = None
+        if taken or longer:
+            self.starts, self.regular, self.positions = self._before
+
+    def reset(self) -> None:
+        """Forget everything about the tokens."""
+        self.starts = self.positions = self._next = self._leader = None
+        self.regular = True
+
+    def select(self, index: Tensor) -> None:
+        """Follow a change of the batch's rows."""
+        self.positions = None
+        if self.starts is not None:
+            self.starts = self.starts[index.to(self.starts.device)]
+
+    def repeat_interleave(self, repeats: int) -> None:
+        """Follow a repetition of the batch's rows."""
+        self.positions = None
+        if self.starts is not None:
+            self.starts = self.starts.repeat_interleave(repeats)
+
+
+class KVLength(int):
+    """The length that a layer gives to the mask function, with the batch to be told of padding."""
+
+    batch: Batch
+
+    def __new__(cls, length: int, batch: Batch) -> KVLength:
+        """``length`` with ``batch`` attached."""
+        number = super().__new__(cls, length)
+        number.batch = batch
+        return number
