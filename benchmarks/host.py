@@ -96,18 +96,18 @@ def measure(device: str, rounds: int = 21, seconds: float = 0.1) -> dict[str, fl
 def _in_child(device: str, folder: Path | None) -> dict[str, float]:
     """The figures of the build in ``folder``, ahead of the one that is installed."""
     root = str(Path(__file__).parents[1])
-    code = (
-        "import sys, json\n"
-        f"sys.path.append({root!r})\n"
-        + (
-            "sys.meta_path[:] = [x for x in sys.meta_path if 'Editable' not in type(x).__name__]\n"
+    code = f"import sys, json\nsys.path.append({root!r})\n"
+    if folder:  # an editable install finds itself before any path
+        code += (
+            "from importlib.machinery import PathFinder\n"
+            "others = [x for x in sys.meta_path if x is not PathFinder]\n"
+            "editable = [x for x in others if x.find_spec('kvquant', None)]\n"
+            "sys.meta_path[:] = [x for x in sys.meta_path if x not in editable]\n"
             f"sys.path.insert(0, {str(folder.resolve())!r})\n"
-            if folder
-            else ""
+            "import kvquant\n"
+            f"assert kvquant.__file__.startswith({str(folder.resolve())!r}), kvquant.__file__\n"
         )
-        + "from benchmarks import host\n"
-        f"print(json.dumps(host.measure({device!r})))"
-    )
+    code += f"from benchmarks import host\nprint(json.dumps(host.measure({device!r})))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from modelled import (
 from support import same_bits
 
 files = pytest.importorskip("safetensors.torch")
+DATA = Path(__file__).parent / "data"
 
 FORMATS = {
     "default": CacheFormat(),
@@ -308,3 +310,17 @@ def test_layer_past_needs_a_plain_format_and_one_length():
     cache, _ = filled("contiguous", format=CacheFormat.plain())
     with pytest.raises(ValueError, match=r"one length, got \[80, 70, 101\]"):
         cache.layer_past(0)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in DATA.glob("cache-*.safetensors")))
+def test_files_of_earlier_versions_load(name, device):
+    """Written by version 1 of the files, one of each layout; they are never written again."""
+    loaded = QuantizedKVCache.load(DATA / name, device=device)
+    stored = files.load_file(DATA / name)
+    state = loaded.state_dict()
+    assert state.keys() == stored.keys()
+    for key, tensor in state.items():
+        assert same_bits(tensor.cpu(), stored[key]), key
+    assert loaded.dequantize(1)[0].isfinite().all()
+    loaded.append(0, *(torch.randn(3, 2, 1, n, device=device) for n in (16, 32)))
+    assert loaded.max_length_of(0) == 22
