@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvquant import CacheFullError, LayerStorage
-from kvquant.paged import BlockAllocator, LayerPool, Tables
+from kvquant.cache.blocks import BlockAllocator, LayerPool, Tables
 from modelled import (
     KINDS,
     LAYERS,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvquant import QuantizedKVCache, attention, ops, use_backend
-from kvquant._checks import check_splits
 from kvquant.backends import cuda as cuda_backend
+from kvquant.checks import check_splits
 from modelled import Unchanged, append_dense, make
 from support import (
     BF16,

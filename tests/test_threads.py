@@ -23,7 +23,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("first", ["kvquant", "kvquant.backends", "kvquant._native"])
+@pytest.mark.parametrize("first", ["kvquant", "kvquant.backends", "kvquant.backends.native"])
 def test_the_threads_are_torchs_own_whatever_comes_first(first):
     code = f"import {first}; from kvquant.backends import build_info; print(build_info())"
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

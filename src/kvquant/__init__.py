@@ -1,19 +1,19 @@
 """kvquant: an 8-bit KV cache for transformer inference that attention reads as it is."""
 
-from kvquant import backends as _backends  # noqa: F401  (registers the implementations)
-from kvquant.cache import QuantizedKVCache
-from kvquant.errors import CacheFullError
-from kvquant.explain import Explanation, explain
-from kvquant.formats import CacheFormat
-from kvquant.functional import append_, attention, gather
-from kvquant.ops import use_backend
-from kvquant.plain import (
+from . import backends as _backends  # noqa: F401  (registers the implementations)
+from .cache.cache import QuantizedKVCache
+from .errors import CacheFullError
+from .explain import Explanation, explain
+from .formats import CacheFormat
+from .functional import append_, attention, gather
+from .ops import use_backend
+from .plain import (
     dequantize_cache_torch,
     pv_matmul,
     qk_matmul,
     quantize_cache_v,
 )
-from kvquant.storage import LayerStorage
+from .storage import LayerStorage
 
 __version__ = "0.1.0"
 

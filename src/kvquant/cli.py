@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-import kvquant
-from kvquant.backends import build_info
+from . import __doc__ as about
+from . import __version__, dequantize_cache_torch, quantize_cache_v, use_backend
+from .backends import build_info
 
 __all__ = ["collect", "main"]
 
@@ -36,7 +37,7 @@ def collect() -> dict[str, Any]:
     built = build_info()
     return {
         "versions": {
-            "kvquant": kvquant.__version__,
+            "kvquant": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
@@ -109,9 +110,9 @@ def _works(backend: str, device: str, trouble: str | None, advice: str) -> dict[
     if trouble is None:
         try:
             x = torch.linspace(-1, 1, 64, device=device).view(1, 1, 1, 64)
-            with kvquant.use_backend(backend):
-                q, scale, zero = kvquant.quantize_cache_v(x)
-                error = (kvquant.dequantize_cache_torch(q, scale, zero) - x).abs().max().item()
+            with use_backend(backend):
+                q, scale, zero = quantize_cache_v(x)
+                error = (dequantize_cache_torch(q, scale, zero) - x).abs().max().item()
             if not error < 0.01:
                 trouble = f"wrong results (error {error:g})"
         except (RuntimeError, ValueError, TypeError, OSError) as exception:
@@ -171,7 +172,7 @@ def _plain(args: list[str]) -> int | str:
 
 def _app(typer: Any) -> Any:
     """The command line with typer."""
-    app = typer.Typer(no_args_is_help=True, add_completion=False, help=kvquant.__doc__)
+    app = typer.Typer(no_args_is_help=True, add_completion=False, help=about)
     json_option = typer.Option(None, "--json", metavar="FILE", help="Also write it as JSON.")
     picture_option = typer.Option(Path("kvquant-demo.png"), help="Where to save the picture.")
 
@@ -192,7 +193,7 @@ def _app(typer: Any) -> Any:
         if context < 512:
             raise typer.BadParameter("--context: expected at least 512")
         try:
-            from kvquant.demo import AssetError, Options, run
+            from .demo import AssetError, Options, run
 
             options = Options(
                 context=context, key_bias=key_bias, device=device, json=json_file, picture=picture

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvquant import backends, ops
-from kvquant._arguments import (
+from . import backends, ops
+from .arguments import (
     check_device,
     check_float_dtype,
     check_head_dim,
     require,
 )
-from kvquant.cache import QuantizedKVCache
-from kvquant.formats import CacheFormat, check_format
-from kvquant.storage import LayerStorage
+from .cache.cache import QuantizedKVCache
+from .formats import CacheFormat, check_format
+from .storage import LayerStorage
 
 __all__ = ["Explanation", "explain"]
 

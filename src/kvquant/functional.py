@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvquant import ops
-from kvquant._arguments import (
+from . import ops
+from .arguments import (
     check_flag,
     check_float_dtype,
     check_integer,
     check_number,
     require,
 )
-from kvquant._checks import (
+from .checks import (
     check_block_table,
     check_index,
     check_no_grad,
@@ -26,7 +26,7 @@ from kvquant._checks import (
     check_table,
     check_window,
 )
-from kvquant.storage import LayerStorage
+from .storage import LayerStorage
 
 __all__ = [
     "append_",

@@ -7,15 +7,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kvquant import ops
-from kvquant._arguments import (
+from . import ops
+from .arguments import (
     INT32_MAX,
     check_float_dtype,
     check_integer,
     check_number,
     require,
 )
-from kvquant._checks import check_affine, check_no_grad, check_rows
+from .checks import check_affine, check_no_grad, check_rows
 
 __all__ = ["dequantize_cache_torch", "pv_matmul", "qk_matmul", "quantize_cache_v"]
 

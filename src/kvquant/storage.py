@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvquant._arguments import (
+from .arguments import (
     INT32_MAX,
     check_device,
     check_head_dim,
@@ -15,7 +15,7 @@ from kvquant._arguments import (
     check_tensor,
     require,
 )
-from kvquant.formats import CacheFormat, check_format
+from .formats import CacheFormat, check_format
 
 __all__ = ["LayerStorage"]
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvquant import _native
-from kvquant.backends import cpu, cuda, reference
-from kvquant.ops import register_backend
+from ..ops import register_backend
+from . import cpu, cuda, native, reference
 
 __all__ = ["build_info"]
 
@@ -17,7 +16,7 @@ register_backend("cuda", cuda.BACKEND)
 
 def build_info() -> dict[str, Any]:
     """What the compiled extension is and finds here, or ``{"error": why it is not there}``."""
-    if _native.module is None:
-        return {"error": _native.error}
-    info: dict[str, Any] = _native.module.build_info()
+    if native.module is None:
+        return {"error": native.error}
+    info: dict[str, Any] = native.module.build_info()
     return info

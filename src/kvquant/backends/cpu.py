@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvquant import _native
-from kvquant.backends._compiled import Compiled
-from kvquant.ops import Backend
+from ..ops import Backend
+from . import native
+from .compiled import Compiled
 
 __all__ = ["BACKEND"]
 
@@ -19,7 +19,7 @@ class _Cpu(Compiled):
         return -1, torch.get_num_threads()
 
     def unavailable(self, x: Tensor) -> str | None:
-        return None if _native.module else f"the extension is not there ({_native.error})"
+        return None if native.module else f"the extension is not there ({native.error})"
 
 
 BACKEND: Backend = _Cpu().backend()

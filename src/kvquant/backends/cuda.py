@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvquant import _native
-from kvquant._checks import check_splits
-from kvquant.backends._compiled import Compiled
-from kvquant.ops import Backend
+from ..checks import check_splits
+from ..ops import Backend
+from . import native
+from .compiled import Compiled
 
 __all__ = ["BACKEND"]
 
@@ -44,7 +44,7 @@ class _Cuda(Compiled):
         return _plan(query.dtype == torch.float32, _multiprocessors(query.get_device()), *shape)
 
     def is_capturing(self, queue: tuple[int, int]) -> bool:
-        return bool(_native.module.capture_id(queue[1]))
+        return bool(native.module.capture_id(queue[1]))
 
     def workspace(self, queue: tuple[int, int], floats: int, counters: int) -> tuple[int, int, Any]:
         """Room for partial results, of bytes of 255, and zeroed counters; kernels leave them so.
@@ -52,8 +52,8 @@ class _Cuda(Compiled):
         Launches on one stream follow one another, so they share. A captured graph may be replayed
         on any stream: it gets its own.
         """
-        if _native.module.capture_id(queue[1]):
-            return (*_native.module.lend_scratch(*queue, floats, counters), None)
+        if native.module.capture_id(queue[1]):
+            return (*native.module.lend_scratch(*queue, floats, counters), None)
         kept = self._workspaces.get(queue)
         if kept is None or kept[0].numel() < counters or kept[1].numel() < floats:
             kept = self._workspaces[queue] = (
@@ -65,9 +65,9 @@ class _Cuda(Compiled):
 
 @cache
 def _unavailable(device: int) -> str | None:
-    if _native.module is None:
-        return f"the extension is not there ({_native.error})"
-    info = _native.module.build_info()
+    if native.module is None:
+        return f"the extension is not there ({native.error})"
+    info = native.module.build_info()
     if not info["cuda"]:
         return "this build of kvquant has no CUDA kernels: install a wheel, or build with nvcc"
     if info["cuda_error"]:
@@ -97,7 +97,7 @@ def _plan(
     split_size: int,
 ) -> tuple[int, int, int]:
     """Most splits of a sequence, floats of partial results, counters."""
-    plan: tuple[int, int, int] = _native.module.attention_plan(
+    plan: tuple[int, int, int] = native.module.attention_plan(
         batch,
         tokens,
         q_heads,

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvquant.backends._reference_rows import (
+from ..ops import Backend
+from .reference_rows import (
     KEYS,
     MAX_ABS,
     chunks,
@@ -25,7 +26,6 @@ from kvquant.backends._reference_rows import (
     quantize,
     rotate,
 )
-from kvquant.ops import Backend
 
 __all__ = ["BACKEND"]
 

@@ -1,6 +1,6 @@
 """``kvquant demo``: a small language model on an 8-bit cache, with figures and a picture."""
 
-from kvquant.demo.assets import AssetError
-from kvquant.demo.run import Options, run
+from .assets import AssetError
+from .run import Options, run
 
 __all__ = ["AssetError", "Options", "run"]

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from kvquant.demo.model import cache_argument
-from kvquant.demo.quality import rounded_cache
+from .model import cache_argument
+from .quality import rounded_cache
 
 __all__ = ["PROMPTS", "Answer", "answer"]
 
@@ -39,7 +39,7 @@ def answer(tokenizer: Any, model: Any, prompt: str, *, tokens: int = 40) -> Answ
     """Greedy answers; the 16-bit cache is a DynamicCache, of a float32 model rounded to bf16."""
     from transformers import DynamicCache
 
-    from kvquant.integrations.transformers import KVQuantCache
+    from ..integrations.transformers import KVQuantCache
 
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kvquant.demo.assets import MODEL, fetch
+from .assets import MODEL, fetch
 
 __all__ = ["cache_argument", "load"]
 
@@ -27,7 +27,7 @@ def load(folder: Path, *, log: Callable[[str], None] = print) -> tuple[Any, Any]
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    import kvquant.integrations.transformers  # noqa: F401  (registers "kvquant")
+    from ..integrations import transformers as _  # noqa: F401  (registers "kvquant")
 
     logging.disable_progress_bar()
     target = folder / _FOLDER
@@ -46,7 +46,7 @@ def load(folder: Path, *, log: Callable[[str], None] = print) -> tuple[Any, Any]
 
 def cache_argument(cache: Any) -> dict[str, Any]:
     """The keyword under which this transformers takes a cache."""
-    from kvquant.integrations.transformers import CACHE_ARGUMENT
+    from ..integrations.transformers import CACHE_ARGUMENT
 
     return {CACHE_ARGUMENT: cache}
 

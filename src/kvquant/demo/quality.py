@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kvquant
-from kvquant.demo.model import cache_argument
+from .. import CacheFormat
+from .model import cache_argument
 
 __all__ = ["KEY_BIAS", "Score", "caches", "fp16_bytes", "key_bias", "measure", "rounded_cache"]
 
@@ -59,17 +59,17 @@ def caches(config: Any, tokens: int) -> dict[str, Any]:
     """The caches that the demo compares, by name; "fp32" is the reference."""
     from transformers import DynamicCache
 
-    from kvquant.integrations.transformers import KVQuantCache
+    from ..integrations.transformers import KVQuantCache
 
-    def int8(format: kvquant.CacheFormat) -> Any:
+    def int8(format: CacheFormat) -> Any:
         return KVQuantCache(config, max_cache_len=tokens, format=format, exact_prompt=False)
 
     return {
         "fp32": DynamicCache(config=config),
         "bf16": rounded_cache(config, torch.bfloat16),
         "fp8": rounded_cache(config, torch.float8_e4m3fn),
-        "int8_plain": int8(kvquant.CacheFormat.plain()),
-        "kvquant": int8(kvquant.CacheFormat()),
+        "int8_plain": int8(CacheFormat.plain()),
+        "kvquant": int8(CacheFormat()),
     }
 
 

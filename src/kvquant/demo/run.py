@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-import kvquant
-from kvquant.demo import answers, quality, report, speed
-from kvquant.demo.assets import TEXT, cache_folder, fetch
-from kvquant.demo.model import load
+from .. import __version__
+from . import answers, quality, report, speed
+from .assets import TEXT, cache_folder, fetch
+from .model import load
 
 __all__ = ["Options", "run"]
 
@@ -56,8 +56,8 @@ def run(options: Options, *, loaded: tuple[Any, Any, str] | None = None) -> dict
     Raises:
         AssetError: The model or the text could not be had.
     """
-    for needed in ("matplotlib", "kvquant.integrations.transformers"):
-        import_module(needed)  # says what is missing before anything is fetched
+    for needed in ("matplotlib", "..integrations.transformers"):
+        import_module(needed, __package__)  # says what is missing before anything is fetched
     import transformers
 
     console = report.console()
@@ -73,7 +73,7 @@ def run(options: Options, *, loaded: tuple[Any, Any, str] | None = None) -> dict
         "model": getattr(model.config, "name_or_path", "").rpartition("/")[2] or "model",
         "device": _device_name(device),
         "versions": {
-            "kvquant": kvquant.__version__,
+            "kvquant": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),

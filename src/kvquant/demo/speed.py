@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvquant.demo.model import cache_argument
+from .model import cache_argument
 
 __all__ = ["decode_times"]
 
@@ -39,7 +39,7 @@ def decode_times(
     """
     from transformers import DynamicCache
 
-    from kvquant.integrations.transformers import KVQuantCache
+    from ..integrations.transformers import KVQuantCache
 
     warm_up = 3
     text, dense = DynamicCache(config=model.config), DynamicCache(config=model.config)

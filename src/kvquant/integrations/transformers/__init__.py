@@ -2,17 +2,17 @@
 
 Importing this module registers the attention implementation "kvquant"::
 
-    from kvquant.integrations.transformers import KVQuantCache
+    from . import KVQuantCache
 
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="kvquant")
     model.generate(**inputs, past_key_values=KVQuantCache(model))
 """
 
-from kvquant.integrations.transformers._version import CACHE_ARGUMENT  # first: checks the version
-from kvquant.integrations.transformers.attention import kvquant_attention, register
-from kvquant.integrations.transformers.cache import KVQuantCache
-from kvquant.integrations.transformers.handle import QuantizedHandle
-from kvquant.integrations.transformers.mask import kvquant_mask
+from ._version import CACHE_ARGUMENT  # first: checks the version
+from .attention import kvquant_attention, register
+from .cache import KVQuantCache
+from .handle import QuantizedHandle
+from .mask import kvquant_mask
 
 __all__ = [
     "CACHE_ARGUMENT",

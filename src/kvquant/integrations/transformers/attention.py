@@ -10,9 +10,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from kvquant.integrations.transformers.handle import QuantizedHandle, Snapshot, warn_once
-from kvquant.integrations.transformers.mask import CausalMask, kvquant_mask
-from kvquant.integrations.transformers.support import NAME, refuse_unsupported_models
+from .handle import QuantizedHandle, Snapshot, warn_once
+from .mask import CausalMask, kvquant_mask
+from .support import NAME, refuse_unsupported_models
 
 __all__ = ["kvquant_attention", "register"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from kvquant.integrations.transformers.cache import KVQuantLayer
+    from .cache import KVQuantLayer
 
 __all__ = ["Batch", "KVLength"]
 

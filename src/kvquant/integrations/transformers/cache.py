@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-import kvquant
-from kvquant.integrations.transformers.batch import Batch, KVLength
-from kvquant.integrations.transformers.handle import QuantizedHandle, handles
-from kvquant.integrations.transformers.support import config_of, layer_windows
+from ... import CacheFormat, CacheFullError, QuantizedKVCache
+from .batch import Batch, KVLength
+from .handle import QuantizedHandle, handles
+from .support import config_of, layer_windows
 
 _CHANNELS = 16  # of which the kernels take a multiple
 
@@ -39,7 +39,7 @@ class KVQuantLayer(CacheLayerMixin):
         sliding_window: int | None = None,
         max_cache_len: int | None = None,
         block_size: int | None = None,
-        format: kvquant.CacheFormat | None = None,
+        format: CacheFormat | None = None,
         exact_prompt: bool = True,
     ) -> None:
         self._shape: tuple[int, int, int, int, torch.device] | None = None
@@ -49,7 +49,7 @@ class KVQuantLayer(CacheLayerMixin):
         self.max_cache_len = max_cache_len
         self.exact_prompt = exact_prompt
         self.length = 0
-        self.storage: kvquant.QuantizedKVCache | None = None
+        self.storage: QuantizedKVCache | None = None
         self._options: dict[str, Any] = {
             "max_seq_len": max_cache_len,
             "block_size": block_size,
@@ -64,7 +64,7 @@ class KVQuantLayer(CacheLayerMixin):
         value_states = key_states if value_states is None else value_states
         self._shape = batch, heads, dim, v_dim, _ = _row_shape(key_states, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.storage = kvquant.QuantizedKVCache(
+        self.storage = QuantizedKVCache(
             1,
             batch,
             heads,
@@ -91,7 +91,7 @@ class KVQuantLayer(CacheLayerMixin):
 
         Raises:
             ValueError: Another batch, number of heads or channels, or device than the stored rows.
-            kvquant.CacheFullError: More tokens than ``max_cache_len``.
+            CacheFullError: More tokens than ``max_cache_len``.
         """
         self.flush()
         shape = _row_shape(key_states, value_states)
@@ -106,7 +106,7 @@ class KVQuantLayer(CacheLayerMixin):
         new = key_states.shape[-2]
         if self.max_cache_len is not None and self.length + new > self.max_cache_len:
             self.batch.undo(self.length, taken=False)
-            raise kvquant.CacheFullError(
+            raise CacheFullError(
                 f"max_cache_len: {self.max_cache_len} tokens a sequence, but {self.length} are "
                 f"stored and {new} more came"
             )
@@ -328,7 +328,7 @@ class KVQuantCache(Cache):
         *,
         max_cache_len: int | None = None,
         block_size: int | None = None,
-        format: kvquant.CacheFormat | None = None,
+        format: CacheFormat | None = None,
         exact_prompt: bool = True,
         check_positions: bool = True,
     ) -> None:

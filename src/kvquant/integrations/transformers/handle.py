@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 if TYPE_CHECKING:
-    from kvquant.integrations.transformers.cache import KVQuantLayer
+    from .cache import KVQuantLayer
 
 __all__ = ["QuantizedHandle", "Snapshot", "handles", "warn_once"]
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from kvquant.integrations.transformers._version import CACHE_ARGUMENT
-from kvquant.integrations.transformers.handle import warn_once
-from kvquant.integrations.transformers.support import check_config
+from ._version import CACHE_ARGUMENT
+from .handle import warn_once
+from .support import check_config
 
 __all__ = ["CausalMask", "kvquant_mask"]
 

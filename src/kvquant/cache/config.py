@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kvquant._arguments import INT32_MAX, check_head_dim, check_integer, require
-from kvquant.formats import CacheFormat, check_format
-from kvquant.paged import ceil_to
+from ..arguments import INT32_MAX, check_head_dim, check_integer, require
+from ..formats import CacheFormat, check_format
+from .blocks import ceil_to
 
 __all__ = ["CacheConfig"]
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from kvquant._arguments import INT32_MAX, check_integer, check_tensor, require
-from kvquant._checks import check_index, check_no_grad, check_pair, check_rows, check_storage
-from kvquant._config import CacheConfig
-from kvquant._state import CacheState
-from kvquant.storage import LayerStorage
+from ..arguments import INT32_MAX, check_integer, check_tensor, require
+from ..checks import check_index, check_no_grad, check_pair, check_rows, check_storage
+from ..storage import LayerStorage
+from .config import CacheConfig
+from .state import CacheState
 
 __all__ = ["check_call", "look", "ragged"]
 

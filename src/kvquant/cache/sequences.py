@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from kvquant._arguments import (
+from ..arguments import (
     INT32_MAX,
     check_device,
     check_float_dtype,
     check_integer,
     require,
 )
-from kvquant._checks import check_index
-from kvquant._config import CacheConfig
-from kvquant._state import CacheState
-from kvquant.formats import CacheFormat
-from kvquant.storage import LayerStorage
+from ..checks import check_index
+from ..formats import CacheFormat
+from ..storage import LayerStorage
+from .config import CacheConfig
+from .state import CacheState
 
 __all__ = ["CacheSequences"]
 

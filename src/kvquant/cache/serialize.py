@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from kvquant._arguments import check_tensor, require
-from kvquant._checks import check_affine
-from kvquant._config import CacheConfig
-from kvquant._state import CacheState
-from kvquant.errors import CacheFullError
-from kvquant.formats import CacheFormat
-from kvquant.storage import LayerStorage
+from ..arguments import check_tensor, require
+from ..checks import check_affine
+from ..errors import CacheFullError
+from ..formats import CacheFormat
+from ..storage import LayerStorage
+from .config import CacheConfig
+from .state import CacheState
 
 if TYPE_CHECKING:
-    from kvquant.cache import QuantizedKVCache
+    from .cache import QuantizedKVCache
 
     Cache = TypeVar("Cache", bound=QuantizedKVCache)
 

@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from kvquant.errors import CacheFullError
-from kvquant.formats import CacheFormat
-from kvquant.storage import LayerStorage
+from ..errors import CacheFullError
+from ..formats import CacheFormat
+from ..storage import LayerStorage
 
 __all__ = ["BlockAllocator", "LayerPool", "Tables", "ceil_to", "index_tensor", "step_up"]
 

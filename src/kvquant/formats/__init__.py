@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvquant._arguments import check_flag, check_integer
+from ..arguments import check_flag, check_integer
 
 __all__ = ["CacheFormat", "check_format", "rotation_length"]
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kvquant._arguments import (
+from .arguments import (
     FLOATS,
     INT32_MAX,
     check_integer,
@@ -15,8 +15,8 @@ from kvquant._arguments import (
     check_tensor,
     require,
 )
-from kvquant.errors import CacheFullError
-from kvquant.storage import LayerStorage
+from .errors import CacheFullError
+from .storage import LayerStorage
 
 __all__ = [
     "check_affine",

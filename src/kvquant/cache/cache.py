@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from kvquant import _files, _serialize, functional
-from kvquant._arguments import check_flag, check_float_dtype, check_number, check_tensor
-from kvquant._calls import check_call, look, ragged
-from kvquant._checks import check_index, check_packed, check_split_size, check_window
-from kvquant._config import CacheConfig
-from kvquant._prompt import exact_attention
-from kvquant._sequences import CacheSequences
-from kvquant._serialize import LayerPast
-from kvquant._state import CacheState
-from kvquant.ops import call, forced, is_plain, prepare_step, refuse_splits
+from .. import functional
+from ..arguments import check_flag, check_float_dtype, check_number, check_tensor
+from ..checks import check_index, check_packed, check_split_size, check_window
+from ..ops import call, forced, is_plain, prepare_step, refuse_splits
+from . import files, serialize
+from .calls import check_call, look, ragged
+from .config import CacheConfig
+from .prompt import exact_attention
+from .sequences import CacheSequences
+from .serialize import LayerPast
+from .state import CacheState
 
 __all__ = ["QuantizedKVCache"]
 
@@ -337,7 +338,7 @@ class QuantizedKVCache(CacheSequences):
             ValueError: Another format than ``CacheFormat.plain()``, or sequences of several
                 lengths.
         """
-        return _serialize.layer_past(self._state, self._check_layer(layer))
+        return serialize.layer_past(self._state, self._check_layer(layer))
 
     @classmethod
     def from_layer_past(
@@ -361,7 +362,7 @@ class QuantizedKVCache(CacheSequences):
             TypeError: Another structure, a dtype that is not supported.
             ValueError: Shapes that do not belong together, or scales beyond float16.
         """
-        return _serialize.from_layer_past(cls, past, max_seq_len, block_size, dtype)
+        return serialize.from_layer_past(cls, past, max_seq_len, block_size, dtype)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that is stored, sequence by sequence, the same whatever the blocks.
@@ -371,7 +372,7 @@ class QuantizedKVCache(CacheSequences):
             "layers.0.k_data" (batch, kv_heads, tokens, head_dim) and so on: copies on the cache's
             device.
         """
-        return _serialize.state_dict(self._state)
+        return serialize.state_dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replace all tokens by those of a `state_dict` of the same format and shapes.
@@ -385,11 +386,11 @@ class QuantizedKVCache(CacheSequences):
         if not isinstance(state, Mapping):
             raise TypeError(f"state: expected a mapping of tensors, got {type(state).__name__}")
         try:
-            _serialize.check_state(state, self._state.config)
+            serialize.check_state(state, self._state.config)
         except (TypeError, ValueError) as error:
             raise type(error)(f"state: {error}") from None
         new = CacheState.empty(self._state.config)
-        _serialize.fill(new, state)
+        serialize.fill(new, state)
         self._adopt(new)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -402,7 +403,7 @@ class QuantizedKVCache(CacheSequences):
         Raises:
             ImportError: safetensors is not installed.
         """
-        _files.save(self._state, self.dtype, path)
+        files.save(self._state, self.dtype, path)
 
     @classmethod
     def load(
@@ -436,13 +437,13 @@ class QuantizedKVCache(CacheSequences):
                 hold together.
         """
         sizes = {"max_seq_len": max_seq_len, "block_size": block_size, "num_blocks": num_blocks}
-        return _files.load(cls, path, device, sizes)
+        return files.load(cls, path, device, sizes)
 
 
 def _unpickle(
     cls: type[QuantizedKVCache], config: CacheConfig, dtype: torch.dtype, state: dict[str, Tensor]
 ) -> QuantizedKVCache:
-    return _serialize.restore(cls, config, dtype, state, allocate=True)
+    return serialize.restore(cls, config, dtype, state, allocate=True)
 
 
 def _equal(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:

@@ -24,7 +24,7 @@ def _openmp() -> int:
 module: Any  # None where the extension cannot be imported
 error: str | None
 try:
-    from kvquant import _C as module  # type: ignore[attr-defined, no-redef]
+    from .. import _C as module  # type: ignore[attr-defined, no-redef]
 except ImportError as exception:
     module, error = None, f"{type(exception).__name__}: {exception}"
 else:

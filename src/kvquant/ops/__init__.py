@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvquant._checks import check_splits
+from ..checks import check_splits
 
 __all__ = [
     "OPS",

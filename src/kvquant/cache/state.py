@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvquant._config import CacheConfig
-from kvquant.errors import CacheFullError
-from kvquant.paged import BlockAllocator, LayerPool, Tables, ceil_to, index_tensor, step_up
+from ..errors import CacheFullError
+from .blocks import BlockAllocator, LayerPool, Tables, ceil_to, index_tensor, step_up
+from .config import CacheConfig
 
 __all__ = ["CacheState"]
 

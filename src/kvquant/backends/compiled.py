@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvquant import _native
-from kvquant.ops import Backend
+from ..ops import Backend
+from . import native
 
 __all__ = ["Compiled"]
 
@@ -86,7 +86,7 @@ class CompiledStep:
         self._alike = query.is_contiguous() and query.shape == self._shape
         _, tokens, heads, v_dim = self._shape
         out = (tokens * heads * v_dim, heads * v_dim, v_dim)
-        self._native = _native.module.Step(
+        self._native = native.module.Step(
             query.stride()[:3], key.stride()[:3], value.stride()[:3], out, _DTYPES[query.dtype],
             heads, softmax_scale, causal, sliding_window, softcap, split_size,
         )  # fmt: skip
@@ -119,8 +119,8 @@ class CompiledStep:
         else:
             out = torch.empty(self._shape, dtype=self._dtype, device=self._device)
         device, stream = queue = self._compiled.queue(query)
-        native, floats, counters = bound[4:]
-        call = (native, query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr())
+        twin, floats, counters = bound[4:]
+        call = (twin, query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr())
         kept = self._kept
         if (
             kept is None
@@ -150,12 +150,12 @@ class CompiledStep:
             query, batch, tokens, heads, k_data.shape[1], k_dim, v_data.shape[3],
             max_blocks * k_data.shape[2], self._split_size,
         )  # fmt: skip
-        native = _native.module.Layer(
+        twin = native.module.Layer(
             _view(k_data, k_params, k_mean, v_data, v_params, *self._rotation),
             table.data_ptr(), table.stride(0), batch, max_blocks, seq_lens.data_ptr(),
             _pointer(seq_starts), tokens, splits,
         )  # fmt: skip
-        bound = (storage, table, seq_lens, seq_starts, native, floats, counters)
+        bound = (storage, table, seq_lens, seq_starts, twin, floats, counters)
         self._bound[layer] = bound
         return bound
 
@@ -231,7 +231,7 @@ class Compiled(ABC):
             torch.empty(b, h, rows, width, dtype=torch.float32, device=x.device) for _ in range(2)
         )
         if q.numel():
-            _native.module.quantize(
+            native.module.quantize(
                 x.data_ptr(), x.stride()[:3], b, h, s, d, _DTYPES[x.dtype], q.data_ptr(),
                 scale.data_ptr(), zero.data_ptr(), _GRANULARITIES[granularity], group_size, qmin,
                 qmax, *self.queue(x),
@@ -248,7 +248,7 @@ class Compiled(ABC):
         if out.numel():
             zero = zero if zero.stride() == scale.stride() else zero.contiguous()
             scale = scale if zero.stride() == scale.stride() else scale.contiguous()
-            _native.module.dequantize(
+            native.module.dequantize(
                 q.data_ptr(), q.stride()[:3], *q.shape, *_affine(scale, zero, group_size),
                 out.data_ptr(), _DTYPES[dtype], *self.queue(q),
             )  # fmt: skip
@@ -274,12 +274,12 @@ class Compiled(ABC):
         if not q.numel():
             return out.zero_()
         scale, zero = scale.contiguous(), zero.contiguous()
-        params = _native.module.MatmulParams(
+        params = native.module.MatmulParams(
             x.data_ptr(), x.stride()[:3], q.data_ptr(), q.stride()[:3],
             *_affine(scale, zero, group), out.data_ptr(), _DTYPES[x.dtype],
             x.shape[0], x.shape[1], q.shape[1], x.shape[2], q.shape[2], q.shape[3],
         )  # fmt: skip
-        getattr(_native.module, op)(params, *self.queue(x))
+        getattr(native.module, op)(params, *self.queue(x))
         return out
 
     def append_(
@@ -309,7 +309,7 @@ class Compiled(ABC):
             table = (0, 0, 1 if key.dim() == 3 else key.shape[0], 0)
         else:
             table = (block_table.data_ptr(), block_table.stride(0), *block_table.shape)
-        _native.module.append(
+        native.module.append(
             _view(k_data, k_params, k_mean, v_data, v_params, mean_group, k_rotation, v_rotation),
             *table, _pointer(seq_lens), _pointer(seq_starts), _pointer(cu_seqlens),
             *_packed(key, max_tokens), *_rows(key), *_rows(value), _DTYPES[key.dtype],
@@ -338,7 +338,7 @@ class Compiled(ABC):
             for x in (k_data, v_data)
         )
         if key.numel():
-            _native.module.gather(
+            native.module.gather(
                 _view(
                     k_data, k_params, k_mean, v_data, v_params, mean_group, k_rotation, v_rotation
                 ),
@@ -393,7 +393,7 @@ class Compiled(ABC):
             max_blocks * block_size, split_size,
         )  # fmt: skip
         partials, counters, _alive = self.workspace(self.queue(query), floats, counts)
-        _native.module.attention(
+        native.module.attention(
             _view(k_data, k_params, k_mean, v_data, v_params, mean_group, k_rotation, v_rotation),
             block_table.data_ptr(), block_table.stride(0), batch, max_blocks, seq_lens.data_ptr(),
             _pointer(seq_starts), _pointer(cu_seqlens), *_packed(query, max_tokens),
@@ -415,7 +415,7 @@ def _view(
     k_rotation: int,
     v_rotation: int,
 ) -> Any:
-    return _native.module.CacheView(
+    return native.module.CacheView(
         _slab(k_data), _slab(v_data), _slab(k_params), _slab(v_params), _slab(k_mean),
         *k_data.shape[:3], k_data.shape[3], v_data.shape[3], mean_group, k_rotation, v_rotation,
     )  # fmt: skip

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from kvquant._arguments import FLOATS, check_device, check_integer, require
-from kvquant._config import CacheConfig
-from kvquant._serialize import VERSION, blocks_for, check_state, restore, state_dict
-from kvquant._state import CacheState
-from kvquant.errors import CacheFullError
-from kvquant.formats import CacheFormat
-from kvquant.paged import ceil_to
+from ..arguments import FLOATS, check_device, check_integer, require
+from ..errors import CacheFullError
+from ..formats import CacheFormat
+from .blocks import ceil_to
+from .config import CacheConfig
+from .serialize import VERSION, blocks_for, check_state, restore, state_dict
+from .state import CacheState
 
 if TYPE_CHECKING:
-    from kvquant.cache import QuantizedKVCache
+    from .cache import QuantizedKVCache
 
     Cache = TypeVar("Cache", bound=QuantizedKVCache)
 

@@ -1,0 +1,5 @@
+"""A cache object for a whole model."""
+
+from .cache import QuantizedKVCache
+
+__all__ = ["QuantizedKVCache"]
