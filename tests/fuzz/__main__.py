@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,7 +29,13 @@ def calls(
     seed: Seed = 0,
     device: Device = "cpu",
     wrap: Annotated[str, typer.Option(help="A tool to run the calls under.")] = "",
-    limit: Annotated[float, typer.Option(help="Most seconds of one call.")] = 20.0,
+    limit: Annotated[
+        float | None, typer.Option(help="Most seconds of one call: 20, within a tool 120.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="How many processes at a time.")] = 1,
+    seconds: Annotated[
+        float | None, typer.Option(help="After so many seconds no further number begins.")
+    ] = None,
 ) -> None:
     """Random calls of everything public, good and bad: none crashes, all do as they should."""
     from . import run
@@ -36,15 +44,31 @@ def calls(
         raise typer.BadParameter(f"nothing fuzzes {', '.join(missing)}")
     if only is not None:
         raise typer.Exit(_only(only, seed, device))
+    begin = said = time.monotonic()
     with console.status("starting") as status:
 
-        def told(number: int, total: run.Total) -> None:
-            status.update(f"call {number:,}, {len(total.failures)} distinct failures")
+        def told(total: run.Total) -> None:
+            nonlocal said
+            text = (
+                f"{total.numbers:,} numbers, {total.calls.total():,} calls, "
+                f"{len(total.failures)} distinct failures"
+            )
+            status.update(text)
+            if not console.is_terminal and time.monotonic() - said >= 15:
+                said = time.monotonic()
+                print(f"{said - begin:.0f} s: {text}", flush=True)
 
         total = run.run_all(
-            seed, first, first + count, device=device, wrap=wrap, limit=limit, told=told
+            seed, first, first + count, device=device, wrap=wrap, jobs=jobs, told=told,
+            limit=limit or (120.0 if wrap else 20.0),
+            seconds=math.inf if seconds is None else seconds,
+        )  # fmt: skip
+    _show(total, seed, device)
+    if total.numbers < count:
+        console.print(
+            f"stopped after {total.seconds:.0f} s: {total.numbers:,} numbers, "
+            f"{total.calls.total():,} calls"
         )
-    _show(total, seed, device, count)
     raise typer.Exit(bool(total.failures))
 
 
@@ -67,21 +91,25 @@ def _only(number: int, seed: int, device: str) -> int:
     return int(bool(report.failures))
 
 
-def _show(total: Total, seed: int, device: str, count: int) -> None:
+def _show(total: Total, seed: int, device: str) -> None:
     table = Table("operation", "calls", "accepted", "refused", title="Calls")
     for name, number in sorted(total.calls.items()):
         accepted = total.accepted[name]
         table.add_row(name, f"{number:,}", f"{accepted:,}", f"{number - accepted:,}")
     console.print(table)
     made, accepted = total.calls.total(), total.accepted.total()
+    rate = made / max(total.seconds, 1e-9)
     console.print(
-        f"{count:,} numbers, {made:,} calls ({made / max(total.seconds, 1e-9):.0f} a second), "
+        f"{total.numbers:,} numbers, {made:,} calls ({rate:.0f} a second), "
         f"{accepted:,} accepted, {made - accepted:,} refused or lost, {total.children} processes"
     )
     where = "" if device == "cpu" else f" --device {device}"
     for (name, kind, message), (number, times, details) in sorted(total.failures.items()):
         console.print(f"[red]{escape(name)}: {escape(kind)}: {escape(message)}[/red] ({times}x)")
-        console.print(f"    {details.splitlines()[0] if details else ''}"[:400], markup=False)
+        lines = details.splitlines() or [""]
+        report = [line for line in lines[1:] if line.startswith("=========")][:12]
+        for line in (lines[0], *report):  # the second: a sanitizer's
+            console.print(f"    {line}"[:400], markup=False)
         console.print(f"    python -m tests.fuzz calls --only {number} --seed {seed}{where}")
     if not total.failures:
         console.print("no failure")
@@ -93,12 +121,14 @@ def child(
     seed: Seed = 0,
     first: int = 0,
     end: int = 0,
+    step: int = 1,
     device: Device = "cpu",
+    until: float = math.inf,
 ) -> None:
     """What `calls` starts."""
     from .run import child
 
-    child(path, seed, first, end, device)
+    child(path, seed, first, end, step, device, until)
 
 
 @app.command()

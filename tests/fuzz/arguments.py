@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -14,100 +13,12 @@ from torch import Tensor
 
 import kvquant
 
+from .dice import Dice
+
 T = TypeVar("T")
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-HEAD_DIMS = (16, 48, 64, 64, 80, 128, 128, 256, 272)
 HUGE = (2**31, 2**40, 2**70)  # more than any count of rows, and than int32 or int64 holds
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
-
-
-class Whole:
-    """An integer of no type that anybody knows."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __index__(self) -> int:
-        return self.number
-
-    def __repr__(self) -> str:
-        return f"Whole({self.number})"
-
-
-class Dice:
-    """Everything random about one call, from (seed, number of the call) alone."""
-
-    def __init__(self, seed: int, number: int, device: str = "cpu") -> None:
-        self.random = random.Random(f"{seed}/{number}")
-        self.generator = torch.Generator().manual_seed(self.random.getrandbits(60))
-        self.device = device
-        self.spelling = 0.3  # how often an integer is not an int
-
-    def chance(self, probability: float) -> bool:
-        return self.random.random() < probability
-
-    def among(self, choices: Sequence[T]) -> T:
-        return self.random.choice(choices)
-
-    def number(self, low: int, high: int) -> int:
-        return self.random.randint(low, max(low, high))
-
-    def flag(self) -> bool:
-        return self.chance(0.5)
-
-    # The same number as callers may write it.
-
-    def integer(self, number: int) -> Any:
-        if not self.chance(self.spelling):
-            return number
-        as_type = np.int32 if -(2**31) <= number < 2**31 else np.int64
-        return self.among([np.int64, as_type, torch.tensor, Whole])(number)
-
-    def real(self, number: float) -> Any:
-        return self.among([float, float, np.float64, np.float32])(number)
-
-    # Tensors.
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator)
-
-    def codes(self, *shape: int) -> Tensor:
-        x = torch.randint(0, 256, shape, dtype=torch.uint8, generator=self.generator)
-        return x.to(self.device)
-
-    def rows(self, *shape: int, dtype: torch.dtype | None = None, clean: bool = False) -> Tensor:
-        """Rows as models have them, in any layout with a contiguous last dimension."""
-        dtype = self.among(FLOATS) if dtype is None else dtype
-
-        def base(*size: int) -> Tensor:
-            x = self.normal(*size)
-            x[..., 1:2] += 6
-            x[..., size[-1] // 2] -= 4
-            return x.to(dtype).to(self.device)
-
-        *lead, heads, dim = shape
-        layout = self.number(0, 6)
-        if layout == 1 and lead:  # heads in front of tokens, as models transpose them
-            x = base(*lead[:-1], heads, lead[-1], dim).transpose(-3, -2)
-        elif layout == 2:  # part of a fused projection
-            x = base(*lead, heads + 1, dim + 16)[..., 1:, :dim]
-        elif layout == 3:  # aligned to nothing but its elements
-            count = int(np.prod(shape))
-            x = base(count + 1 + dim)[1 : 1 + count].view(shape)
-        elif layout == 4 and lead and lead[0] > 1:
-            x = base(1, *lead[1:], heads, dim).expand(shape)
-        else:
-            x = base(*shape)
-        if not clean and x.numel() and self.chance(0.04):
-            at = tuple(self.number(0, n - 1) for n in shape)
-            x = x.clone() if layout == 4 else x  # an expanded one has no element of its own
-            x[at] = self.among([torch.nan, torch.inf, -torch.inf, 60000.0])
-        return x
-
-    def index(self, values: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)
-
 
 # What is a mistake.
 
@@ -122,12 +33,14 @@ class Wrong:
         group: Mistakes of one group might make each other good (a batch that is too large in all
             arguments is no mistake), so a call has one of them at most.
         unsure: No rule says whether it is a mistake: the call may be accepted.
+        host: It stays where it is made when other arguments are copied to a device.
     """
 
     label: str
     make: Callable[[], Any]
     group: str = ""
     unsure: bool = False
+    host: bool = False
 
 
 def _same(x: T) -> T:
@@ -160,8 +73,10 @@ class Kind:
     Attributes:
         optional: None is no mistake.
         fine: Names of `_TYPES` that are of this kind.
+        on_device: Its tensors belong on the device of the call.
     """
 
+    on_device: ClassVar[bool] = False
     optional: bool = False
     fine: tuple[str, ...] = ()
 
@@ -169,7 +84,7 @@ class Kind:
         """What would be a mistake in the place of ``x``, which is good."""
         for name, value in _TYPES.items():
             if name not in self.fine and not (self.optional and value is None):
-                yield Wrong(f"type {name}", partial(_same, value))
+                yield Wrong(f"type {name}", partial(_same, value), host=True)
 
 
 @dataclass(frozen=True)
@@ -185,8 +100,10 @@ class Tensors(Kind):
         strided: The last dimension has to be contiguous.
         alone: No other tensor in the call: it may be anywhere.
         no_grad: It must not require a gradient.
+        anywhere: It may be on the host where the others are on a device.
     """
 
+    on_device = True
     dtypes: tuple[torch.dtype, ...] = ()
     most_dims: int = 4
     least_dims: int = 4
@@ -195,6 +112,7 @@ class Tensors(Kind):
     strided: bool = True
     alone: bool = False
     no_grad: bool = False
+    anywhere: bool = False
 
     def wrong(self, x: Any, dice: Dice) -> Iterator[Wrong]:
         yield from super().wrong(x, dice)
@@ -218,6 +136,9 @@ class Tensors(Kind):
             yield Wrong("strided", lambda: torch.stack([x, x], -1)[..., 0])
         if not self.alone:
             yield Wrong("meta device", partial(x.to, "meta"), "meta")
+            if dice.moves and not self.anywhere:
+                unsure = dice.target == "cpu"
+                yield Wrong("on the host", partial(_same, x), "meta", unsure, host=True)
         if self.no_grad:
             yield Wrong("requires grad", lambda: x.detach().clone().requires_grad_())
         if x.dim():
@@ -337,13 +258,14 @@ class Choice(Kind):
 class Storage(Kind):
     """A layer; ``sized``: the other arguments fix its head_dims and heads."""
 
+    on_device = True
     sized: bool = True
 
     def wrong(self, x: Any, dice: Dice) -> Iterator[Wrong]:
         yield from super().wrong(x, dice)
         blocks, heads, size, k_dim = x.k_data.shape
         v_dim = x.v_data.shape[3]
-        allocate = partial(kvquant.LayerStorage.allocate, format=x.format, device=dice.device)
+        allocate = partial(kvquant.LayerStorage.allocate, format=x.format, device="cpu")
         yield Wrong("tensor", partial(_same, x.k_data))
         meta = partial(allocate, blocks, heads, size, k_dim, v_dim, device="meta")
         yield Wrong("on meta", meta, "meta")
@@ -380,4 +302,4 @@ class Indices(Kind):
             ("negative tensor", torch.tensor([-1, *rest])),
             ("meta tensor", torch.tensor(first, device="meta")),
         ):
-            yield Wrong(name, partial(_same, bad))
+            yield Wrong(name, partial(_same, bad), host=True)

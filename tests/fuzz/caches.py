@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,16 +13,15 @@ import kvquant
 from kvquant import QuantizedKVCache
 
 from .arguments import (
-    FLOATS,
     MAYBE_INDEX,
     MAYBE_ROWS,
     ROWS,
     Device,
-    Dice,
     Dtype,
     Flag,
     Integer,
 )
+from .dice import FLOATS, Dice
 from .functions import (
     HEADS,
     OPTION_KINDS,
@@ -44,6 +44,7 @@ from .others import FORMAT
 from .places import random_format, random_head_dims
 
 LAYER = Integer(bad=(-1, 99, 2**40))
+_OFFSETS = replace(MAYBE_INDEX, anywhere=True)
 
 
 def random_cache_arguments(dice: Dice) -> Arguments:
@@ -54,7 +55,7 @@ def random_cache_arguments(dice: Dice) -> Arguments:
         "num_kv_heads": dice.integer(dice.number(1, 3)),
         "head_dim": dice.integer(k_dim),
         "v_head_dim": dice.among([None, dice.integer(v_dim)]),
-        "device": dice.among([dice.device, torch.device(dice.device)]),
+        "device": dice.among([dice.target, torch.device(dice.target)]),
         "format": dice.among([random_format(dice), kvquant.CacheFormat.plain(), None]),
     }
     if dice.flag():
@@ -116,14 +117,14 @@ def rows_for(dice: Dice, cache: QuantizedKVCache, *lead: int, plain: bool = Fals
 
 
 def _plain_rows(dice: Dice, *shape: int) -> Tensor:
-    return dice.normal(*shape).to(dice.device)
+    return dice.normal(*shape)
 
 
 def offsets_for(dice: Dice, new: list[int], suffix: str = "") -> tuple[Arguments, int]:
     edges, total = packed_offsets(dice, new)
-    device = dice.among(["cpu", dice.device])
-    cu = torch.tensor(edges, dtype=torch.int32, device=device)
-    return {f"cu_seqlens{suffix}": cu, f"max_seqlen{suffix}": most_of(dice, new)}, total
+    dice.places[f"cu_seqlens{suffix}"] = dice.among([False, True])
+    args = {f"cu_seqlens{suffix}": dice.index(edges), f"max_seqlen{suffix}": most_of(dice, new)}
+    return args, total
 
 
 def _make_append(dice: Dice, cache: Any) -> Arguments:
@@ -151,9 +152,6 @@ def _no_room(args: Arguments, cache: QuantizedKVCache) -> bool | None:
         return False
     if max(ends) > capacity:
         return True
-    cu = args.get("cu_seqlens", args.get("cu_seqlens_q"))
-    if cu is not None and cu.device.type != "cpu":
-        return None  # the host knows no more than the number of all rows
     return False if cache.block_size is None else None
 
 
@@ -165,7 +163,7 @@ APPEND = Operation(
         "layer": LAYER,
         "key": ROWS,
         "value": ROWS,
-        "cu_seqlens": MAYBE_INDEX,
+        "cu_seqlens": _OFFSETS,
         "max_seqlen": MAYBE_COUNT,
     },
     (*offsets("cu_seqlens"), *SIZES, other_dtype("value", "key")),
@@ -203,7 +201,7 @@ ATTEND = Operation(
         "query": ROWS,
         "key": MAYBE_ROWS,
         "value": MAYBE_ROWS,
-        "cu_seqlens_q": MAYBE_INDEX,
+        "cu_seqlens_q": _OFFSETS,
         "max_seqlen_q": MAYBE_COUNT,
         **OPTION_KINDS,
         "exact_prompt": Flag(),

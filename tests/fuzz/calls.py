@@ -21,7 +21,6 @@ from torch import Tensor
 import kvquant
 from kvquant import QuantizedKVCache
 
-from .arguments import Dice
 from .compare import (
     LOOSE,
     Memory,
@@ -31,6 +30,8 @@ from .compare import (
     stored_difference,
     tensors_in,
 )
+from .dice import Dice
+from .moving import elsewhere, moved
 from .operations import Arguments, Operation
 
 
@@ -72,6 +73,7 @@ class Plan:
         unsure: Of what no rule is about.
         unseen: Of bad contents on a device: nobody looks at them, and they do no harm.
         error: The type that the error has to be of, if that is known.
+        places: As of `Dice`.
     """
 
     operation: Operation
@@ -80,9 +82,22 @@ class Plan:
     unsure: list[str] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
     error: type[Exception] | None = None
+    places: dict[str, bool] = field(default_factory=dict)
+
+    def on_device(self, name: str) -> bool:
+        """Whether an argument is copied to a device that the call is on."""
+        kind = self.operation.kinds.get(name)
+        return self.places.get(name, kind is None or kind.on_device)
+
+    def arguments_on(self, device: str) -> Arguments:
+        """Copies there, but for what callers have on the host."""
+        there = {name: x for name, x in self.arguments.items() if self.on_device(name)}
+        return self.arguments | moved(there, device)
 
     def describe(self) -> str:
-        shown = ", ".join(f"{name}={show(x)}" for name, x in self.arguments.items())
+        host = {name: "host " for name, there in self.places.items() if not there}
+        parts = (f"{name}={host.get(name, '')}{show(x)}" for name, x in self.arguments.items())
+        shown = ", ".join(parts)
         perhaps = [f"perhaps {label}" for label in self.unsure]
         wrong = "; ".join([*self.mistakes, *perhaps, *(f"unseen: {x}" for x in self.unseen)])
         return f"{self.operation.name}({shown})" + (f"  # {wrong}" if wrong else "")
@@ -114,7 +129,10 @@ def show(x: Any) -> str:
 
 def make_plan(dice: Dice, operation: Operation, cache: Any = None, mistakes: int = 0) -> Plan:
     """A call with up to so many mistakes."""
+    dice.places = {}
     plan = Plan(operation, operation.make(dice, cache))
+    if dice.moves:
+        plan.places = dice.places
     groups: set[str] = set()
     touched: set[str] = set()
     for _ in range(mistakes):
@@ -133,6 +151,8 @@ def make_plan(dice: Dice, operation: Operation, cache: Any = None, mistakes: int
         wrong = dice.among(wrongs)
         groups.add(wrong.group)
         plan.arguments[name] = wrong.make()
+        if wrong.host:
+            dice.places[name] = False
         (plan.unsure if wrong.unsure else plan.mistakes).append(f"{name}: {wrong.label}")
     if len(plan.mistakes) != 1 or plan.unsure or plan.unseen:
         plan.error = None
@@ -145,9 +165,10 @@ def _relate(dice: Dice, plan: Plan, cache: Any, groups: set[str]) -> None:
         return
     groups.add(relation.group)
     looked_at = plan.arguments.get(relation.of)
-    unseen = isinstance(looked_at, Tensor) and looked_at.device.type not in ("cpu", "meta")
+    unseen = dice.moves and isinstance(looked_at, Tensor) and plan.on_device(relation.of)
+    unsure = relation.unsure or (unseen and dice.target == "cpu")
     plan.error = relation.error
-    labels = plan.unsure if relation.unsure else plan.unseen if unseen else plan.mistakes
+    labels = plan.unsure if unsure else plan.unseen if unseen else plan.mistakes
     labels.append(relation.label)
 
 
@@ -231,10 +252,13 @@ def run_function(dice: Dice, operation: Operation, report: Report, mistakes: int
     plan = make_plan(dice, operation, None, mistakes)
     arguments = plan.arguments
     report.begin(plan.describe())
-    memory, twin = Memory(arguments), clone(arguments)
-    before = clone(arguments.get("storage"))
+    if dice.moves:
+        arguments, twin = plan.arguments_on(dice.target), plan.arguments
+    else:
+        twin = clone(arguments)
+    memory, before = Memory(arguments), clone(twin.get("storage"))
     outcome = Outcome.of(operation.call, **arguments)
-    _synchronize(dice)
+    synchronize(dice)
     check_outcome(report, plan, outcome, False)
     accepted = outcome.error is None
     if accepted and (plan.mistakes or plan.unsure):
@@ -250,6 +274,13 @@ def run_function(dice: Dice, operation: Operation, report: Report, mistakes: int
     if wanted.error is not None:
         report.fail(plan, "the reference refused", plain(repr(wanted.error)))
         return
+    result = outcome.result
+    if dice.moves:
+        if why := elsewhere(result, dice.target):
+            report.fail(plan, "on another device", why)
+        result = moved(result, "cpu")
+        if written:
+            arguments = moved({x: arguments.get(x) for x in ("storage", "seq_lens")}, "cpu")
     tolerance = None
     if written:
         if why := stored_difference(arguments["storage"], twin["storage"], before):
@@ -259,11 +290,12 @@ def run_function(dice: Dice, operation: Operation, report: Report, mistakes: int
         pairs = zip(tensors_in(arguments["storage"]), tensors_in(twin["storage"]), strict=True)
         if any(difference(a, b) for (_, a), (_, b) in pairs):
             tolerance = LOOSE  # another rounding of a mean, and codes a step away
-    cu = arguments.get("cu_seqlens_q")
-    if why := attention_difference(cu, outcome.result, wanted.result, tolerance):
+    cu = twin.get("cu_seqlens_q")
+    if why := attention_difference(cu, result, wanted.result, tolerance):
         report.fail(plan, "not as the reference", plain(why))
 
 
-def _synchronize(dice: Dice) -> None:
-    if dice.device != "cpu":
+def synchronize(dice: Dice) -> None:
+    """Wait for what a call has launched: an error there is that call's."""
+    if dice.target != "cpu":
         torch.cuda.synchronize()

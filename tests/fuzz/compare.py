@@ -36,7 +36,10 @@ def memory_of(x: Tensor) -> Tensor:
 
 
 class Memory:
-    """The bytes of all buffers under some arguments at one time, what lies between included."""
+    """The bytes of all buffers under some arguments at one time, what lies between included.
+
+    They are kept and compared on the CPU.
+    """
 
     def __init__(self, arguments: Any) -> None:
         self._named: dict[int, tuple[str, Tensor, Tensor]] = {}
@@ -46,21 +49,20 @@ class Memory:
             address = x.untyped_storage().data_ptr()
             if address not in self._named:
                 memory = memory_of(x.detach())
-                self._named[address] = name, memory, memory.clone()
+                self._named[address] = name, memory, memory.to("cpu", copy=True)
 
     def changed(self, but: Sequence[Tensor] = ()) -> str | None:
         """The name of a tensor whose buffer is not as it was, outside of ``but``."""
         for address, (name, memory, before) in self._named.items():
-            if torch.equal(memory, before):
+            now = memory.cpu()
+            if torch.equal(now, before):
                 continue
-            now = memory.clone()
+            now = now.clone() if now is memory else now
             for x in but:
                 if x.untyped_storage().data_ptr() == address:
                     place = x.storage_offset(), x.size(), x.stride()
                     view, old = (
-                        torch.empty(0, dtype=x.dtype, device=x.device).set_(
-                            buffer.untyped_storage(), *place
-                        )
+                        torch.empty(0, dtype=x.dtype).set_(buffer.untyped_storage(), *place)
                         for buffer in (now, before)
                     )
                     view.copy_(old)

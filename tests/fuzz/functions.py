@@ -13,19 +13,18 @@ import kvquant
 
 from .arguments import (
     CAP,
-    FLOATS,
     INDEX,
     MAYBE_INDEX,
     MAYBE_ROWS,
     ROWS,
     SCALE,
     WINDOW,
-    Dice,
     Dtype,
     Flag,
     Integer,
     Storage,
 )
+from .dice import FLOATS, Dice
 from .operations import (
     MAYBE_COUNT,
     TABLE,
@@ -104,7 +103,7 @@ def _random_slots(dice: Dice, place: Place, total: int) -> Tensor:
     slots = slots[torch.randperm(len(slots), generator=dice.generator)][:total]
     slots = torch.cat([slots, slots.new_full((total - len(slots),), -1)])
     skipped = torch.rand(total, generator=dice.generator) < 0.1
-    return slots.masked_fill(skipped, -1).to(dice.device)
+    return slots.masked_fill(skipped, -1)
 
 
 def _only_one(dice: Dice, args: Arguments, cache: Any) -> bool:
@@ -276,8 +275,8 @@ def attention_options(dice: Dice, heads: int) -> Arguments:
         "causal": dice.flag(),
         "sliding_window": dice.among([window, float(window), 2**31 - 1, 2**40]),
         "softcap": dice.real(dice.random.uniform(1, 50)),
-        "sinks": floats().to(dice.device),
-        "alibi_slopes": (0.05 * floats().abs()).to(dice.device),
+        "sinks": floats(),
+        "alibi_slopes": 0.05 * floats().abs(),
         "split_size": dice.integer(dice.among([256, 512, 2**30])),
         "return_lse": dice.flag(),
     }

@@ -14,8 +14,17 @@ from torch import Tensor
 import kvquant
 from kvquant import QuantizedKVCache
 
-from .arguments import FLOATS, INTEGERS, MAYBE_INDEX, Dice, Dtype, Indices, Integer, Kind, Wrong
+from .arguments import (
+    INTEGERS,
+    MAYBE_INDEX,
+    Dtype,
+    Indices,
+    Integer,
+    Kind,
+    Wrong,
+)
 from .caches import APPEND, ATTEND, LAYER, dims_of, layer_of, offsets_for, rows_for
+from .dice import FLOATS, Dice
 from .operations import Arguments, Operation, Relation, gives
 from .places import random_head_dims
 
@@ -38,6 +47,8 @@ class Once:
 
 class State(Kind):
     """A state dict of the cache's own shapes."""
+
+    on_device = True
 
     def wrong(self, x: Any, dice: Dice) -> Iterator[Wrong]:
         yield from super().wrong(x, dice)
@@ -87,6 +98,7 @@ def _not_plain(args: Arguments, cache: QuantizedKVCache) -> bool:
 class Past(Kind):
     """(codes, scale, zero) of keys and values, a pair a layer."""
 
+    on_device = True
     fine: tuple[str, ...] = ()
 
     def wrong(self, x: Any, dice: Dice) -> Iterator[Wrong]:
@@ -164,10 +176,11 @@ def _make_indices(dice: Dice, cache: Any, count: int | None = None) -> Arguments
             tuple,
             Once,
             partial(torch.tensor, dtype=dice.among(INTEGERS)),
-            partial(torch.tensor, device=dice.device),
+            torch.tensor,
             lambda values: [dice.integer(i) for i in values],
         ]
     )
+    dice.places["indices"] = form is torch.tensor
     return {"indices": form(chosen)}
 
 

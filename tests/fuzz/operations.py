@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from .arguments import (
-    FLOATS,
     HUGE,
     INDEX,
     MAYBE_INDEX,
-    Dice,
     Integer,
     Kind,
     Storage,
     Tensors,
 )
+from .dice import FLOATS, Dice
 
 Arguments = dict[str, Any]
 

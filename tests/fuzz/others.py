@@ -12,13 +12,10 @@ import kvquant
 from kvquant.ops import OPS
 
 from .arguments import (
-    FLOATS,
-    HEAD_DIMS,
     HUGE,
     ODD_ROWS,
     Choice,
     Device,
-    Dice,
     Dtype,
     Flag,
     Integer,
@@ -26,6 +23,7 @@ from .arguments import (
     Tensors,
     Wrong,
 )
+from .dice import FLOATS, HEAD_DIMS, Dice
 from .functions import APPEND, ATTENTION, GATHER
 from .operations import (
     Arguments,
@@ -113,8 +111,7 @@ def _affine(dice: Dice, name: str) -> tuple[Arguments, Tensor]:
     )
 
     def pair() -> Tensor:
-        x = dice.normal(*shape) if dice.flag() else dice.normal(*shape[:-1], 1).expand(shape)
-        return x.to(dice.device)
+        return dice.normal(*shape) if dice.flag() else dice.normal(*shape[:-1], 1).expand(shape)
 
     dtypes = dice.among(FLOATS), dice.among(FLOATS)
     scale, zero = 0.01 + 0.01 * pair().abs(), 128 + 20 * pair()
@@ -134,7 +131,7 @@ def _wrong_pair(dice: Dice, args: Arguments, cache: Any) -> bool:
     size = list(args["scale"].shape)
     size[dice.among([0, 1])] += 1
     for name in ("scale", "zero"):
-        args[name] = torch.ones(size, device=dice.device)
+        args[name] = torch.ones(size)
     return True
 
 
@@ -174,7 +171,7 @@ def _matmul(name: str, codes: str) -> Operation:
         if last:
             x = dice.rows(b, heads, dice.number(0, 5), last, clean=True)
         else:
-            x = torch.zeros(b, heads, 2, 0, device=dice.device)
+            x = torch.zeros(b, heads, 2, 0)
         return {**args, name: x}
 
     def odd_heads(dice: Dice, args: Arguments) -> Any:
@@ -299,7 +296,7 @@ def _make_allocate(dice: Dice, cache: Any) -> Arguments:
     more = {
         "v_dim": dice.among([None, dice.integer(v_dim)]),
         "format": dice.among([None, random_format(dice)]),
-        "device": dice.among([dice.device, torch.device(dice.device)]),
+        "device": dice.among([dice.target, torch.device(dice.target)]),
     }
     return args | {name: x for name, x in more.items() if dice.flag() or name == "device"}
 
@@ -330,7 +327,7 @@ def _make_explain(dice: Dice, cache: Any) -> Arguments:
     k_dim, v_dim = random_head_dims(dice)
     args = {
         "op": dice.among(list(OPS)),
-        "device": dice.device,
+        "device": dice.target,
         "head_dim": dice.integer(k_dim),
         "v_head_dim": dice.among([None, dice.integer(v_dim)]),
         "dtype": dice.among(FLOATS),

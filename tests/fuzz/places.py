@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kvquant
 
-from .arguments import HEAD_DIMS, Dice
+from .dice import Dice
 
 MOST_TOKENS = 600  # of a sequence, so that groups of 256 open
 
@@ -24,8 +24,8 @@ def random_format(dice: Dice) -> kvquant.CacheFormat:
 
 
 def random_head_dims(dice: Dice) -> tuple[int, int]:
-    k_dim = dice.among(HEAD_DIMS)
-    return k_dim, k_dim if dice.chance(0.6) else dice.among(HEAD_DIMS)
+    k_dim = dice.head_dim()
+    return k_dim, k_dim if dice.chance(0.6) else dice.head_dim()
 
 
 def random_storage(
@@ -37,9 +37,7 @@ def random_storage(
     fmt: kvquant.CacheFormat,
 ) -> kvquant.LayerStorage:
     """Plausible rows everywhere, sometimes with other things between the heads and blocks."""
-    storage = kvquant.LayerStorage.allocate(
-        blocks, heads, size, *dims, format=fmt, device=dice.device
-    )
+    storage = kvquant.LayerStorage.allocate(blocks, heads, size, *dims, format=fmt, device="cpu")
     if dice.chance(0.3):
         wider = {
             name: x.new_zeros(blocks, heads + 1, *x.shape[2:])[:, 1:]
@@ -97,7 +95,7 @@ def random_place(dice: Dice, *, most_new: int = 0, ragged: bool = False) -> Plac
     table = table.where(used, dice.among([-1, 2**30, -(2**31)]))
     if dice.chance(0.3):  # rows of a wider table
         table = torch.cat([table, table], 1)[:, :width]
-    return Place(storage, table.to(dice.device), lens, new)
+    return Place(storage, table, lens, new)
 
 
 def _length(dice: Dice, most: int) -> int:
@@ -114,7 +112,7 @@ def _forget(storage: kvquant.LayerStorage, table: Tensor, lens: list[int]) -> No
     length = torch.tensor(lens)[:, None, None]
     held = torch.zeros(blocks, size, dtype=torch.bool)
     held[table.long()] = token < length
-    empty = ~held[:, None, :, None].to(storage.k_data.device)
+    empty = ~held[:, None, :, None]
     storage.k_params.masked_fill_(empty, torch.nan)
     storage.v_params.masked_fill_(empty, torch.nan)
     if storage.k_mean is None:
@@ -123,7 +121,7 @@ def _forget(storage: kvquant.LayerStorage, table: Tensor, lens: list[int]) -> No
     first = token[..., ::group] if slots > 1 else token[..., :1]
     held = torch.zeros(blocks, slots, dtype=torch.bool)
     held[table.long()] = (first < length) & (first % group == 0)
-    storage.k_mean.masked_fill_(~held[:, None, :, None].to(storage.k_data.device), torch.nan)
+    storage.k_mean.masked_fill_(~held[:, None, :, None], torch.nan)
 
 
 def options_of(place: Place, dice: Dice) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import re
 import shlex
@@ -12,25 +13,28 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 import kvquant
 from kvquant import QuantizedKVCache
 
-from .arguments import Dice
 from .caches import CONSTRUCTOR
 from .calls import Failure, Report, plain, run_function, where_from
+from .dice import Dice
 from .lives import run_life
 from .methods import FROM_LAYER_PAST, METHODS
+from .moving import STAND_IN
 from .others import FUNCTIONS
 
 ROOT = Path(__file__).parents[2]
@@ -70,8 +74,11 @@ def run_one(seed: int, number: int, device: str, report: Report) -> None:
 # ---------------------------------------------------------------------------------------- the child
 
 
-def child(path: str, seed: int, first: int, end: int, device: str) -> None:
-    """Run calls ``first`` to ``end`` and write what happens to ``path``, a line each."""
+def child(path: str, seed: int, first: int, end: int, step: int, device: str, until: float) -> None:
+    """Run calls ``first``, ``first + step``, .. below ``end``, and write what happens to ``path``.
+
+    No call begins at the time ``until`` or later. Each thing that happens is a line.
+    """
     torch.set_num_threads(1)
     faulthandler.enable()
     file = os.open(path, os.O_WRONLY | os.O_APPEND)
@@ -82,7 +89,12 @@ def child(path: str, seed: int, first: int, end: int, device: str) -> None:
     def announce(number: int, what: str) -> None:
         write(at=number, what=what)
 
-    for number in range(first, end):
+    if device not in ("cpu", STAND_IN):  # a context takes its time, most of all within a tool
+        kvquant.quantize_cache_v(torch.empty(1, 1, 1, 64).to(device))
+        torch.cuda.synchronize()
+    for number in range(first, end, step):
+        if time.time() >= until:
+            break
         report = Report(begin=partial(announce, number))
         announce(number, "")
         try:
@@ -112,6 +124,7 @@ class Total:
     calls: Counter[str] = field(default_factory=Counter)
     accepted: Counter[str] = field(default_factory=Counter)
     failures: dict[tuple[str, str, str], list[Any]] = field(default_factory=dict)
+    numbers: int = 0
     children: int = 0
     seconds: float = 0.0
 
@@ -144,10 +157,34 @@ class _Progress:
             elif "lost" in line:
                 self.lost = line["lost"]
             else:
+                self.total.numbers += 1
                 self.total.calls.update(line["calls"])
                 self.total.accepted.update(line["accepted"])
                 for failure in line["failures"]:
                     self.total.add(self.number, Failure(**failure))
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What all children of a run have in common.
+
+    Attributes:
+        until: The time when no further call begins.
+        limit: Seconds of one call.
+        stop: Set where a run is over early: children are killed.
+        lock: Of the total.
+    """
+
+    total: Total
+    seed: int
+    end: int
+    step: int
+    device: str
+    wrap: str
+    limit: float
+    until: float
+    stop: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 def run_all(
@@ -158,67 +195,99 @@ def run_all(
     device: str = "cpu",
     wrap: str = "",
     limit: float = 20.0,
-    told: Callable[[int, Total], None] = lambda number, total: None,
+    jobs: int = 1,
+    seconds: float = math.inf,
+    told: Callable[[Total], None] = lambda total: None,
 ) -> Total:
-    """All calls, in as many children as it takes; ``told`` hears how far they are."""
-    total, begin = Total(), time.monotonic()
-    while first < end:
-        first = _run_child(total, seed, first, end, device, wrap, limit, told)
-        total.children += 1
+    """All calls that begin within ``seconds``, in as many children as it takes.
+
+    ``jobs`` children run at a time; ``told`` hears several times a second how far they are.
+    """
+    begin, total = time.monotonic(), Total()
+    task = _Task(total, seed, end, jobs, device, wrap, limit, time.time() + seconds)
+    with ThreadPoolExecutor(jobs) as threads:
+        waiting = {threads.submit(_run_part, task, first + job) for job in range(jobs)}
+        try:
+            while waiting:
+                done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
+                for part in done:
+                    part.result()
+                with task.lock:
+                    told(total)
+        finally:
+            task.stop.set()
     total.seconds = time.monotonic() - begin
     return total
 
 
-def _run_child(
-    total: Total,
-    seed: int,
-    first: int,
-    end: int,
-    device: str,
-    wrap: str,
-    limit: float,
-    told: Callable[[int, Total], None],
-) -> int:
+def _run_part(task: _Task, first: int) -> None:
+    """One job's calls: a child, and another behind each call that ends one."""
+    while first < task.end and time.time() < task.until and not task.stop.is_set():
+        first = _run_child(task, first)
+        with task.lock:
+            task.total.children += 1
+
+
+def _run_child(task: _Task, first: int) -> int:
     """One child; returns the call that the next one begins with."""
+    progress = _Progress(task.total, first)
     with tempfile.TemporaryDirectory() as folder:
         lines, output = Path(folder, "lines"), Path(folder, "output")
         lines.touch()
-        command = [*shlex.split(wrap), sys.executable, "-m", "tests.fuzz", "child", str(lines)]
-        command += [f"--seed={seed}", f"--first={first}", f"--end={end}", f"--device={device}"]
-        progress = _Progress(total, first)
+        command = [*shlex.split(task.wrap), sys.executable, "-m", "tests.fuzz", "child"]
+        command += [str(lines), f"--seed={task.seed}", f"--first={first}", f"--end={task.end}"]
+        command += [f"--step={task.step}", f"--device={task.device}", f"--until={task.until}"]
         with output.open("wb") as out, lines.open("rb") as source:
             process = subprocess.Popen(
                 command, cwd=ROOT, stdout=out, stderr=out, stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip
-            hung, last = False, time.monotonic()
             try:
-                while True:
-                    ended = process.poll() is not None
-                    if new := source.read():
-                        progress.take(new)
-                        last = time.monotonic()
-                        told(progress.number, total)
-                    elif ended:
-                        break
-                    elif time.monotonic() - last > (limit if progress.started else START_LIMIT):
-                        hung = True
-                        break
-                    else:
-                        time.sleep(0.02)
+                hung = _follow(task, process, source, progress)
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)  # its own group: see start_new_session
                 status = process.wait()
         text = output.read_text(errors="replace")
-    if not progress.started:
+    if task.stop.is_set():
+        return task.end
+    if not progress.started and not progress.done:
         raise RuntimeError(f"the child did not start (status {status}):\n{text[-3000:]}")
+    with task.lock:
+        return _ended(task, progress, hung, status, text)
+
+
+def _follow(
+    task: _Task, process: subprocess.Popen[bytes], source: BinaryIO, progress: _Progress
+) -> bool:
+    """Listen to a child until it ends; whether it hangs instead."""
+    last = time.monotonic()
+    while not task.stop.is_set():
+        ended = process.poll() is not None
+        if new := source.read():
+            with task.lock:
+                progress.take(new)
+            last = time.monotonic()
+        elif ended:
+            break
+        else:
+            begun = progress.started and not progress.done
+            if time.monotonic() - last > (task.limit if begun else START_LIMIT):
+                return True
+            time.sleep(0.02)
+    return False
+
+
+def _ended(task: _Task, progress: _Progress, hung: bool, status: int, text: str) -> int:
+    """Count how a child has ended; the call that the next one begins with."""
+    total = task.total
     if progress.done:
         if status:  # a tool around it that found something
-            total.add(end - 1, Failure("(the whole run)", f"status {status}", _last(text), text))
-        return end
+            failure = Failure("(the whole run)", f"status {status}", _last(text), text)
+            total.add(progress.number, failure)
+        return task.end
     if hung:
-        kind, message = "hang", f"over {limit:g} s"
+        kind, message = "hang", f"over {task.limit:g} s"
     elif progress.lost:
         kind, message = "device lost", progress.lost
     elif status < 0:
@@ -227,8 +296,9 @@ def _run_child(
         kind, message = f"exit status {status}", _last(text)
     name = progress.what.split("(")[0] or "(making the arguments)"
     total.calls[name] += 1
-    total.add(progress.number, Failure(name, kind, message, f"{progress.what}\n{text[-2000:]}"))
-    return progress.number + 1
+    total.numbers += 1
+    total.add(progress.number, Failure(name, kind, message, f"{progress.what}\n{text[-9000:]}"))
+    return progress.number + task.step
 
 
 def _frame(text: str) -> str:
