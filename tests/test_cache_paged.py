@@ -298,6 +298,16 @@ def test_reserved_blocks_are_there():
         assert pointer == (cache.block_table.data_ptr(), cache.storage(1).k_data.data_ptr())
 
 
+def test_sequences_that_were_left_give_their_blocks_back_at_once():
+    cache = make("paged16", num_blocks=4, max_seq_len=64, batch=2)
+    append_dense([cache], None, 5)
+    kept = cache._state  # as the traceback of an error may do
+    cache.repeat_interleave(2)
+    append_dense([cache], None, 1)
+    assert cache._state.allocator.num_free == 0
+    assert kept.tables.owned == []
+
+
 def test_the_allocator():
     allocator = BlockAllocator(4, 6)
     blocks = [allocator.take() for _ in range(4)]

@@ -63,7 +63,10 @@ class CacheSequences:
         """Take what ``state`` holds, and what calls need of it at every step."""
         config = state.config
         fmt = config.format
+        old: CacheState | None = getattr(self, "_state", None)
         self._state = state
+        if old is not None:  # at once: a traceback somewhere may keep it alive
+            old.tables.release()
         self._rotations = (
             fmt.mean_group,
             fmt.k_rotation(config.k_dim),
