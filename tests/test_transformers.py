@@ -525,6 +525,26 @@ def test_chunks_of_a_left_padded_prompt(device: str) -> None:
         assert (parts[:, :44] == whole[:, :44]).all()
 
 
+def test_steps_are_looked_at_while_a_sequence_is_all_padding() -> None:
+    """As on an accelerator, where a decode step's mask is not looked at otherwise."""
+
+    class Elsewhere(Tensor):
+        device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]
+
+    batch = KVQuantCache(CONFIGS["llama"]()).batch
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, :5] = 0
+    layer = batch.layers[0]
+    for length in range(1, 13):
+        looked = mask[:, :length].as_subclass(Elsewhere)
+        assert batch.read(looked, 1, length)
+        batch.take(layer)
+        assert batch.starts is None or batch.starts.tolist() == [0, min(length, 5)]
+    mask[0, 9] = 0  # not what a decode step may do: it is not seen there
+    assert batch.read(mask.as_subclass(Elsewhere), 1, 12)
+    assert not batch.read(mask, 1, 12)
+
+
 def test_positions_in_a_buffer_that_is_reused(device: str) -> None:
     model = make("llama", device)
     cache = KVQuantCache(model)

@@ -37,6 +37,7 @@ class Batch:
         self.masked = False
         self.positions: Tensor | None = None
         self._checks = check_positions
+        self._all_padding = False  # of a sequence at least, as far as masks have been looked at
         self._leader: KVQuantLayer | None = None  # the layer that takes a call's tokens first
         self._next: tuple[Tensor | None, bool] | None = None
         self._before: tuple[Tensor | None, bool, Tensor | None] = None, True, None
@@ -45,8 +46,8 @@ class Batch:
         """Look at a 2D mask (True: a token); says whether left padding is all that it hides.
 
         On an accelerator a decode step leaves things as the prompt's mask set them: its mask only
-        adds tokens, and looking at it would wait for the device. Prompts (and chunks of more than
-        one token) are looked at.
+        adds tokens, and looking at it would wait for the device. Prompts are looked at, and so are
+        chunks of more than one token and steps while a sequence has had nothing but padding.
 
         Raises:
             ValueError: No new token, or a mask of fewer tokens than the cache then holds.
@@ -62,12 +63,14 @@ class Batch:
                 f"attention_mask: of {mask.shape[1]} tokens, but {kv_length - query_length} are in "
                 f"the cache and {query_length} more came. {_ONE_TEXT}"
             )
-        if query_length == 1 and kv_length > 1 and mask.device.type != "cpu":
+        is_step = query_length == 1 and kv_length > 1 and not self._all_padding
+        if is_step and mask.device.type != "cpu":
             return self.regular
         hidden = ~mask[:, :kv_length].bool()
         starts = hidden.sum(-1, dtype=torch.int32)
-        left = torch.arange(kv_length, device=mask.device) < starts.unsqueeze(1)
-        regular, is_padded = torch.stack([(hidden == left).all(), starts.any()]).tolist()
+        left = hidden.cumprod(-1).bool()
+        facts = (hidden == left).all(), starts.any(), hidden.all(-1).any()
+        regular, is_padded, self._all_padding = torch.stack(facts).tolist()
         if not (regular and is_padded):
             self._next = None, regular
         elif self.starts is None or not torch.equal(self.starts, starts):
@@ -123,7 +126,7 @@ class Batch:
     def reset(self) -> None:
         """Forget everything about the tokens."""
         self.starts = self.positions = self._next = self._leader = None
-        self.regular = True
+        self.regular, self._all_padding = True, False
 
     def select(self, index: Tensor) -> None:
         """Follow a change of the batch's rows."""
