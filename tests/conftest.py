@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -57,3 +58,13 @@ def _need_native(device: str) -> None:
     chosen, reason = ops.choose("quantize", (torch.empty(1, 1, 1, 16, device=device),))
     if chosen.name == "reference":
         pytest.skip(f"no compiled kernels on {device}: {reason}")
+
+
+@pytest.fixture
+def warnings_of(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What the transformers integration logs, none of it logged before."""
+    from kvquant.integrations.transformers import handle
+
+    handle._warned.clear()
+    caplog.set_level(logging.WARNING, "kvquant")
+    return caplog

@@ -215,12 +215,13 @@ py::tuple attention_instance(int batch, int tokens, int q_heads, int kv_heads, i
 
 }  // namespace
 
+// module_local: two copies of the package may be in one process.
 void define_cache(py::module_& m) {
-  py::class_<CacheView>(m, "CacheView").def(py::init(&view));
-  py::class_<Layer>(m, "Layer")
+  py::class_<CacheView>(m, "CacheView", py::module_local()).def(py::init(&view));
+  py::class_<Layer>(m, "Layer", py::module_local())
       .def(py::init<const CacheView&, uintptr_t, int64_t, int, int, uintptr_t, uintptr_t, int,
                     int>());
-  py::class_<Step>(m, "Step")
+  py::class_<Step>(m, "Step", py::module_local())
       .def(py::init<py::tuple, py::tuple, py::tuple, py::tuple, int, int, float, bool, int, float,
                     int>())
       .def("run", &Step::run);

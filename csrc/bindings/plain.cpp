@@ -83,7 +83,7 @@ MatmulParams matmul(uintptr_t x, Strides x_strides, uintptr_t q, Strides strides
 }  // namespace
 
 void define_plain(py::module_& m) {
-  py::class_<MatmulParams>(m, "MatmulParams").def(py::init(&matmul));
+  py::class_<MatmulParams>(m, "MatmulParams", py::module_local()).def(py::init(&matmul));
   m.def("quantize", &quantize);
   m.def("dequantize", &dequantize);
   m.def("qk_matmul", [](const MatmulParams& params, int device, uintptr_t queue) {

@@ -34,7 +34,9 @@ __all__ = [
     "use_backend",
 ]
 
-logger = logging.getLogger("kvquant")
+_PACKAGE = __name__.removesuffix(".ops")  # a vendored copy has names of its own
+_NAMESPACE = _PACKAGE.replace(".", "_")
+logger = logging.getLogger(_PACKAGE)
 
 _STORAGE = "Tensor k_data, Tensor k_params, Tensor? k_mean, Tensor v_data, Tensor v_params"
 _STORAGE_OUT = (
@@ -92,7 +94,7 @@ class Backend:
 
 
 _backends: dict[str, Backend] = {}  # by device type; "reference" serves every other device
-_forced: ContextVar[str | None] = ContextVar("kvquant_backend", default=None)
+_forced: ContextVar[str | None] = ContextVar(f"{_NAMESPACE}_backend", default=None)
 _reported: set[tuple[str, str]] = set()
 
 
@@ -255,9 +257,9 @@ _is_compiling = torch.compiler.is_compiling
 # Private, hence guarded: without it every call takes the dispatcher (about 4 us instead of 0.1).
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
-_library = torch.library.Library("kvquant", "DEF")
+_library = torch.library.Library(_NAMESPACE, "DEF")
 for _name, _schema in OPS.items():
     _library.define(_name + _schema)
     _library.impl(_name, partial(_run, _name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"kvquant::{_name}", _FAKES[_name], lib=_library)
-_handles = {name: getattr(torch.ops.kvquant, name).default for name in OPS}
+    torch.library.register_fake(f"{_NAMESPACE}::{_name}", _FAKES[_name], lib=_library)
+_handles = {name: getattr(getattr(torch.ops, _NAMESPACE), name).default for name in OPS}

@@ -67,7 +67,7 @@ def kvquant_attention(
     config = getattr(module, "config", None)
     if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
         raise ValueError(
-            "output_attentions: attn_implementation='kvquant' has no attention weights to give "
+            f"output_attentions: attn_implementation='{NAME}' has no attention weights to give "
             "out; load the model with attn_implementation='eager' for them"
         )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)

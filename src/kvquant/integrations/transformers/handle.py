@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .support import NAME
+
 if TYPE_CHECKING:
     from .cache import KVQuantLayer
 
 __all__ = ["QuantizedHandle", "Snapshot", "handles", "warn_once"]
 
-logger = logging.getLogger("kvquant")
+logger = logging.getLogger(__name__.split(".integrations.")[0])
 _warned: set[str] = set()
 
 
@@ -106,8 +108,8 @@ def _reason(*calls: Any) -> str:
             "runs on a dequantised copy of the 8-bit cache, correct but slow"
         )
     return (
-        "an attention function other than 'kvquant' reads a dequantised copy of the 8-bit cache: "
-        "correct but slow. Load the model with attn_implementation='kvquant'"
+        f"an attention function other than '{NAME}' reads a dequantised copy of the 8-bit cache: "
+        f"correct but slow. Load the model with attn_implementation='{NAME}'"
     )
 
 

@@ -12,7 +12,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ._version import CACHE_ARGUMENT
 from .handle import warn_once
-from .support import check_config
+from .support import NAME, check_config
 
 __all__ = ["CausalMask", "kvquant_mask"]
 
@@ -104,7 +104,7 @@ def kvquant_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if batch is None:
         if causal and kv_length > query_length:
             warn_once(
-                "attn_implementation='kvquant', but the cache is another one, which keeps keys and "
+                f"attn_implementation='{NAME}', but the cache is another one, which keeps keys and "
                 f"values in 16 bits or more. Pass {CACHE_ARGUMENT}=KVQuantCache(model)"
             )
         mask: Any = sdpa_mask(*args, **kwargs)

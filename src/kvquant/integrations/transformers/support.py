@@ -13,7 +13,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = ["NAME", "check_config", "config_of", "layer_windows", "refuse_unsupported_models"]
 
-NAME = "kvquant"
+# What transformers calls our attention; a vendored copy has a name of its own.
+NAME = __name__.split(".integrations.")[0].replace(".", "_")
 
 # What there is instead of keys and values of its own, by model type.
 _ELSEWHERE = {
@@ -73,9 +74,9 @@ def _check_type(name: str, config: Any) -> None:
 
 def refuse_unsupported_models() -> None:
     """Let transformers refuse "kvquant" for models whose attention does not go by that name."""
-    if hasattr(PreTrainedModel, "_kvquant_refuses"):
+    if hasattr(PreTrainedModel, done := f"_{NAME}_is_checked"):
         return
-    PreTrainedModel._kvquant_refuses = True
+    setattr(PreTrainedModel, done, True)
 
     def checked(method: Any) -> Any:
         @functools.wraps(method)
@@ -128,9 +129,9 @@ def _check_source(name: str, modules: list[str], *, has_text: bool, decodes: boo
         return
     layers = re.search(r"^class \w*Attention\w*\(", code, re.MULTILINE)
     if re.search(r"\w+_CLASSES\[[\w.]*_attn_implementation\]", code):
-        why = "has attention classes of its own for each name, and none for 'kvquant'"
+        why = f"has attention classes of its own for each name, and none for '{NAME}'"
     elif has_text and layers and "ALL_ATTENTION_FUNCTIONS" not in code:
-        why = "computes attention by itself and never asks for the function named 'kvquant'"
+        why = f"computes attention by itself and never asks for the function named '{NAME}'"
     else:
         return
     advice = "Load it with attn_implementation='eager'"
