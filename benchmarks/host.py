@@ -134,7 +134,12 @@ def main(
         for name, figure in _in_child(device, new).items():
             report.add(part=name, us=figure)
     else:
-        pairs = [(_in_child(device, old), _in_child(device, new)) for _ in range(rounds)]
+        pairs = []
+        for i in range(rounds):  # in both orders: a machine that warms up would favour one
+            runs = {}
+            for build in (old, new) if i % 2 else (new, old):
+                runs[build] = _in_child(device, build)
+            pairs.append((runs[old], runs[new]))
         for name in pairs[0][0]:
             ratios = [after[name] / before[name] for before, after in pairs]
             report.add(

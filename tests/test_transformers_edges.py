@@ -70,6 +70,7 @@ def test_attention_weights_are_not_to_be_had() -> None:
     cache = KVQuantCache(model)
     with pytest.raises(ValueError, match=r"output_attentions: .* load the model with .*'eager'"):
         logits(model, cache, ids_of(1, 4, "cpu"), output_attentions=True)
+    assert cache.get_seq_length() == 0
     with pytest.raises(ValueError, match="output_attentions"):
         generate(
             model, KVQuantCache(model), ids_of(1, 4, "cpu"),

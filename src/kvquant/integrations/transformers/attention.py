@@ -64,19 +64,21 @@ def kvquant_attention(
     Raises:
         ValueError: ``output_attentions=True``: there are no weights to give out.
     """
-    config = getattr(module, "config", None)
-    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
+    handles = [x for x in (key, value) if isinstance(x, QuantizedHandle)]
+    if kwargs.get("output_attentions"):
+        if handles:
+            handles[0].snapshot.layer.drop_call()
         raise ValueError(
             f"output_attentions: attn_implementation='{NAME}' has no attention weights to give "
             "out; load the model with attn_implementation='eager' for them"
         )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    handles = [x for x in (key, value) if isinstance(x, QuantizedHandle)]
     if handles:
         snapshot = handles[0].snapshot
         layer = snapshot.layer
         window = layer.sliding_window if sliding_window is None else sliding_window
-        layer.follow(kwargs.get("position_ids"))
+        if layer.leads:
+            layer.follow(kwargs.get("position_ids"))
         reason = ""
         if isinstance(attention_mask, CausalMask):
             causal, window = True, attention_mask.window

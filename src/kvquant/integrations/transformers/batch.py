@@ -27,7 +27,7 @@ class Batch:
         regular: False where the last 2D mask hid more than left padding. Attention then goes by
             the mask itself, over dequantised rows.
         masked: Whether the model has asked for a mask of "kvquant", its attention's name.
-        positions: position_ids of the last tokens; None: not known.
+        positions: position_ids of the last call; None: not known.
     """
 
     def __init__(self, check_positions: bool) -> None:
@@ -37,6 +37,7 @@ class Batch:
         self.masked = False
         self.positions: Tensor | None = None
         self._checks = check_positions
+        self._version: int | None = None  # of the tensor of positions; None: not known
         self._all_padding = False  # of a sequence at least, as far as masks have been looked at
         self._leader: KVQuantLayer | None = None  # the layer that takes a call's tokens first
         self._next: tuple[Tensor | None, bool] | None = None
@@ -81,35 +82,48 @@ class Batch:
 
     def take(self, layer: KVQuantLayer) -> None:
         """Note that ``layer`` has taken a call's tokens: what the masks said holds now."""
-        self._leader = self._leader or layer
-        if layer is self._leader:
+        if self._leader is None:
+            self._leader, layer.leads = layer, True
+        if layer.leads:
             self._before = self.starts, self.regular, self.positions
         if self._next is not None:
             (self.starts, self.regular), self._next = self._next, None
 
     def follow(self, layer: KVQuantLayer, positions: Any, tokens: int) -> None:
-        """Refuse tokens whose positions do not come after the last ones: of another text.
+        """Refuse tokens whose positions go back behind the last ones: of another text.
 
-        A decode step on an accelerator is not looked at: that would wait for the device.
+        A decode step is not looked at: on an accelerator that would wait for the device. Positions
+        are kept as they came, uncopied.
 
         Raises:
-            ValueError: A position that is not larger than the last one of its sequence.
+            ValueError: A position that is smaller than the last one of its sequence.
         """
-        if layer is not self._leader or not isinstance(positions, Tensor):
+        before, self.positions = self.positions, None
+        if not isinstance(positions, Tensor):
             return
-        before, first = self.positions, positions[..., 0]
-        looks = self._checks and (tokens > 1 or positions.device.type == "cpu")
-        if looks and before is not None and before.shape == first.shape:
-            back = first <= before
-            if self.starts is not None:  # padding has any position
-                back = back & (self.starts.to(back.device) < layer.length - tokens)
-            if bool(back.any()):
-                raise ValueError(
-                    f"position_ids: from {int(first.min())} on, but the cache holds tokens up to "
-                    f"position {int(before.max())}. {_ONE_TEXT}, or let positions go back with "
-                    "KVQuantCache(..., check_positions=False)"
-                )
-        self.positions = positions[..., -1].clone()
+        if self._checks and tokens > 1 and before is not None and self._holds(before, positions):
+            self._compare(before[..., -1], positions[..., 0], layer.length - tokens)
+        self.positions = positions
+        self._version = None if positions.is_inference() else positions._version
+
+    def _holds(self, before: Tensor, positions: Tensor) -> bool:
+        """Whether the last call's positions are still there: a loop may write over them."""
+        if before.data_ptr() != positions.data_ptr():
+            return True
+        return self._version is not None and self._version == positions._version
+
+    def _compare(self, last: Tensor, first: Tensor, stored: int) -> None:
+        if last.shape != first.shape:
+            return
+        back = first < last
+        if self.starts is not None:  # padding has any position
+            back = back & (self.starts.to(back.device) < stored)
+        if bool(back.any()):
+            raise ValueError(
+                f"position_ids: from {int(first.min())} on, but the cache holds tokens up to "
+                f"position {int(last.max())}. {_ONE_TEXT}, or let positions go back with "
+                "KVQuantCache(..., check_positions=False)"
+            )
 
     def undo(self, length: int, *, taken: bool) -> None:
         """Leave ``length`` tokens in all layers: a call that brought more has failed in one.
@@ -125,7 +139,7 @@ class Batch:
 
     def reset(self) -> None:
         """Forget everything about the tokens."""
-        self.starts = self.positions = self._next = self._leader = None
+        self.starts = self.positions = self._next = None
         self.regular, self._all_padding = True, False
 
     def select(self, index: Tensor) -> None:

@@ -45,6 +45,7 @@ class KVQuantLayer(CacheLayerMixin):
         self._shape: tuple[int, int, int, int, torch.device] | None = None
         super().__init__()
         self.batch = batch
+        self.leads = False  # whether it takes a call's tokens first
         self.sliding_window = sliding_window
         self.max_cache_len = max_cache_len
         self.exact_prompt = exact_prompt
@@ -63,6 +64,7 @@ class KVQuantLayer(CacheLayerMixin):
         """Make the storage, for the batch, heads and head_dims of the first rows."""
         value_states = key_states if value_states is None else value_states
         self._shape = batch, heads, dim, v_dim, _ = _row_shape(key_states, value_states)
+        self._is_narrow = bool(dim % _CHANNELS or v_dim % _CHANNELS)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.storage = QuantizedKVCache(
             1,
@@ -112,11 +114,14 @@ class KVQuantLayer(CacheLayerMixin):
             )
         self.batch.take(self)
         self.length += new
-        dtype = torch.promote_types(key_states.dtype, value_states.dtype)
-        self._pending = _rows(key_states, dtype), _rows(value_states, dtype)
+        rows = key_states, value_states
+        if key_states.dtype != value_states.dtype:  # torch.autocast
+            dtype = torch.promote_types(key_states.dtype, value_states.dtype)
+            rows = key_states.to(dtype), value_states.to(dtype)
+        self._pending = self._rows(rows[0]), self._rows(rows[1])
         batch, heads, k_dim, v_dim, _ = shape
-        rows = (batch, heads, k_dim), (batch, heads, v_dim)
-        return handles(self, self.length, *rows, key_states, value_states)
+        shapes = (batch, heads, k_dim), (batch, heads, v_dim)
+        return handles(self, self.length, *shapes, key_states, value_states)
 
     def attend(
         self,
@@ -147,7 +152,7 @@ class KVQuantLayer(CacheLayerMixin):
         try:
             out = self.storage.attend(
                 0,
-                _rows(query, query.dtype),
+                self._rows(query),
                 key,
                 value,
                 softmax_scale=scaling,
@@ -164,6 +169,14 @@ class KVQuantLayer(CacheLayerMixin):
         assert isinstance(out, Tensor)
         v_dim = self._shape[3]
         return out if out.shape[-1] == v_dim else out[..., :v_dim]
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """Rows (batch, heads, tokens, dim) as the cache takes them, (batch, tokens, heads, dim)."""
+        if self._is_narrow:
+            x = torch.nn.functional.pad(x, (0, -x.shape[-1] % _CHANNELS))
+        elif x.stride(-1) != 1:
+            x = x.contiguous()
+        return x.transpose(1, 2)
 
     def follow(self, positions: Any) -> None:
         """Refuse a call whose position_ids, where the model says them, are of another text."""
@@ -314,8 +327,8 @@ class KVQuantCache(Cache):
         format: How rows are stored, ``kvquant.CacheFormat()`` by default.
         exact_prompt: A prompt's own attention uses its exact keys and values where it can (no
             padding, window, softcap or sinks); False: every query reads stored rows.
-        check_positions: Refuse tokens whose position_ids do not come after those of the stored
-            ones, as another text's; False: positions may go back (soft prompts, parallel contexts).
+        check_positions: Refuse tokens whose position_ids go back behind those of the stored ones,
+            as another text's do; False: they may (soft prompts, parallel contexts).
 
     Raises:
         TypeError: Neither a model nor a config.
@@ -375,14 +388,3 @@ class KVQuantCache(Cache):
 def _row_shape(key: Tensor, value: Tensor) -> tuple[int, int, int, int, torch.device]:
     batch, heads, _, dim = key.shape
     return batch, heads, dim, value.shape[-1], key.device
-
-
-def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows (batch, heads, tokens, dim) as the cache takes them, (batch, tokens, heads, dim)."""
-    if x.dtype != dtype:
-        x = x.to(dtype)
-    if more := -x.shape[-1] % _CHANNELS:
-        x = torch.nn.functional.pad(x, (0, more))
-    elif x.stride(-1) != 1:
-        x = x.contiguous()
-    return x.transpose(1, 2)
