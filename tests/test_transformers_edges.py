@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -309,6 +310,25 @@ def test_a_call_that_fails_leaves_padding_and_layers(device: str) -> None:
     more = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
     got, expected = (logits(model, one, ids[:, :1], attention_mask=more) for one in (cache, again))
     assert torch.equal(got, expected)
+
+
+def test_copies_of_a_cache_and_of_a_layer(device: str) -> None:
+    model = make("llama", device)
+    cache = KVQuantCache(model)
+    ids = ids_of(2, 10, device)
+    logits(model, cache, ids)
+    twin, layer = copy.deepcopy(cache), copy.deepcopy(cache.layers[0])
+    assert layer.batch is cache.batch  # models that add a layer copy one
+    assert layer.storage is not cache.layers[0].storage
+    assert twin.batch is not cache.batch
+    assert all(one.batch is twin.batch for one in twin.layers)
+    assert twin.batch.layers is twin.layers
+    assert [one.leads for one in twin.layers] == [True, False, False]
+    assert not layer.leads
+    first = logits(model, cache, ids[:, :1])
+    assert cache.get_seq_length() == 11
+    assert twin.get_seq_length() == 10
+    assert torch.equal(logits(model, twin, ids[:, :1]), first)
 
 
 def test_layers_left_apart_are_reported(device: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -59,6 +60,17 @@ class KVQuantLayer(CacheLayerMixin):
         self._pending: tuple[Tensor, Tensor] | None = None
         self._starts: Tensor | None = None
         self._sinks: tuple[Tensor, Tensor] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVQuantLayer:
+        """A layer of the same cache, unless the whole cache is being copied."""
+        alone = id(self.batch) not in memo
+        if alone:
+            memo[id(self.batch)] = self.batch
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update({name: deepcopy(x, memo) for name, x in self.__dict__.items()})
+        new.leads = self.leads and not alone
+        return new
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Make the storage, for the batch, heads and head_dims of the first rows."""
