@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .model import cache_argument
+from .model import cache_argument, use_attention_of
 from .quality import rounded_cache
 
 __all__ = ["PROMPTS", "Answer", "answer"]
@@ -51,7 +51,8 @@ def answer(tokenizer: Any, model: Any, prompt: str, *, tokens: int = 40) -> Answ
         else DynamicCache(config=model.config)
     )
     said = []
-    for cache in (wide, KVQuantCache(model.config)):
+    for cache in (wide, KVQuantCache(model)):
+        use_attention_of(model, cache)
         output = model.generate(
             **inputs, **cache_argument(cache), do_sample=False, max_new_tokens=tokens
         )

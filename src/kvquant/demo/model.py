@@ -12,7 +12,7 @@ import torch
 
 from .assets import MODEL, fetch
 
-__all__ = ["cache_argument", "load"]
+__all__ = ["cache_argument", "load", "use_attention_of"]
 
 _FOLDER = "SmolLM2-135M-Instruct"
 _COMPLETE = "converted-from.txt"  # written last
@@ -42,6 +42,13 @@ def load(folder: Path, *, log: Callable[[str], None] = print) -> tuple[Any, Any]
         target, dtype=torch.float32, attn_implementation="kvquant"
     )
     return tokenizer, model.eval()
+
+
+def use_attention_of(model: Any, cache: Any) -> None:
+    """Let the model attend with "kvquant" on its cache, with torch's own on any other."""
+    from ..integrations.transformers import KVQuantCache
+
+    model.set_attn_implementation("kvquant" if isinstance(cache, KVQuantCache) else "sdpa")
 
 
 def cache_argument(cache: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import CacheFormat
-from .model import cache_argument
+from .model import cache_argument, use_attention_of
 
 __all__ = ["KEY_BIAS", "Score", "caches", "fp16_bytes", "key_bias", "measure", "rounded_cache"]
 
@@ -88,7 +88,7 @@ def measure(
     logits are all that is ever kept. Every query sees stored rows, its own token's among them.
 
     Args:
-        model: A causal language model; with "kvquant" attention it serves every cache.
+        model: A causal language model.
         ids: The text, ``(1, tokens)``.
         by_name: Empty caches; the first is the reference.
         chunk: Tokens of a step.
@@ -101,6 +101,7 @@ def measure(
         next_ids = ids[0, begin + 1 : begin + 1 + chunk]
         reference: Tensor | None = None
         for name, cache in by_name.items():
+            use_attention_of(model, cache)
             logits = model(input_ids=part, use_cache=True, **cache_argument(cache)).logits[0]
             scores = F.log_softmax(logits.float(), -1)
             if reference is None:
