@@ -124,7 +124,8 @@ class KVQuantLayer(CacheLayerMixin):
                 f"max_cache_len: {self.max_cache_len} tokens a sequence, but {self.length} are "
                 f"stored and {new} more came"
             )
-        self.batch.take(self)
+        if self.leads or self.batch.waits:
+            self.batch.take(self)
         self.length += new
         rows = key_states, value_states
         if key_states.dtype != value_states.dtype:  # torch.autocast
