@@ -221,7 +221,8 @@ def _difference(dice: Dice, plan: Plan, pair: Pair, got: Any, wanted: Any) -> st
             return None  # what comes of NaN and of overflows is another thing on each device
         halves = plan.arguments["query"].dtype != torch.float32
         tolerance = max(tolerance or 0, 3e-2 if halves else 1e-4)  # torch's, on another device
-    return attention_difference(plan.arguments.get("cu_seqlens_q"), got, wanted, tolerance)
+    cu = plan.arguments.get("cu_seqlens_q")
+    return attention_difference(cu, got, wanted, tolerance, rounds_queries=dice.moves)
 
 
 def _by_torch(plan: Plan) -> bool:

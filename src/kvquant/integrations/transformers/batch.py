@@ -39,8 +39,7 @@ class Batch:
         self._checks = check_positions
         self._version: int | None = None  # of the tensor of positions; None: not known
         self._all_padding = False  # of a sequence at least, as far as masks have been looked at
-        self.waits = True  # for the first call
-        self._leader: KVQuantLayer | None = None  # the layer that takes a call's tokens first
+        self.waits = True  # to see which layer takes a call's tokens first
         self._next: tuple[Tensor | None, bool] | None = None
         self._before: tuple[Tensor | None, bool, Tensor | None] = None, True, None
 
@@ -83,9 +82,8 @@ class Batch:
 
     def take(self, layer: KVQuantLayer) -> None:
         """Note that ``layer`` has taken a call's tokens: what the masks said holds now."""
-        if self._leader is None:
-            self._leader, layer.leads = layer, True
-            self.waits = False
+        if self.waits:
+            self.waits, layer.leads = False, True
         if layer.leads:
             self._before = self.starts, self.regular, self.positions
         if self._next is not None:
