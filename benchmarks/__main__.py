@@ -3,11 +3,17 @@
 import torch
 import typer
 
-from benchmarks import cpu, decode, generate, host, overhead, rows
+from benchmarks import cpu, decode, generate, host, overhead, rows, slab
 
 app = typer.Typer(add_completion=False)
 ON_GPU = {"decode": decode.main, "rows": rows.main, "overhead": overhead.main}
-PROGRAMS = {"cpu": cpu.main, "generate": generate.main, "host": host.main, **ON_GPU}
+PROGRAMS = {
+    "cpu": cpu.main,
+    "generate": generate.main,
+    "host": host.main,
+    "slab": slab.main,
+    **ON_GPU,
+}
 for name, program in PROGRAMS.items():
     app.command(name)(program)
 

@@ -1,7 +1,8 @@
-"""Host time of decode steps on either device, and two builds of kvquant beside each other.
+"""Host time and kernels on either device, and two builds of kvquant beside each other.
 
 ``python -m benchmarks host`` prints microseconds; with ``--old FOLDER`` (another version, put there
-by ``pip install --target``) both builds run in turn, each time in a process of its own.
+by ``pip install --target``) both builds run in turn, a twentieth of a second each, in two processes
+on one core.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
 
 HEADS, KV_HEADS, DIM, TOKENS = 32, 8, 128, 16
 Call = Callable[[], object]
@@ -57,7 +59,7 @@ def parts(device: str) -> dict[str, tuple[Call, Call]]:
     def crop() -> None:
         cache.crop(TOKENS)
 
-    return {
+    found: dict[str, tuple[Call, Call]] = {
         "attend with append": (lambda: cache.attend(0, query, key, value), crop),
         "attend": (lambda: cache.attend(0, query), crop),
         "append": (lambda: cache.append(0, key, value), crop),
@@ -65,54 +67,149 @@ def parts(device: str) -> dict[str, tuple[Call, Call]]:
             step, lambda: stepped.crop(TOKENS - stepped.get_seq_length())
         ),
     }  # fmt: skip
+    if hasattr(kvquant, "plan"):
+        view, seqs = kvquant.QuantizedKVCache(
+            1, 1, KV_HEADS, DIM, max_seq_len=65536, dtype=dtype, device=device
+        ).layer(0)
+        lens = seqs.seq_lens.fill_(TOKENS)
+        planned = kvquant.plan(query, view, seqs, key, value)
+        found[PLANNED] = (
+            lambda: planned.run(query, view, seqs, key, value), lambda: lens.fill_(TOKENS)
+        )  # fmt: skip
+    return found
 
 
-def measure(device: str, rounds: int = 21, seconds: float = 0.1) -> dict[str, float]:
-    """Microseconds of each part: the least of some rounds, which other work disturbs least."""
+def kernels(device: str) -> dict[str, tuple[Call, Call]]:
+    """Attention with append on caches of many tokens, by shape; on a GPU in a captured graph."""
+    import kvquant
+
+    dtype, found = (torch.float16 if device == "cuda" else torch.bfloat16), {}
+    for name, (batch, heads, kv_heads, dim, tokens, new, block) in SHAPES[device].items():
+        cache = kvquant.QuantizedKVCache(
+            1, batch, kv_heads, dim, max_seq_len=tokens + 4096, block_size=block, dtype=dtype,
+            device=device,
+        )  # fmt: skip
+        step = max(1, 8192 // batch)
+        for begin in range(0, tokens, step):
+            count = min(step, tokens - begin)
+            rows = torch.randn(2, batch, count, kv_heads, dim, device=device, dtype=dtype)
+            cache.append(0, *rows)
+        query = torch.randn(batch, new, heads, dim, device=device, dtype=dtype)
+        key, value = torch.randn(2, batch, new, kv_heads, dim, device=device, dtype=dtype)
+
+        def call(
+            cache: Any = cache, query: Tensor = query, key: Tensor = key, value: Tensor = value
+        ) -> object:
+            return cache.attend(0, query, key, value)
+
+        if device == "cuda":
+            call()
+            cache.reserve(tokens + 2048)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(8):
+                    call()
+            call = graph.replay
+        lens = cache.seq_lens
+
+        def crop(cache: Any = cache, tokens: int = tokens, lens: Tensor = lens) -> None:
+            if cache.device.type == "cuda":
+                lens.fill_(tokens)
+            else:
+                cache.crop(tokens)
+
+        found[name] = call, crop
+    return found
+
+
+SHAPES: dict[str, dict[str, tuple[int, int, int, int, int, int, int | None]]] = {
+    "cuda": {  # batch, heads, KV heads, head_dim, tokens, new tokens, block_size
+        "1 x 32768": (1, 32, 8, 128, 32768, 1, None),
+        "8 x 4096": (8, 32, 8, 128, 4096, 1, None),
+        "64 x 8192": (64, 32, 8, 128, 8192, 1, None),
+        "64 x 8192 in blocks of 16": (64, 32, 8, 128, 8192, 1, 16),
+        "32 x 2048, 32 KV heads": (32, 32, 32, 128, 2048, 1, None),
+        "64 x 4096, head_dim 64": (64, 32, 8, 64, 4096, 1, None),
+        "16 x 4096, head_dim 256": (16, 16, 8, 256, 4096, 1, None),
+        "16 x 8192, 8 new tokens": (16, 32, 8, 128, 8192, 8, None),
+        "4 x 8192, 256 new tokens": (4, 32, 8, 128, 8192, 256, None),
+    },
+    "cpu": {
+        "1 x 4096": (1, 32, 8, 128, 4096, 1, None),
+        "8 x 2048": (8, 32, 8, 128, 2048, 1, None),
+        "8 x 2048 in blocks of 16": (8, 32, 8, 128, 2048, 1, 16),
+        "4 x 1024, head_dim 64": (4, 32, 8, 64, 1024, 1, None),
+        "1 x 2048, 64 new tokens": (1, 32, 8, 128, 2048, 64, None),
+    },
+}
+
+PLANNED = "plan.run with append"  # of builds that have it; beside the others' attend with append
+
+
+def serve(device: str, what: str) -> None:
+    """Time a part whenever its name comes, as the least of some chunks of calls."""
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    figures = {}
-    for name, (call, crop) in parts(device).items():
-        for _ in range(20):
-            call()
+    timed = (kernels if what == "kernels" else parts)(device)
+    counts: dict[str, int] = {}
+
+    def chunk(call: Call, crop: Call, calls: int) -> float:
+        crop()
+        call()
         wait()
         start = time.perf_counter()
-        call()
-        calls = max(5, min(100, int(seconds / (time.perf_counter() - start))))
-        times = []
-        for _ in range(rounds):
-            crop()
+        for _ in range(calls):
             call()
+        if what == "kernels":
             wait()
-            start = time.perf_counter()
-            for _ in range(calls):
+        return (time.perf_counter() - start) / calls * 1e6
+
+    print(json_module.dumps(list(timed)), flush=True)
+    for line in sys.stdin:
+        name = line.strip()
+        call, crop = timed[name]
+        if name not in counts:
+            for _ in range(20):
                 call()
-            times.append((time.perf_counter() - start) / calls * 1e6)
-        figures[name] = min(times)
-    return figures
+            counts[name] = max(5, min(100, int(5_000 / chunk(call, crop, 5))))
+        print(min(chunk(call, crop, counts[name]) for _ in range(10)), flush=True)
 
 
-def _in_child(device: str, folder: Path | None) -> dict[str, float]:
-    """The figures of the build in ``folder``, ahead of the one that is installed."""
-    root = str(Path(__file__).parents[1])
-    code = f"import sys, json\nsys.path.append({root!r})\n"
-    if folder:  # an editable install finds itself before any path
-        code += (
-            "from importlib.machinery import PathFinder\n"
-            "others = [x for x in sys.meta_path if x is not PathFinder]\n"
-            "editable = [x for x in others if x.find_spec('kvquant', None)]\n"
-            "sys.meta_path[:] = [x for x in sys.meta_path if x not in editable]\n"
-            f"sys.path.insert(0, {str(folder.resolve())!r})\n"
-            "import kvquant\n"
-            f"assert kvquant.__file__.startswith({str(folder.resolve())!r}), kvquant.__file__\n"
+class _Build:
+    """A process with the build in ``folder``, ahead of the one that is installed."""
+
+    def __init__(self, device: str, what: str, folder: Path | None) -> None:
+        root = str(Path(__file__).parents[1])
+        code = f"import sys\nsys.path.append({root!r})\n"
+        if folder:  # an editable install finds itself before any path
+            code += (
+                "from importlib.machinery import PathFinder\n"
+                "others = [x for x in sys.meta_path if x is not PathFinder]\n"
+                "editable = [x for x in others if x.find_spec('kvquant', None)]\n"
+                "sys.meta_path[:] = [x for x in sys.meta_path if x not in editable]\n"
+                f"sys.path.insert(0, {str(folder.resolve())!r})\n"
+                "import kvquant\n"
+                f"assert kvquant.__file__.startswith({str(folder.resolve())!r}), kvquant.__file__\n"
+            )
+        code += f"from benchmarks import host\nhost.serve({device!r}, {what!r})"
+        self._child = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-    code += f"from benchmarks import host\nprint(json.dumps(host.measure({device!r})))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
-    )
-    figures: dict[str, float] = json_module.loads(done.stdout.splitlines()[-1])
-    return figures
+        os.sched_setaffinity(self._child.pid, {max(os.sched_getaffinity(0))})
+        self.parts: list[str] = json_module.loads(self._answer())
+
+    def time(self, part: str) -> float:
+        """Microseconds of a call."""
+        assert self._child.stdin is not None
+        print(part, file=self._child.stdin, flush=True)
+        return float(self._answer())
+
+    def _answer(self) -> str:
+        assert self._child.stdout is not None
+        if not (line := self._child.stdout.readline()):
+            raise RuntimeError("the process that times a build has ended")
+        return line
 
 
 def main(
@@ -123,31 +220,41 @@ def main(
     new: Annotated[
         Path | None, typer.Option(help="Likewise; by default the installed one.")
     ] = None,
-    rounds: int = 7,
+    kernels: Annotated[
+        bool, typer.Option(help="Whole calls on long caches instead, in a graph on a GPU.")
+    ] = False,
+    rounds: int = 21,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
     """Print host time of decode steps, and its ratio to another build's."""
     from benchmarks.common import Report
 
-    report = Report("Host time of decode steps, us", host=device)
+    what = "kernels" if kernels else "host"
+    titles = {"host": "Host time of decode steps, us", "kernels": "Attention with append, us"}
+    report = Report(titles[what], host=device)
+    ours = _Build(device, what, new)
     if old is None:
-        for name, figure in _in_child(device, new).items():
-            report.add(part=name, us=figure)
-    else:
+        for name in ours.parts:
+            report.add(part=name, us=min(ours.time(name) for _ in range(rounds)))
+        report.finish(json)
+        return
+    theirs = _Build(device, what, old)
+    for name in ours.parts:
+        beside = name if name in theirs.parts else "attend with append"
         pairs = []
-        for i in range(rounds):  # in both orders: a machine that warms up would favour one
-            runs = {}
-            for build in (old, new) if i % 2 else (new, old):
-                runs[build] = _in_child(device, build)
-            pairs.append((runs[old], runs[new]))
-        for name in pairs[0][0]:
-            ratios = [after[name] / before[name] for before, after in pairs]
-            report.add(
-                part=name,
-                old_us=statistics.median(before[name] for before, _ in pairs),
-                new_us=statistics.median(after[name] for _, after in pairs),
-                ratio=statistics.median(ratios),
-                least=min(ratios),
-                most=max(ratios),
-            )
+        for i in range(rounds + 1):  # in both orders: a machine that warms up would favour one
+            if i % 2:
+                before, after = theirs.time(beside), ours.time(name)
+            else:
+                after, before = ours.time(name), theirs.time(beside)
+            pairs.append((before, after))
+        ratios = [after / before for before, after in pairs[1:]]  # the first warms up
+        report.add(
+            part=name,
+            old_us=min(before for before, _ in pairs),
+            new_us=min(after for _, after in pairs),
+            ratio=statistics.median(ratios),
+            least=min(ratios),
+            most=max(ratios),
+        )
     report.finish(json)

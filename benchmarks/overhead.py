@@ -28,17 +28,14 @@ def main(
     query = torch.randn(1, 1, heads, dim, **new)
     key, value = (torch.randn(1, 1, kv_heads, dim, **new) for _ in range(2))
     dense = torch.randn(2, 1, heads, 16, dim, **new)
-    storage = kvquant.LayerStorage.allocate(1, kv_heads, 65536, dim, device="cuda")
+    view = kvquant.CacheView.allocate(1, kv_heads, 65536, dim, device="cuda")
     table = torch.zeros(1, 1, dtype=torch.int32, device="cuda")
     lens = torch.full((1,), 16, dtype=torch.int32, device="cuda")
-    attention_args = (
-        query, storage.k_data, storage.k_params, storage.k_mean, storage.v_data, storage.v_params,
-        table, lens, None, None, None, None, 256, 128, 1, 1, dim**-0.5, True, 0, 0.0, 0, False,
-    )  # fmt: skip
-    append_args = (
-        key, value, storage.k_data, storage.k_params, storage.k_mean, storage.v_data,
-        storage.v_params, table, lens, None, None, None, 256, 128, 1, 1, False,
-    )  # fmt: skip
+    seqs = kvquant.Sequences(table, lens)
+    planned = kvquant.plan(query, view, seqs)
+    appending = kvquant.plan(query, view, seqs, key, value)
+    out = torch.empty_like(query)
+    options = planned.options
     report = Report("Host time of an eager decode step, batch 1")
     parts = {
         "cache.attend with the new token (append included)": lambda: cache.attend(
@@ -46,11 +43,18 @@ def main(
         ),
         "cache.attend alone": lambda: cache.attend(0, query),
         "cache.append alone": lambda: cache.append(0, key, value),
-        "ops.call attention": lambda: ops.call("attention", *attention_args),
-        "ops.call append_": lambda: ops.call("append_", *append_args),
-        "dispatcher attention": lambda: torch.ops.kvquant.attention(*attention_args),
+        "plan.run": lambda: planned.run(query, view, seqs),
+        "plan.run with the new token": lambda: appending.run(query, view, seqs, key, value),
+        "plan.run with the new token and out=": lambda: appending.run(
+            query, view, seqs, key, value, out=out
+        ),
+        "plan, remembered": lambda: kvquant.plan(query, view, seqs, key, value),
+        "Sequences, once a step": lambda: kvquant.Sequences(table, lens),
+        "the operator, through torch's dispatcher": lambda: ops.attend(
+            query, view, seqs, None, None, options, None, None, out, None
+        ),
         "functional attention, every argument checked": lambda: kvquant.attention(
-            query, storage, block_table=table, seq_lens=lens
+            query, view, block_table=table, seq_lens=lens
         ),
         "torch.empty of the output": lambda: torch.empty(
             1, 1, heads, dim, dtype=torch.float16, device="cuda"

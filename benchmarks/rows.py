@@ -51,7 +51,7 @@ def appends(
             kvquant.append_(
                 key,
                 value,
-                cache.storage,
+                cache.view,
                 block_table=cache.block_table,
                 seq_lens=cache.seq_lens,
             )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 import oracle
-from support import BF16, Cache, random_rows, same_bits, snapshot
+from support import BF16, Cache, parts, random_rows, same_bits, snapshot
 
 
 def new_rows(cache: Cache, counts, dtype=BF16):
-    _, heads, _, k_dim = cache.storage.k_data.shape
-    v_dim = cache.storage.v_data.shape[3]
+    _, heads, _, k_dim = cache.view.k.codes.shape
+    v_dim = cache.view.v.codes.shape[3]
     keys = [random_rows(n, heads, k_dim, dtype=dtype, device=cache.device) for n in counts]
     return keys, [torch.randn(n, heads, v_dim).to(dtype).to(cache.device) for n in counts]
 
@@ -35,16 +35,16 @@ def check_rows(exact, codes, params, usable):
 
 def append_and_check(cache: Cache, keys, values, **options):
     """Appends and compares every row, mean and untouched byte with the oracle."""
-    storage, old, lengths = cache.storage, snapshot(cache.storage), cache.lengths
-    before = [oracle.stored(storage, cache.table, b, n)[0] for b, n in enumerate(lengths)]
+    view, old, lengths = cache.view, snapshot(cache.view), cache.lengths
+    before = [oracle.stored(view, cache.table, b, n)[0] for b, n in enumerate(lengths)]
     cache.append(keys, values, **options)
-    rest = snapshot(storage)  # what was written is put back, sequence by sequence
+    rest = snapshot(view)  # what was written is put back, sequence by sequence
     for b, length in enumerate(lengths):
         assert cache.lengths[b] == length + len(keys[b])
         block, row = _check_new_rows(cache, b, length, keys[b], values[b])
         for name in ("k_data", "k_params", "v_data", "v_params"):
             rest[name][block, :, row] = old[name][block, :, row]
-        if storage.format.key_mean:
+        if view.format.key_mean:
             for home, slot in _check_new_means(cache, b, before[b], keys[b]):
                 rest["k_mean"][home, :, slot] = old["k_mean"][home, :, slot]
     for name, tensor in rest.items():
@@ -53,22 +53,22 @@ def append_and_check(cache: Cache, keys, values, **options):
 
 def _check_new_rows(cache: Cache, sequence, length, key, value):
     """Returns where the rows are."""
-    storage, total = cache.storage, length + len(key)
-    block, row = (x[length:] for x in oracle.places(storage, cache.table, sequence, total))
-    mean = oracle.means(storage, cache.table, sequence, total)[length:]
+    view, total = cache.view, length + len(key)
+    block, row = (x[length:] for x in oracle.places(view, cache.table, sequence, total))
+    mean = oracle.means(view, cache.table, sequence, total)[length:]
     for name, x, shift, on in (
-        ("k", key, mean, storage.format.key_rotation),
-        ("v", value, 0, storage.format.value_rotation),
+        ("k", key, mean, view.format.key_rotation),
+        ("v", value, 0, view.format.value_rotation),
     ):
         exact = x.double() @ oracle.rotation(on, x.shape[-1], x.device) - shift
-        codes, params = (getattr(storage, f"{name}_{part}") for part in ("data", "params"))
+        codes, params = (parts(view)[f"{name}_{part}"] for part in ("data", "params"))
         check_rows(exact, codes[block, :, row], params[block, :, row], oracle.finite_rows(x))
     return block, row
 
 
 def _check_new_means(cache: Cache, sequence, before, key):
     """Returns where the means of the groups are that the rows open."""
-    fmt, places = cache.storage.format, []
+    fmt, places = cache.view.format, []
     start = 0 if cache.starts is None else cache.starts[sequence].item()
     incoming = key.double() @ oracle.rotation(fmt.key_rotation, key.shape[-1], key.device)
     incoming[~oracle.finite_rows(key)] = torch.nan
@@ -76,9 +76,9 @@ def _check_new_means(cache: Cache, sequence, before, key):
     wanted = oracle.new_means(before, incoming, present, fmt.key_mean, start)
     for group, exact in wanted.items():
         token = group * fmt.key_mean
-        block, row = oracle.places(cache.storage, cache.table, sequence, token + 1)
+        block, row = oracle.places(cache.view, cache.table, sequence, token + 1)
         home, slot = block[-1], row[-1] // fmt.key_mean
-        error = (cache.storage.k_mean[home, :, slot].double() - exact).abs()
+        error = (cache.view.mean.view(torch.float16)[home, :, slot].double() - exact).abs()
         summed = 4e-6 * incoming.nan_to_num(0).abs().max()  # in fp32
         assert (error <= 2.0**-11 * 1.01 * exact.abs() + 2.0**-25 + summed).all(), f"mean {group}"
         places.append((home, slot))

@@ -19,7 +19,7 @@ def attend(cache: Cache, queries: list[Tensor], **options: Any) -> Any:
     """`kvquant.attention` on packed queries of every sequence."""
     return kvquant.attention(
         torch.cat(queries),
-        cache.storage,
+        cache.view,
         block_table=cache.table,
         seq_lens=cache.lens,
         cu_seqlens_q=index(starts_of(len(q) for q in queries), cache.device),

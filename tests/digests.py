@@ -114,7 +114,7 @@ def run_case(case: dict[str, str], number: int, device: str) -> str:
         1, batch, kv_heads, k_dim, v_head_dim=v_dim, max_seq_len=512,
         block_size=chosen["layout"], format=chosen["format"], dtype=dtype, device=device,
     )  # fmt: skip
-    for tensor in cache.storage(0).tensors.values():
+    for tensor in cache.layer(0)[0].tensors.values():
         tensor.zero_()
     if options.pop("padded", False):
         cache.set_seq_starts(on(torch.tensor([5, 17, 0, 2], dtype=torch.int32)))

@@ -1,6 +1,6 @@
 """What kvquant computes, in float64 and plain steps: the formula of docs and docstrings, no more.
 
-A token's row is ``R.T @ (scale * q + offset + mean)``. Nothing here calls kvquant; a storage is any
+A token's row is ``R.T @ (scale * q + offset + mean)``. Nothing here calls kvquant; a view is any
 object with its tensors and a format as attributes.
 """
 
@@ -69,43 +69,43 @@ def encode(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(codes).to(x.device), torch.from_numpy(params).to(x.device)
 
 
-# What a storage holds.
+# What a view holds.
 
 
-def places(storage, table: Tensor, sequence: int, length: int) -> tuple[Tensor, Tensor]:
+def places(view, table: Tensor, sequence: int, length: int) -> tuple[Tensor, Tensor]:
     """Block and row of a sequence's tokens."""
-    size = storage.k_data.shape[2]
+    size = view.k.codes.shape[2]
     token = torch.arange(length, device=table.device)
     return table[sequence, token // size].long(), token % size
 
 
-def means(storage, table: Tensor, sequence: int, length: int) -> Tensor:
+def means(view, table: Tensor, sequence: int, length: int) -> Tensor:
     """The stored key mean of each of a sequence's tokens, ``(length, kv_heads, k_dim)``."""
-    group, size = storage.format.key_mean, storage.k_data.shape[2]
+    group, size = view.format.key_mean, view.k.codes.shape[2]
     if group is None:
-        _, heads, _, dim = storage.k_data.shape
+        _, heads, _, dim = view.k.codes.shape
         return torch.zeros(length, heads, dim, dtype=torch.float64, device=table.device)
     start = torch.arange(length, device=table.device) // group * group
     home, slot = table[sequence, start // size].long(), start % size // group
-    return storage.k_mean[home, :, slot].double()
+    return view.mean.view(torch.float16)[home, :, slot].double()
 
 
-def stored(storage, table: Tensor, sequence: int, length: int) -> tuple[Tensor, Tensor]:
+def stored(view, table: Tensor, sequence: int, length: int) -> tuple[Tensor, Tensor]:
     """A sequence's keys and values in the basis they are stored in, ``(length, kv_heads, dim)``."""
-    block, row = places(storage, table, sequence, length)
+    block, row = places(view, table, sequence, length)
 
     def affine(data: Tensor, params: Tensor) -> Tensor:
         scale, offset = params[block, :, row].double().unbind(-1)
         return scale[..., None] * data[block, :, row].double() + offset[..., None]
 
-    key = affine(storage.k_data, storage.k_params) + means(storage, table, sequence, length)
-    return key, affine(storage.v_data, storage.v_params)
+    key, value = (affine(x.codes, x.params.view(torch.float16)) for x in (view.k, view.v))
+    return key + means(view, table, sequence, length), value
 
 
-def decode(storage, table: Tensor, sequence: int, length: int) -> tuple[Tensor, Tensor]:
+def decode(view, table: Tensor, sequence: int, length: int) -> tuple[Tensor, Tensor]:
     """A sequence's keys and values as attention sees them."""
-    key, value = stored(storage, table, sequence, length)
-    fmt = storage.format
+    key, value = stored(view, table, sequence, length)
+    fmt = view.format
     return (
         key @ rotation(fmt.key_rotation, key.shape[-1], key.device),
         value @ rotation(fmt.value_rotation, value.shape[-1], value.device),

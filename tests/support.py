@@ -48,18 +48,41 @@ def random_rows(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
     return x.to(dtype).to(device)
 
 
-def poison(storage: kvquant.LayerStorage) -> kvquant.LayerStorage:
+NAMES = {
+    "k_data": ("k.codes", torch.uint8),
+    "k_params": ("k.params", torch.float16),
+    "k_mean": ("mean", torch.float16),
+    "v_data": ("v.codes", torch.uint8),
+    "v_params": ("v.params", torch.float16),
+}
+
+
+def parts(view: kvquant.CacheView) -> dict[str, Tensor]:
+    """A view's tensors as what their bytes are, by the names that they have in a state dict."""
+    tensors = view.tensors
+    return {name: tensors[at].view(dtype) for name, (at, dtype) in NAMES.items() if at in tensors}
+
+
+def rebuilt(view: kvquant.CacheView, named: dict[str, Tensor]) -> kvquant.CacheView:
+    """The same view of other tensors, by the names of `parts`."""
+    of = {**parts(view), **named}
+    return view.replaced(
+        {NAMES[name][0]: None if x is None else x.view(torch.uint8) for name, x in of.items()}
+    )
+
+
+def poison(view: kvquant.CacheView) -> kvquant.CacheView:
     """Random codes and NaN params and means, so that reading what was never written shows."""
-    for name, tensor in storage.tensors.items():
+    for name, tensor in parts(view).items():
         if name.endswith("data"):
             tensor.copy_(torch.randint(0, 256, tensor.shape, dtype=torch.uint8))
         else:
             tensor.fill_(torch.nan)
-    return storage
+    return view
 
 
-def snapshot(storage: kvquant.LayerStorage) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in storage.tensors.items()}
+def snapshot(view: kvquant.CacheView) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in parts(view).items()}
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -69,16 +92,16 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def assert_unchanged(storage: kvquant.LayerStorage, before: dict[str, Tensor]) -> None:
-    for name, tensor in storage.tensors.items():
+def assert_unchanged(view: kvquant.CacheView, before: dict[str, Tensor]) -> None:
+    for name, tensor in parts(view).items():
         assert same_bits(tensor, before[name]), f"{name} was written"
 
 
 @dataclass
 class Cache:
-    """A poisoned storage with room for ``room`` tokens a sequence, and what was appended."""
+    """A poisoned view with room for ``room`` tokens a sequence, and what was appended."""
 
-    storage: kvquant.LayerStorage
+    view: kvquant.CacheView
     table: Tensor
     lens: Tensor
     keys: list[Tensor] = field(default_factory=list)
@@ -99,7 +122,7 @@ class Cache:
         kvquant.append_(
             torch.cat(keys),
             torch.cat(values),
-            self.storage,
+            self.view,
             block_table=self.table,
             seq_lens=self.lens,
             cu_seqlens=index(starts_of(counts), self.device),
@@ -113,15 +136,15 @@ class Cache:
         self.values = [torch.cat(pair) for pair in zip(old[1], values, strict=True)]
 
     def decode(self, sequence: int) -> tuple[Tensor, Tensor]:
-        return oracle.decode(self.storage, self.table, sequence, self.lengths[sequence])
+        return oracle.decode(self.view, self.table, sequence, self.lengths[sequence])
 
     def rows(self, sequence: int) -> dict[str, Tensor]:
         """What is stored of a sequence, by token, whatever the layout."""
         length = self.lengths[sequence]
-        block, row = oracle.places(self.storage, self.table, sequence, length)
-        named = {n: t[block, :, row] for n, t in self.storage.tensors.items() if n != "k_mean"}
-        if self.storage.k_mean is not None:
-            named["k_mean"] = oracle.means(self.storage, self.table, sequence, length)
+        block, row = oracle.places(self.view, self.table, sequence, length)
+        named = {n: t[block, :, row] for n, t in parts(self.view).items() if n != "k_mean"}
+        if self.view.mean is not None:
+            named["k_mean"] = oracle.means(self.view, self.table, sequence, length)
         return named
 
 
@@ -146,11 +169,11 @@ def empty_cache(
     table = table.reshape(len(room), width)
     for row, need in zip(table, needs, strict=True):
         row[:need] = torch.tensor([blocks.pop() for _ in range(need)])
-    storage = kvquant.LayerStorage.allocate(
+    view = kvquant.CacheView.allocate(
         sum(needs) + 3, kv_heads, size, k_dim, v_dim, format=fmt, device=device
     )
     return Cache(
-        poison(storage),
+        poison(view),
         index(table, device),
         index([0] * len(room), device),
         starts=None if starts is None else index(starts, device),
@@ -166,8 +189,8 @@ def filled_cache(
 ) -> Cache:
     """`empty_cache` with random keys and values of these lengths appended in one call."""
     cache = empty_cache(room or lens, **options)
-    heads, k_dim = cache.storage.k_data.shape[1], cache.storage.k_data.shape[3]
-    v_dim = cache.storage.v_data.shape[3]
+    heads, k_dim = cache.view.k.codes.shape[1], cache.view.k.codes.shape[3]
+    v_dim = cache.view.v.codes.shape[3]
     keys = [random_rows(n, heads, k_dim, dtype=dtype, device=cache.device) for n in lens]
     values = [torch.randn(n, heads, v_dim).to(dtype).to(cache.device) for n in lens]
     cache.append(keys, values)
@@ -175,27 +198,25 @@ def filled_cache(
 
 
 def relocated(cache: Cache, order: Sequence[int]) -> Cache:
-    """The same storage with its sequences in another order (or a selection of them)."""
+    """The same view with its sequences in another order (or a selection of them)."""
     at = torch.tensor(list(order), dtype=torch.long, device=cache.table.device)
     starts = None if cache.starts is None else cache.starts[at]
     return replace(cache, table=cache.table[at], lens=cache.lens[at], starts=starts)
 
 
-def foreign(storage: kvquant.LayerStorage) -> kvquant.LayerStorage:
+def foreign(view: kvquant.CacheView) -> kvquant.CacheView:
     """The same content in one buffer where a (block, head) slab holds K, V, params and mean."""
-    blocks, heads = storage.k_data.shape[:2]
-    parts = {name: t.reshape(blocks, heads, -1) for name, t in storage.tensors.items()}
-    widths = [part.shape[2] * part.element_size() for part in parts.values()]
+    dims, fmt = (view.k.head_dim, view.v.head_dim), view.format
+    width = fmt.slab_bytes(*dims, view.block_size) + 32
     buffer = torch.full(
-        (blocks, heads, sum(widths) + 32), 255, dtype=torch.uint8, device=storage.k_data.device
+        (view.num_blocks, view.num_kv_heads, width), 255, dtype=torch.uint8, device=view.device
     )
-    views = {}
-    for (name, tensor), width, begin in zip(
-        storage.tensors.items(), widths, starts_of(widths), strict=False
-    ):
-        view = buffer[..., 16 + begin : 16 + begin + width].view(tensor.dtype)
-        views[name] = view.unflatten(-1, tensor.shape[2:]).copy_(tensor)
-    return replace(storage, **views)
+    copy = kvquant.CacheView.slab(
+        buffer[..., 16:], dims[0], v_head_dim=dims[1], block_size=view.block_size, format=fmt
+    )
+    for name, tensor in view.tensors.items():
+        copy.tensors[name].copy_(tensor)
+    return copy
 
 
 @contextmanager

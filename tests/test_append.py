@@ -21,6 +21,7 @@ from support import (
     empty_cache,
     foreign,
     index,
+    parts,
     same_bits,
     snapshot,
 )
@@ -82,7 +83,7 @@ def test_paged_equals_contiguous_bit_for_bit(backend, device, dtype, fmt):
 def dense(cache: Cache, keys, values, **options):
     """The same rows for every sequence's equal count, as (batch, tokens, heads, dim)."""
     append_(
-        keys, values, cache.storage, block_table=cache.table, seq_lens=cache.lens,
+        keys, values, cache.view, block_table=cache.table, seq_lens=cache.lens,
         seq_starts=cache.starts, **options,
     )  # fmt: skip
     if not options.get("advance"):
@@ -121,8 +122,7 @@ def test_slots_equal_block_table(backend, device, packed, fmt):
         keys, values = new_rows(by_table, [tokens] * batch)
         by_table.append(keys, values)
         places = [
-            oracle.places(by_slot.storage, by_slot.table, b, (call + 1) * tokens)
-            for b in range(batch)
+            oracle.places(by_slot.view, by_slot.table, b, (call + 1) * tokens) for b in range(batch)
         ]
         slots = torch.cat([(block * 32 + row)[call * tokens :] for block, row in places])
         key, value = torch.stack(keys), torch.stack(values)
@@ -133,7 +133,7 @@ def test_slots_equal_block_table(backend, device, packed, fmt):
                 options["cu_seqlens"] = index([0, tokens, 2 * tokens, 3 * tokens], device)
         if packed:
             key, value = key.flatten(0, 1), value.flatten(0, 1)
-        append_(key, value, by_slot.storage, **options)
+        append_(key, value, by_slot.view, **options)
         by_slot.lens = by_slot.lens + tokens
     assert_same_rows(by_table, by_slot)
 
@@ -142,20 +142,20 @@ def test_slots_of_packed_rows_without_a_table(backend, device):
     cache = empty_cache([64], fmt=PLAIN, device=device)
     (key,), (value,) = new_rows(cache, [5])
     slots = torch.tensor([9, 3, 40, 0, 1], device=device)
-    append_(key, value, cache.storage, slot_mapping=slots)
+    append_(key, value, cache.view, slot_mapping=slots)
     codes, params = oracle.encode(key)
-    at = cache.storage.k_data[slots // 64, :, slots % 64]
+    at = cache.view.k.codes[slots // 64, :, slots % 64]
     assert torch.equal(at, codes)
-    assert torch.equal(cache.storage.k_params[slots // 64, :, slots % 64], params)
+    assert torch.equal(cache.view.k.params.view(torch.float16)[slots // 64, :, slots % 64], params)
 
 
 def test_all_slots_skipped_writes_no_row(backend, device):
     cache = empty_cache([64], fmt=PLAIN, device=device)
     (key,), (value,) = new_rows(cache, [5])
-    old = snapshot(cache.storage)
+    old = snapshot(cache.view)
     slots = torch.full((5,), -1, dtype=torch.int64, device=device)
-    append_(key, value, cache.storage, slot_mapping=slots)
-    for name, tensor in cache.storage.tensors.items():
+    append_(key, value, cache.view, slot_mapping=slots)
+    for name, tensor in parts(cache.view).items():
         assert same_bits(tensor, old[name])
 
 
@@ -192,7 +192,7 @@ def test_sequences_without_new_tokens(backend, device, counts):
 
 def test_foreign_strides(backend, device):
     plain = empty_cache([300, 40], block=16, device=device)
-    view = Cache(foreign(plain.storage), plain.table, plain.lens)
+    view = Cache(foreign(plain.view), plain.table, plain.lens)
     for counts in ((200, 40), (100, 0)):
         keys, values = new_rows(plain, counts)
         plain.append(keys, values)

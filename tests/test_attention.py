@@ -149,7 +149,7 @@ def test_a_nan_is_not_hidden_by_a_sink(backend, device):
     query = torch.full((1, 1, 1, 64), torch.nan, dtype=DTYPES["fp16"], device=device)
     out = kvquant.attention(
         query,
-        cache.storage,
+        cache.view,
         block_table=cache.table,
         seq_lens=cache.lens,
         sinks=torch.zeros(1, device=device),

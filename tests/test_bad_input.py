@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -41,7 +39,7 @@ def last_dim_strided(*shape):
 
 def good(function, cache):
     """Valid arguments of a function on the cache."""
-    where = {"storage": cache.storage, "block_table": cache.table, "seq_lens": cache.lens.clone()}
+    where = {"view": cache.view, "block_table": cache.table, "seq_lens": cache.lens.clone()}
     return {
         "append_": where | {"key": rows(2, 3, 2, 64), "value": rows(2, 3, 2, 80)},
         "attention": where | {"query": rows(2, 1, 4, 64)},
@@ -61,15 +59,15 @@ APPEND = [
     ({"key": last_dim_strided(2, 3, 2, 64)}, ValueError, "key: the last dimension must be contig"),
     ({"key": rows(2, 3, 2, 100)}, ValueError, "key: head_dim 100 is not a multiple of 16"),
     ({"key": rows(2, 3, 2, 0)}, ValueError, "key: head_dim 0 is not a multiple of 16"),
-    ({"key": rows(2, 3, 2, 48)}, ValueError, "key: head_dim 48, but the storage's keys have 64"),
+    ({"key": rows(2, 3, 2, 48)}, ValueError, "key: head_dim 48, but the view's keys have 64"),
     ({"value": rows(2, 3, 2, 81)}, ValueError, "value: head_dim 81 is not a multiple of 16"),
-    ({"value": rows(2, 3, 2, 64)}, ValueError, "value: head_dim 64, but the storage's values have"),
+    ({"value": rows(2, 3, 2, 64)}, ValueError, "value: head_dim 64, but the view's values have"),
     ({"value": rows(2, 4, 2, 80)}, ValueError, "value: expected key's dtype and shape"),
     ({"value": rows(2, 3, 2, 80, dtype=FP16)}, ValueError, "value: expected key's dtype and shape"),
     ({"value": last_dim_strided(2, 3, 2, 80)}, ValueError, "value: the last dimension must be"),
     ({"key": rows(2, 3, 4, 64), "value": rows(2, 3, 4, 80)}, ValueError, "key: 4 heads, but the"),
-    ({"key": rows(1, 3, 2, 64), "value": rows(1, 3, 2, 80)}, ValueError, "key: batch 1, but"),
-    ({"storage": {}}, TypeError, "storage: expected a LayerStorage, got dict"),
+    ({"key": rows(1, 3, 2, 64), "value": rows(1, 3, 2, 80)}, ValueError, "key: batch 1, expec"),
+    ({"view": {}}, TypeError, "view: expected a CacheView, got dict"),
     ({"block_table": None}, ValueError, "block_table, seq_lens: needed"),
     ({"seq_lens": None}, ValueError, "block_table, seq_lens: needed"),
     ({"block_table": None, "seq_lens": None}, ValueError, "block_table, seq_lens: needed"),
@@ -118,10 +116,10 @@ ATTENTION = [
     ({"query": rows(8, 64)}, ValueError, "query: expected 4 dimensions, got shape"),
     ({"query": last_dim_strided(2, 1, 4, 64)}, ValueError, "query: the last dimension must be"),
     ({"query": rows(2, 1, 4, 72)}, ValueError, "query: head_dim 72 is not a multiple of 16"),
-    ({"query": rows(2, 1, 4, 80)}, ValueError, "query: head_dim 80, but the storage's keys have"),
-    ({"query": rows(2, 1, 3, 64)}, ValueError, "query: 3 heads are no multiple of the storage's 2"),
-    ({"query": rows(3, 1, 4, 64)}, ValueError, "query: batch 3, but block_table has 2"),
-    ({"storage": None}, TypeError, "storage: expected a LayerStorage, got NoneType"),
+    ({"query": rows(2, 1, 4, 80)}, ValueError, "query: head_dim 80, but the view's keys have"),
+    ({"query": rows(2, 1, 3, 64)}, ValueError, "query: 3 heads are no multiple of the view's 2"),
+    ({"query": rows(3, 1, 4, 64)}, ValueError, "query: batch 3, expected 2 sequences"),
+    ({"view": None}, TypeError, "view: expected a CacheView, got NoneType"),
     ({"cu_seqlens_q": index([0, 1, 2], "cpu")}, ValueError, "query: expected 3 dimensions"),
     ({"query": rows(2, 4, 64), "cu_seqlens_q": index([0, 2], "cpu")}, ValueError, "cu_seqlens_q"),
     ({"seq_starts": index([0, 0, 0], "cpu")}, ValueError, "seq_starts: expected a contiguous"),
@@ -150,7 +148,7 @@ ATTENTION = [
 ]  # fmt: skip
 
 GATHER = [
-    ({"storage": 3}, TypeError, "storage: expected a LayerStorage, got int"),
+    ({"view": 3}, TypeError, "view: expected a CacheView, got int"),
     ({"tokens": -1}, ValueError, "tokens: expected 0 to 64, got -1"),
     ({"tokens": 65}, ValueError, "tokens: expected 0 to 64, got 65"),
     ({"dtype": torch.float64}, TypeError, "dtype: expected float16, bfloat16 or float32, got"),
@@ -171,52 +169,50 @@ CASES = [
 @pytest.mark.parametrize(("name", "change", "error", "message"), CASES)
 def test_error_names_the_argument_and_nothing_is_written(cache, name, change, error, message):
     arguments = good(name, cache)
-    before, lens = snapshot(cache.storage), arguments["seq_lens"].clone()
+    before, lens = snapshot(cache.view), arguments["seq_lens"].clone()
     with pytest.raises(error, match=message) as raised, kvquant.use_backend("reference"):
         getattr(kvquant, name)(**arguments | change)
     assert isinstance(error, tuple) or type(raised.value) is error
-    assert_unchanged(cache.storage, before)
+    assert_unchanged(cache.view, before)
     assert torch.equal(arguments["seq_lens"], lens)
 
 
 @pytest.mark.parametrize("name", ["append_", "attention", "gather"])
 def test_the_unchanged_arguments_are_good(cache, name):
-    storage = replace(
-        cache.storage, **{key: tensor.clone() for key, tensor in cache.storage.tensors.items()}
-    )
-    getattr(kvquant, name)(**good(name, cache) | {"storage": storage})
+    view = cache.view.replaced({key: x.clone() for key, x in cache.view.tensors.items()})
+    getattr(kvquant, name)(**good(name, cache) | {"view": view})
 
 
 def test_block_sizes_that_cannot_be_paged():
     with pytest.raises(ValueError, match="block_size: 20 is not a multiple of 16"):
-        kvquant.LayerStorage.allocate(4, 2, 20, 64)
-    storage = kvquant.LayerStorage.allocate(4, 2, 48, 64)
+        kvquant.CacheView.allocate(4, 2, 20, 64)
+    view = kvquant.CacheView.allocate(4, 2, 48, 64)
     where = {"block_table": torch.zeros(1, 2, dtype=torch.int32), "seq_lens": index([1], "cpu")}
-    with pytest.raises(ValueError, match="storage: block_size 48, expected a multiple of 16"):
-        kvquant.gather(storage, **where)
+    with pytest.raises(ValueError, match="view: block_size 48, expected a multiple of 16"):
+        kvquant.gather(view, **where)
 
 
 def test_storage_on_another_device(cache):
-    storage = kvquant.LayerStorage.allocate(12, 2, 16, 64, 80, device="meta")
+    view = kvquant.CacheView.allocate(12, 2, 16, 64, 80, device="meta")
     for name in ("append_", "attention"):
-        with pytest.raises(ValueError, match=r"(key|query): on cpu, but the storage is on meta"):
-            getattr(kvquant, name)(**good(name, cache) | {"storage": storage})
+        with pytest.raises(ValueError, match=r"(key|query): on cpu, but the view is on meta"):
+            getattr(kvquant, name)(**good(name, cache) | {"view": view})
 
 
 def test_cache_full_is_a_value_error_and_writes_nothing():
     assert issubclass(CacheFullError, ValueError)
     full = filled_cache([32], block=16)
-    before = snapshot(full.storage)
+    before = snapshot(full.view)
     for advance in (False, True):
         with pytest.raises(CacheFullError, match=r"seq_lens: \[33\] tokens, but .* 32"):
             full.append([rows(1, 2, 64)], [rows(1, 2, 64)], advance=advance)
-    assert_unchanged(full.storage, before)
+    assert_unchanged(full.view, before)
     assert full.lengths == [32]
 
 
 def test_slots_without_a_mean_need_no_table():
     cache = empty_cache([16], fmt=FORMATS["plain"])
-    kvquant.append_(rows(3, 2, 64), rows(3, 2, 64), cache.storage, slot_mapping=torch.arange(3))
+    kvquant.append_(rows(3, 2, 64), rows(3, 2, 64), cache.view, slot_mapping=torch.arange(3))
 
 
 # Plain tensors.

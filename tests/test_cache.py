@@ -91,7 +91,7 @@ def test_attend_is_attention_on_the_storage(kind, device, fmt):
     out, lse = cache.attend(1, query, key, value, return_lse=True, softmax_scale=0.3, **options)
     expected, expected_lse = kvquant.attention(
         query,
-        cache.storage(1),
+        cache.layer(1)[0],
         block_table=cache.block_table,
         seq_lens=cache.seq_lens_of(1),
         softmax_scale=0.3,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvquant import CacheFullError, LayerStorage, QuantizedKVCache, ops
+from kvquant import CacheFullError, CacheView, QuantizedKVCache, use_backend
+from kvquant.backends import reference
 from modelled import (
     DIM,
     HEADS,
@@ -27,9 +28,9 @@ BAD_APPENDS = {
     "dtype": (TypeError, "key: expected float16", (K.long(), V), {}),
     "dims": (ValueError, "key: expected 4 dimensions", (K[0], V[0]), {}),
     "packed dims": (ValueError, "key: expected 3 dimensions", (K, V), {"cu_seqlens": CU}),
-    "batch": (ValueError, "key: batch 2, but the cache has 3", (K[:2], V[:2]), {}),
+    "batch": (ValueError, "key: batch 2, expected 3 sequences", (K[:2], V[:2]), {}),
     "heads": (ValueError, "key: 1 heads", (K[:, :, :1], V[:, :, :1]), {}),
-    "head_dim": (ValueError, "head_dim 16, but the storage's keys have 32", (K[..., :16], V), {}),
+    "head_dim": (ValueError, "head_dim 16, but the view's keys have 32", (K[..., :16], V), {}),
     "value's head_dim": (ValueError, "value: head_dim 32", (K, K), {}),
     "value's tokens": (ValueError, "value: expected key's", (K, V[:, :1]), {}),
     "value's dtype": (ValueError, "value: expected key's", (K, V.half()), {}),
@@ -75,7 +76,7 @@ BAD_ATTENDS = {
     "query batch": (ValueError, "query: batch 1", (Q[:1], K, V), {}),
     "query head_dim": (
         ValueError,
-        "head_dim 16, but the storage's keys have 32",
+        "head_dim 16, but the view's keys have 32",
         (Q[..., :16], K, V),
         {},
     ),
@@ -142,15 +143,9 @@ def test_attention_that_fails_takes_its_tokens_back(kind, packed, exact, monkeyp
     query, key, value, cu = Q, K, V, None
     if packed:
         query, key, value, cu = (*(x[:2].flatten(0, 1) for x in (Q, K, V)), CU)
-    with ops.use_backend("reference"):
-        broken = {**ops._backends["reference"].implementations, "attention": fail}
+    with use_backend("reference"):
         with monkeypatch.context() as patch:
-            reference = ops._backends["reference"]
-            patch.setitem(
-                ops._backends,
-                "reference",
-                ops.Backend("reference", broken, reference.refuses),
-            )
+            patch.setattr(reference, "_attend", fail)
             patch.setattr(torch.nn.functional, "scaled_dot_product_attention", fail)
             with Unchanged(cache), pytest.raises(MemoryError):
                 cache.attend(0, query, key, value, cu_seqlens_q=cu)
@@ -169,7 +164,7 @@ def test_growth_that_fails(kind, monkeypatch):
         raise MemoryError("none left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(LayerStorage, "allocate", fail)
+        patch.setattr(CacheView, "allocate", fail)
         with Unchanged(cache), pytest.raises(MemoryError):
             cache.append(0, key, value)
     cache.append(0, key, value)
@@ -179,11 +174,11 @@ def test_growth_that_fails(kind, monkeypatch):
 def test_growth_is_layer_by_layer_and_bounded():
     cache = make("growing", format=None)
     append_dense([cache], None, 2000)
-    size = cache.storage(0).block_size
+    size = cache.layer(0)[0].block_size
     assert size == 2000
     cache.append(0, *rows(3, 1))
-    assert cache.storage(0).block_size == 2000 + 256
-    assert cache.storage(1).block_size == 2000
+    assert cache.layer(0)[0].block_size == 2000 + 256
+    assert cache.layer(1)[0].block_size == 2000
 
 
 BAD_CACHES = [

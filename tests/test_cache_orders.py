@@ -108,7 +108,7 @@ class AnyOrder(RuleBasedStateMachine):
                 model.check(cache)
         for cache in self.caches:
             state = cache._state
-            assert state.allocator.num_free <= state.allocator.num_blocks
+            assert state.pool.num_free <= state.pool.num_blocks
 
 
 TestAnyOrder = AnyOrder.TestCase

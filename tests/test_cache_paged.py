@@ -8,8 +8,10 @@ from copy import deepcopy
 import pytest
 import torch
 
-from kvquant import CacheFullError, LayerStorage
-from kvquant.cache.blocks import BlockAllocator, LayerPool, Tables
+from kvquant import CacheFullError, CacheView, Sequences
+from kvquant.cache import blocks
+from kvquant.cache.blocks import BlockMap, BlockPool, Change
+from kvquant.cache.memory import LayerMemory
 from modelled import (
     KINDS,
     LAYERS,
@@ -187,10 +189,10 @@ CALLS = {
 }
 BROKEN = [
     (torch, "index_select"),
-    (LayerPool, "selected"),
-    (LayerPool, "copy_blocks"),
-    (Tables, "plan"),
-    (Tables, "_on_device"),
+    (LayerMemory, "selected"),
+    (LayerMemory, "copy_blocks"),
+    (Change, "__init__"),
+    (blocks, "_table"),
 ]
 
 
@@ -200,8 +202,8 @@ def test_memory_errors(kind, name, monkeypatch):
     cache, model = make(kind), Rows(3)
     append_dense([cache], model, 40)
     fork = cache.fork()
-    allocator = cache._state.allocator
-    held = allocator.num_blocks - allocator.num_free
+    pool = cache._state.pool
+    held = pool.num_blocks - pool.num_free
     for broken in BROKEN:
         before, one = Unchanged(cache), cache.fork()
         with monkeypatch.context() as patch:
@@ -214,7 +216,7 @@ def test_memory_errors(kind, name, monkeypatch):
         with before:
             del one
             gc.collect()
-        assert allocator.num_blocks - allocator.num_free == held
+        assert pool.num_blocks - pool.num_free == held
     model.check(fork)
     append_dense([cache], model, 20)
     model.check(cache)
@@ -224,11 +226,11 @@ def test_a_copy_on_write_that_fails(monkeypatch):
     cache, model = make("paged16"), Rows(3)
     append_dense([cache], model, 40)
     fork = cache.fork()
-    for broken in ((LayerPool, "copy_blocks"), (Tables, "plan"), (LayerPool, "resize")):
+    for broken in ((LayerMemory, "copy_blocks"), (Change, "__init__"), (LayerMemory, "resize")):
         with monkeypatch.context() as patch, Unchanged(cache), Unchanged(fork):
             patch.setattr(*broken, fail)
-            allocator = fork._state.allocator
-            allocator.grow(allocator.size_for(allocator.num_free + 1))
+            pool = fork._state.pool
+            pool.grow(pool.size_for(pool.num_free + 1))
             with pytest.raises(MemoryError):
                 fork.append(0, *rows(3, 20))
     append_dense([fork], None, 20)
@@ -242,23 +244,23 @@ def test_a_copy_on_write_that_fails(monkeypatch):
 def test_forks_share_blocks_until_one_writes():
     cache = make("paged16", format=None)
     append_dense([cache], None, 40)
-    allocator, before = cache._state.allocator, cache.nbytes
-    used = allocator.num_blocks - allocator.num_free
+    pool, before = cache._state.pool, cache.nbytes
+    used = pool.num_blocks - pool.num_free
     fork = cache.fork()
-    assert allocator.num_blocks - allocator.num_free == used
+    assert pool.num_blocks - pool.num_free == used
     assert fork.nbytes == before
     assert torch.equal(fork.block_table[:, :3], cache.block_table[:, :3])
     append_dense([fork], None, 1)
     assert torch.equal(fork.block_table[:, :2], cache.block_table[:, :2])
     assert not torch.isin(fork.block_table[:, 2], cache.block_table[:, 2]).any()
-    assert allocator.num_blocks - allocator.num_free == used + 3
+    assert pool.num_blocks - pool.num_free == used + 3
     append_dense([cache], None, 1)  # nobody else reads its last blocks any more
-    assert allocator.num_blocks - allocator.num_free == used + 3
+    assert pool.num_blocks - pool.num_free == used + 3
     del fork
     gc.collect()
-    assert allocator.num_blocks - allocator.num_free == used
+    assert pool.num_blocks - pool.num_free == used
     cache.reset()
-    assert allocator.num_free == allocator.num_blocks
+    assert pool.num_free == pool.num_blocks
 
 
 def test_a_pool_that_is_too_small():
@@ -281,10 +283,10 @@ def test_a_pool_that_is_too_small():
 def test_a_growing_pool_grows_layer_by_layer():
     cache = make("paged-growing")
     append_dense([cache], None, 40)
-    blocks = cache.storage(0).k_data.shape[0]
+    blocks = cache.layer(0)[0].k.codes.shape[0]
     cache.append(0, *rows(3, 400))
-    assert cache.storage(0).k_data.shape[0] > blocks
-    assert cache.storage(1).k_data.shape[0] == blocks
+    assert cache.layer(0)[0].k.codes.shape[0] > blocks
+    assert cache.layer(1)[0].k.codes.shape[0] == blocks
 
 
 def test_reserved_blocks_are_there():
@@ -292,10 +294,10 @@ def test_reserved_blocks_are_there():
         cache = make(kind)
         append_dense([cache], None, 10)
         cache.reserve(300)
-        table, storage = cache.block_table, cache.storage(1)
-        pointer = table.data_ptr(), storage.k_data.data_ptr()
+        table, view = cache.block_table, cache.layer(1)[0]
+        pointer = table.data_ptr(), view.k.codes.data_ptr()
         append_dense([cache], None, 290)
-        assert pointer == (cache.block_table.data_ptr(), cache.storage(1).k_data.data_ptr())
+        assert pointer == (cache.block_table.data_ptr(), cache.layer(1)[0].k.codes.data_ptr())
 
 
 def test_sequences_that_were_left_give_their_blocks_back_at_once():
@@ -304,32 +306,52 @@ def test_sequences_that_were_left_give_their_blocks_back_at_once():
     kept = cache._state  # as the traceback of an error may do
     cache.repeat_interleave(2)
     append_dense([cache], None, 1)
-    assert cache._state.allocator.num_free == 0
-    assert kept.tables.owned == []
+    assert cache._state.pool.num_free == 0
+    assert kept.blocks.ids == ()
 
 
-def test_the_allocator():
-    allocator = BlockAllocator(4, 6)
-    blocks = [allocator.take() for _ in range(4)]
-    assert sorted(blocks) == [0, 1, 2, 3]
-    allocator.share(blocks[:2])
-    assert allocator.any_shared
-    allocator.release(blocks)
-    assert allocator.num_free == 2
-    allocator.release(blocks[:2])
-    assert not allocator.any_shared
-    assert allocator.num_free == 4
-    assert allocator.size_for(4) == 4
-    allocator.grow(allocator.size_for(5))
-    assert allocator.num_blocks in (5, 6)
-    with pytest.raises(CacheFullError, match="7 more blocks are needed, but only 6 of 6"):
-        allocator.size_for(7)
-    assert [allocator.take() for _ in range(2)] == [0, 1]
-    allocator.shrink(1)
-    assert allocator.num_blocks == 2
-    allocator.grow(4)
-    assert [allocator.take() for _ in range(2)] == [2, 3]
+def test_the_pool():
+    pool = BlockPool(4, 6)
+    maps = [BlockMap(ids, 4, pool, torch.device("cpu")) for ids in (((0, 1), (2, 3)), ((0, 1),))]
+    assert pool.is_shared
+    assert [pool.count(block) for block in range(4)] == [2, 2, 1, 1]
+    maps[0].release()
+    assert pool.num_free == 2
+    with pool.changing():
+        assert pool.size_for(2) == 4
+        pool.grow(pool.size_for(3))
+        with pytest.raises(CacheFullError, match="5 more blocks are needed, but only 4 of 6"):
+            pool.size_for(5)
+        Change(maps[1], ((0, pool.take()),)).commit()
+    assert maps[1].ids == ((0, 2),)
+    assert maps[1].table.tolist() == [[0, 2, -1, -1]]
+    assert pool.num_free == pool.num_blocks - 2
+    with pool.changing():
+        pool.shrink(1)
+    assert pool.num_blocks == 3
+    del maps[:]
+    gc.collect()
+    assert pool.num_free == 3
 
 
-def test_layer_storage_is_what_the_functions_take():
-    assert isinstance(make("contiguous").storage(0), LayerStorage)
+def test_a_change_that_breaks_off_is_made_good():
+    pool = BlockPool(6, 6)
+    one = BlockMap(((0, 1), (2,)), 4, pool, torch.device("cpu"))
+    before = one.table.clone()
+
+    def broken_off() -> None:
+        with pool.changing():
+            pool.take()
+            one.table.fill_(5)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken_off()
+    assert pool.num_free == 3
+    assert torch.equal(one.table, before)
+
+
+def test_a_layer_is_what_the_functions_take():
+    view, seqs = make("contiguous").layer(0)
+    assert isinstance(view, CacheView)
+    assert isinstance(seqs, Sequences)

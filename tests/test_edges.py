@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import kvquant
-from kvquant import CacheFullError, LayerStorage, QuantizedKVCache
+from kvquant import CacheFullError, CacheView, QuantizedKVCache
 from modelled import LAYERS, Rows, Unchanged, append_dense, assert_same, make, rows
 from support import (
     BF16,
@@ -44,13 +44,13 @@ def run_in_child(code: str, device: str) -> str:
 def test_rows_wider_than_the_kernels_are_gathered(native, k_dim, v_dim):
     code = f"""
         import torch, kvquant
-        storage = kvquant.LayerStorage.allocate(2, 2, 32, {k_dim}, {v_dim}, device=device)
+        view = kvquant.CacheView.allocate(2, 2, 32, {k_dim}, {v_dim}, device=device)
         table = torch.tensor([[0], [1]], dtype=torch.int32, device=device)
         lens = torch.zeros(2, dtype=torch.int32, device=device)
         key, value = (torch.randn(2, 9, 2, n, device=device) for n in ({k_dim}, {v_dim}))
         where = dict(block_table=table, seq_lens=lens)
-        kvquant.append_(key, value, storage, **where, advance=True)
-        for x, y in zip(kvquant.gather(storage, **where, tokens=9), (key, value)):
+        kvquant.append_(key, value, view, **where, advance=True)
+        for x, y in zip(kvquant.gather(view, **where, tokens=9), (key, value)):
             assert (x - y).abs().max() < 0.05
         print("gathered")
     """
@@ -59,35 +59,35 @@ def test_rows_wider_than_the_kernels_are_gathered(native, k_dim, v_dim):
 
 BAD_CALLS = {
     "max_seqlen_q of dense queries": (
-        "kvquant.attention(query, storage, **where, max_seqlen_q=64)", "max_seqlen_q: only with"),
+        "kvquant.attention(query, view, **where, max_seqlen_q=64)", "max_seqlen_q: only with"),
     "a small max_seqlen_q of dense queries": (
-        "kvquant.attention(query, storage, **where, max_seqlen_q=1)", "max_seqlen_q: only with"),
+        "kvquant.attention(query, view, **where, max_seqlen_q=1)", "max_seqlen_q: only with"),
     "max_seqlen of dense keys": (
-        "kvquant.append_(key, key, storage, **where, max_seqlen=4000)", "max_seqlen: only with"),
+        "kvquant.append_(key, key, view, **where, max_seqlen=4000)", "max_seqlen: only with"),
     "a small max_seqlen of dense keys": (
-        "kvquant.append_(key, key, storage, **where, max_seqlen=1)", "max_seqlen: only with"),
+        "kvquant.append_(key, key, view, **where, max_seqlen=1)", "max_seqlen: only with"),
     "offsets with slots alone": (
-        "kvquant.append_(key[0], key[0], storage, slot_mapping=slots, cu_seqlens=offsets)",
+        "kvquant.append_(key[0], key[0], view, slot_mapping=slots, cu_seqlens=offsets)",
         "cu_seqlens: only with a block_table"),
     "max_seqlen with slots alone": (
-        "kvquant.append_(key[0], key[0], storage, slot_mapping=slots, max_seqlen=90)",
+        "kvquant.append_(key[0], key[0], view, slot_mapping=slots, max_seqlen=90)",
         "max_seqlen: only with a block_table"),
     "a table without lengths": (
-        "kvquant.append_(key[0], key[0], storage, slot_mapping=slots, block_table=table)",
+        "kvquant.append_(key[0], key[0], view, slot_mapping=slots, block_table=table)",
         "block_table, seq_lens: needed"),
     "lengths without a table": (
-        "kvquant.append_(key[0], key[0], storage, slot_mapping=slots, seq_lens=lens)",
+        "kvquant.append_(key[0], key[0], view, slot_mapping=slots, seq_lens=lens)",
         "block_table, seq_lens: needed"),
     "a value elsewhere": (
-        "kvquant.append_(key, key.to('meta'), storage, **where)", "value: on meta, but key on"),
+        "kvquant.append_(key, key.to('meta'), view, **where)", "value: on meta, but key on"),
     "a flag that is none": (
-        "kvquant.attention(query, storage, **where, key=key, value=key, causal='x')",
+        "kvquant.attention(query, view, **where, key=key, value=key, causal='x')",
         "causal: expected True or False, got 'x'"),
     "a softcap beyond float32": (
-        "kvquant.attention(query, storage, **where, key=key, value=key, softcap=1e39)",
+        "kvquant.attention(query, view, **where, key=key, value=key, softcap=1e39)",
         "softcap: expected a positive number within float32"),
     "a scale beyond float32": (
-        "kvquant.attention(query, storage, **where, softmax_scale=1e39)",
+        "kvquant.attention(query, view, **where, softmax_scale=1e39)",
         "softmax_scale: expected a finite number within float32"),
 }  # fmt: skip
 
@@ -98,8 +98,8 @@ def test_bad_calls_are_refused_before_anything_is_written(native, case):
     code = f"""
         import torch, kvquant
         fmt = kvquant.CacheFormat.plain()
-        storage = kvquant.LayerStorage.allocate(4, 2, 16, 64, format=fmt, device=device)
-        for tensor in storage.tensors.values():
+        view = kvquant.CacheView.allocate(4, 2, 16, 64, format=fmt, device=device)
+        for tensor in view.tensors.values():
             tensor.fill_(1)
         table = torch.arange(4, dtype=torch.int32, device=device).view(1, 4)
         lens = torch.full((1,), 20, dtype=torch.int32, device=device)
@@ -114,7 +114,7 @@ def test_bad_calls_are_refused_before_anything_is_written(native, case):
             print(error)
         else:
             print("served")
-        assert all((tensor == 1).all() for tensor in storage.tensors.values()), "written"
+        assert all((tensor == 1).all() for tensor in view.tensors.values()), "written"
         assert lens.item() == 20
     """
     assert run_in_child(code, native).startswith(message)
@@ -128,7 +128,7 @@ def test_rows_of_no_sequence_are_zero(backend, device, sinks):
     query = torch.randn(9, 4, 64, device=device, dtype=BF16)
     torch.full((1 << 16,), torch.nan, device=device)  # what an allocator may hand out again
     out, lse = kvquant.attention(
-        query, cache.storage, **where, **options, return_lse=True,
+        query, cache.view, **where, **options, return_lse=True,
         cu_seqlens_q=index([2, 5, 6], device),
     )  # fmt: skip
     outside = [0, 1, 6, 7, 8]
@@ -136,7 +136,7 @@ def test_rows_of_no_sequence_are_zero(backend, device, sinks):
     assert lse[outside].isneginf().all()
     assert out[2:6].any(-1).all()
     assert lse[2:6].isfinite().all()
-    empty = LayerStorage.allocate(0, 2, 16, 64, device=device)
+    empty = CacheView.allocate(0, 2, 16, 64, device=device)
     where = {"block_table": cache.table[:, :0], "seq_lens": torch.zeros_like(cache.lens)}
     out, lse = kvquant.attention(
         query, empty, **where, **options, return_lse=True, cu_seqlens_q=index([2, 5, 6], device)
@@ -150,16 +150,16 @@ def test_rows_of_no_sequence_are_zero(backend, device, sinks):
 def test_contents_on_the_device_lead_nowhere(cuda):
     """Offsets, lengths, slots and blocks may hold anything there."""
     cache = filled_cache([20, 7], block=16, device=cuda)
-    before = snapshot(cache.storage)
+    before = snapshot(cache.view)
     query = torch.randn(9, 4, 64, device=cuda, dtype=BF16)
     key = torch.randn(9, 2, 64, device=cuda, dtype=BF16)
     for offsets in ([-9, 4, 2**30], [2**31 - 1, 0, -(2**31)], [8, 9, 400]):
         for lens in ([2**31 - 1, -(2**31)], [400, -1]):
             where = {"block_table": cache.table + 900, "seq_lens": index(lens, cuda)}
-            kvquant.append_(key, key, cache.storage, **where, cu_seqlens=index(offsets, cuda))
-            kvquant.attention(query, cache.storage, **where, cu_seqlens_q=index(offsets, cuda))
+            kvquant.append_(key, key, cache.view, **where, cu_seqlens=index(offsets, cuda))
+            kvquant.attention(query, cache.view, **where, cu_seqlens_q=index(offsets, cuda))
     torch.cuda.synchronize()
-    assert_unchanged(cache.storage, before)
+    assert_unchanged(cache.view, before)
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "growing", "paged16", "paged-pool"])
@@ -175,7 +175,7 @@ def test_pickled_and_copied_caches_are_whole(kind, device):
         append_dense([twin], follows, 3)
         twin.crop(-1)
         follows.crop(-1)
-        assert twin.seq_lens_of(1).tolist() == twin._state.seq_lens[1].tolist() == [42] * 3
+        assert twin.seq_lens_of(1).tolist() == twin._state.lengths.seq_lens[1].tolist() == [42] * 3
         follows.check(twin)
     model.check(cache)
 
@@ -196,7 +196,7 @@ def test_crop_takes_the_number_not_the_tensor():
 def test_a_growth_that_failed_asks_for_less_the_next_time(monkeypatch, fails_at, by):
     cache, model = make("paged-growing", batch=2), Rows(2)
     append_dense([cache], model, 20)
-    allocate, asked, limit = LayerStorage.allocate, [], 40
+    allocate, asked, limit = CacheView.allocate, [], 40
     begun = []
 
     def bounded(num_blocks, *args, **kwargs):
@@ -207,7 +207,7 @@ def test_a_growth_that_failed_asks_for_less_the_next_time(monkeypatch, fails_at,
                 raise MemoryError("none left")
         return allocate(num_blocks, *args, **kwargs)
 
-    monkeypatch.setattr(LayerStorage, "allocate", bounded)
+    monkeypatch.setattr(CacheView, "allocate", bounded)
 
     def grow() -> None:
         if by == "reserve":
@@ -228,13 +228,13 @@ def test_a_growth_that_failed_asks_for_less_the_next_time(monkeypatch, fails_at,
 def test_a_layer_left_behind_grows_by_its_own_tokens(monkeypatch):
     cache = make("paged-growing", batch=1)
     cache.append(0, *rows(1, 3000))
-    allocate, asked = LayerStorage.allocate, []
+    allocate, asked = CacheView.allocate, []
 
     def counted(num_blocks, *args, **kwargs):
         asked.append(num_blocks)
         return allocate(num_blocks, *args, **kwargs)
 
-    monkeypatch.setattr(LayerStorage, "allocate", counted)
+    monkeypatch.setattr(CacheView, "allocate", counted)
     cache.append(1, *rows(1, 3))
     assert sum(asked) <= 2
 
@@ -280,11 +280,11 @@ def test_a_file_reserves_nothing_on_its_own_word(tmp_path):
     assert loaded.capacity == cache.capacity
     at_once = QuantizedKVCache.load(tmp_path / "cache", max_seq_len=1000)
     assert at_once.capacity == 1008
-    assert at_once.storage(0).block_size == 1008
+    assert at_once.layer(0)[0].block_size == 1008
     with pytest.raises(CacheFullError, match="key: layer 0 would hold 30001"):
         loaded.append(0, *torch.randn(2, 1, 29_996, 2, 64))
     loaded.append(0, *torch.randn(2, 1, 29_995, 2, 64))
-    assert loaded.storage(0).block_size == 30_000
+    assert loaded.layer(0)[0].block_size == 30_000
     with pytest.raises(TypeError, match="max_seq_len: expected an integer, got 'much'"):
         QuantizedKVCache.load(tmp_path / "cache", max_seq_len="much")
     with pytest.raises(ValueError, match="max_seq_len: expected a positive number, got 0"):
@@ -308,10 +308,10 @@ def test_a_rotated_channel_beyond_float16_is_clamped(backend, device, fmt):
     row = torch.full((1, 20, 2, 64), 60_000.0, device=device)  # the first channel: 480,000
     row[0, 3, 1, 5] = 65_505.0
     kvquant.append_(
-        row, row, cache.storage, block_table=cache.table, seq_lens=cache.lens, advance=True
+        row, row, cache.view, block_table=cache.table, seq_lens=cache.lens, advance=True
     )
     lens = cache.lens
-    key, value = kvquant.gather(cache.storage, block_table=cache.table, seq_lens=lens, tokens=20)
+    key, value = kvquant.gather(cache.view, block_table=cache.table, seq_lens=lens, tokens=20)
     for x in (key, value) if FORMATS[fmt].value_rotation else (key,):
         assert x[0, 3, 1].isnan().all()
         x[0, 3, 1] = 0
@@ -327,7 +327,7 @@ BAD_TYPES = [
     (lambda c: c.reorder([0, 1, 1.5]), TypeError, "indices: expected an integer, got 1.5"),
     (lambda c: c.select(7), TypeError, "indices: expected integers, got int"),
     (lambda c: c.seq_lens_of("0"), TypeError, "layer: expected an integer, got '0'"),
-    (lambda c: c.storage(2), ValueError, "layer: expected 0 to 1, got 2"),
+    (lambda c: c.layer(2), ValueError, "layer: expected 0 to 1, got 2"),
     (lambda c: c.attend(0, torch.randn(3, 1, 4, 32), causal="x"), TypeError, "causal: expected"),
     (lambda c: c.attend(0, torch.randn(3, 1, 4, 32), exact_prompt=1), TypeError, "exact_prompt: "),
     (lambda c: c.attend(0, torch.randn(3, 1, 4, 32), max_seqlen_q=4), ValueError,
@@ -360,7 +360,7 @@ def test_bad_makings():
         ({"key_mean": 2**31}, ValueError, "key_mean: expected None or a power of two"),
         ({"key_mean": 64.0}, TypeError, "key_mean: expected an integer, got 64.0"),
         ({"key_rotation": "no"}, TypeError, "key_rotation: expected True or False, got 'no'"),
-        ({"bits": 8.0}, TypeError, "bits: expected an integer, got 8.0"),
+        ({"key": 8}, TypeError, "key: expected the name of a row format, got 8"),
     ):
         with pytest.raises(error, match=message):
             kvquant.CacheFormat(**options)
@@ -375,7 +375,7 @@ def test_bad_makings():
         with pytest.raises(error, match=message):
             QuantizedKVCache(**arguments | options)
     with pytest.raises(ValueError, match="kv_heads: expected a positive number, got 0"):
-        LayerStorage.allocate(1, 0, 16, 64)
+        CacheView.allocate(1, 0, 16, 64)
     q, pair = torch.zeros(1, 0, 4, 16, dtype=torch.uint8), torch.ones(1, 0, 4, 1)
     with pytest.raises(ValueError, match="qk: expected a head at least"):
         kvquant.qk_matmul(torch.randn(1, 4, 1, 16), q, pair, pair)
@@ -447,7 +447,7 @@ def test_a_state_with_a_history_leaves_none():
     }
     with torch.enable_grad():
         other.load_state_dict(state)
-    assert not other.storage(0).k_params.requires_grad
+    assert not other.layer(0)[0].k.params.requires_grad
     state["layers.0.k_params"] = state["layers.0.k_params"].detach().to("meta")
     with (
         Unchanged(other),
@@ -464,7 +464,7 @@ def test_numbers_that_change_compile_whole(backend, device):
 
     def attend(most: int) -> torch.Tensor:
         return kvquant.attention(
-            query, cache.storage, block_table=cache.table, seq_lens=cache.lens,
+            query, cache.view, block_table=cache.table, seq_lens=cache.lens,
             cu_seqlens_q=offsets, max_seqlen_q=most,
         )  # fmt: skip
 

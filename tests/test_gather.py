@@ -26,7 +26,7 @@ from support import (
 
 def gathered(cache, **options):
     return gather(
-        cache.storage,
+        cache.view,
         block_table=cache.table,
         seq_lens=cache.lens,
         seq_starts=cache.starts,
@@ -36,12 +36,12 @@ def gathered(cache, **options):
 
 def check(cache, dtype, tokens=None):
     result = gathered(cache, dtype=dtype, tokens=tokens)
-    capacity = cache.table.shape[1] * cache.storage.block_size
+    capacity = cache.table.shape[1] * cache.view.block_size
     tokens = capacity if tokens is None else tokens
     starts = [0] * len(cache.lengths) if cache.starts is None else cache.starts.tolist()
     unit = torch.finfo(dtype).eps / 2
     for name, out, which in zip(("k", "v"), result, (0, 1), strict=True):
-        data = getattr(cache.storage, f"{name}_data")
+        data = getattr(cache.view, name).codes
         assert out.shape == (len(cache.lengths), tokens, data.shape[1], data.shape[3])
         assert out.dtype == dtype
         assert out.is_contiguous()
@@ -80,7 +80,7 @@ def test_error_of_a_round_trip_is_half_a_step(backend, device, fmt):
     for out, exact, name in zip(
         gathered(cache), (cache.keys, cache.values), ("k", "v"), strict=True
     ):
-        on = getattr(cache.storage.format, {"k": "key", "v": "value"}[name] + "_rotation")
+        on = getattr(cache.view.format, {"k": "key", "v": "value"}[name] + "_rotation")
         for b, x in enumerate(exact):
             turn = oracle.rotation(on, x.shape[-1], x.device)
             error = ((out[b, : len(x)].double() - x.double()) @ turn).abs().amax(-1)
@@ -119,9 +119,9 @@ def test_order_of_sequences(backend, device):
 
 def test_nan_stays_in_its_row(backend, device):
     cache = filled_cache([40], fmt=FORMATS["rotated"], block=16, device=device)
-    block, row = oracle.places(cache.storage, cache.table, 0, 40)
-    cache.storage.k_params[block[7], 1, row[7]] = torch.nan
-    cache.storage.v_params[block[9], 0, row[9]] = torch.nan
+    block, row = oracle.places(cache.view, cache.table, 0, 40)
+    cache.view.k.params.view(torch.float16)[block[7], 1, row[7]] = torch.nan
+    cache.view.v.params.view(torch.float16)[block[9], 0, row[9]] = torch.nan
     key, value = gathered(cache)
     for out, token, head in ((key, 7, 1), (value, 9, 0)):
         hit = torch.zeros(out.shape[1:3], dtype=torch.bool, device=device)
@@ -132,7 +132,7 @@ def test_nan_stays_in_its_row(backend, device):
 
 def test_foreign_strides(backend, device):
     cache = filled_cache(RAGGED, block=64, fmt=FORMATS["mean64"], v_dim=96, device=device)
-    view = replace(cache, storage=foreign(cache.storage))
+    view = replace(cache, view=foreign(cache.view))
     for a, b in zip(gathered(cache), gathered(view), strict=True):
         assert torch.equal(a, b)
 

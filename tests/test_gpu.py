@@ -32,6 +32,7 @@ from support import (
     foreign,
     index,
     no_waiting,
+    parts,
     snapshot,
 )
 
@@ -39,7 +40,7 @@ pytestmark = pytest.mark.gpu
 
 
 def dense(cache: Cache, query, **options):
-    return attention(query, cache.storage, block_table=cache.table, seq_lens=cache.lens, **options)
+    return attention(query, cache.view, block_table=cache.table, seq_lens=cache.lens, **options)
 
 
 LONG = [
@@ -97,10 +98,10 @@ def test_graph_replay_equals_eager_while_lengths_grow(cuda, fmt):
     def step(cache, x):
         key, value, query = x[:, :, :2], x[:, :, 2:4], x[:, :, 4:]
         where = {"block_table": cache.table, "seq_lens": cache.lens}
-        append_(key, value, cache.storage, **where, advance=True)
-        return attention(query, cache.storage, **where)
+        append_(key, value, cache.view, **where, advance=True)
+        return attention(query, cache.view, **where)
 
-    before, start = snapshot(caches[0].storage), caches[0].lens.clone()
+    before, start = snapshot(caches[0].view), caches[0].lens.clone()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -109,7 +110,7 @@ def test_graph_replay_equals_eager_while_lengths_grow(cuda, fmt):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step(caches[0], static)
-    for name, tensor in caches[0].storage.tensors.items():
+    for name, tensor in parts(caches[0].view).items():
         tensor.copy_(before[name])
     caches[0].lens.copy_(start)
     for x in rows:
@@ -124,14 +125,14 @@ def test_a_stream_of_its_own(cuda):
     """Everything runs behind what its stream holds: here, rows that are late."""
     caches = [filled_cache((5000, 64), block=64, device=cuda)]
     lens = caches[0].lens - 1
-    caches.append(replace(caches[0], storage=foreign(caches[0].storage)))
+    caches.append(replace(caches[0], view=foreign(caches[0].view)))
     rows = torch.randn(2, 1, 12, 64, device=cuda, dtype=BF16)
     late = torch.zeros_like(rows)
 
     def step(cache, x):
         key, value, query = x[:, :, :2], x[:, :, 2:4], x[:, :, 4:]
         where = {"block_table": cache.table, "seq_lens": lens}
-        return attention(query, cache.storage, key=key, value=value, **where)
+        return attention(query, cache.view, key=key, value=value, **where)
 
     wanted = step(caches[0], rows)
     step(caches[1], rows)
@@ -154,30 +155,30 @@ def test_no_call_waits_for_the_device(cuda):
     for _ in range(2):
         torch.cuda.synchronize()
         with no_waiting():
-            append_(rows, rows, cache.storage, **where)
-            attention(query, cache.storage, **where)
-            attention(query, cache.storage, **where, key=rows, value=rows)
-            gather(cache.storage, **where)
+            append_(rows, rows, cache.view, **where)
+            attention(query, cache.view, **where)
+            attention(query, cache.view, **where, key=rows, value=rows)
+            gather(cache.view, **where)
 
 
 @pytest.mark.parametrize("block", [None, 16])
 def test_rows_without_a_place_are_dropped(cuda, block):
     cache = filled_cache((60, 64, 3), block=block, device=cuda)
-    capacity = cache.table.shape[1] * cache.storage.block_size
+    capacity = cache.table.shape[1] * cache.view.block_size
     assert capacity == 64
     rows = torch.randn(3, 10, 2, 64, device=cuda, dtype=BF16)
     cache.table[2] = index([10**6] * cache.table.shape[1], cuda)
-    before = snapshot(cache.storage)
-    append_(rows, rows, cache.storage, block_table=cache.table, seq_lens=cache.lens)
-    for name, tensor in cache.storage.tensors.items():  # four rows of the first sequence fit
+    before = snapshot(cache.view)
+    append_(rows, rows, cache.view, block_table=cache.table, seq_lens=cache.lens)
+    for name, tensor in parts(cache.view).items():  # four rows of the first sequence fit
         changed = (tensor != before[name]) & ~(tensor.isnan() & before[name].isnan())
         count = changed.any(-1).sum().item()
         assert count == 8 if name.endswith("params") else count <= 8
-    slots = torch.tensor([-1, -5, 10**12, cache.storage.k_data.shape[0] * 64], device=cuda)
+    slots = torch.tensor([-1, -5, 10**12, cache.view.k.codes.shape[0] * 64], device=cuda)
     plain = filled_cache((60,), fmt=FORMATS["plain"], device=cuda)
-    before = snapshot(plain.storage)
-    append_(rows[0, :4], rows[0, :4], plain.storage, slot_mapping=slots)
-    assert_unchanged(plain.storage, before)
+    before = snapshot(plain.view)
+    append_(rows[0, :4], rows[0, :4], plain.view, slot_mapping=slots)
+    assert_unchanged(plain.view, before)
 
 
 def test_wild_lengths_and_ids_stay_in_bounds(cuda):
@@ -189,8 +190,8 @@ def test_wild_lengths_and_ids_stay_in_bounds(cuda):
         lens=index([2**31 - 1, -7, 10**6], cuda),
     )
     dense(wild, query)
-    gather(wild.storage, block_table=wild.table, seq_lens=wild.lens)
-    append_(query[:, :, :2], query[:, :, :2], wild.storage, block_table=wild.table,
+    gather(wild.view, block_table=wild.table, seq_lens=wild.lens)
+    append_(query[:, :, :2], query[:, :, :2], wild.view, block_table=wild.table,
             seq_lens=wild.lens)  # fmt: skip
     torch.cuda.synchronize()
 
@@ -198,7 +199,7 @@ def test_wild_lengths_and_ids_stay_in_bounds(cuda):
 def test_foreign_slabs_decode(cuda):
     cache = filled_cache((5000, 300), block=256, k_dim=128, device=cuda)
     queries = [torch.randn(1, 8, 128, device=cuda, dtype=FP16) for _ in range(2)]
-    view = replace(cache, storage=foreign(cache.storage))
+    view = replace(cache, view=foreign(cache.view))
     assert torch.equal(attend(view, queries), attend(cache, queries))
 
 
@@ -207,9 +208,7 @@ def test_gpu_and_cpu_agree(cuda, lens):
     here = filled_cache(lens, block=64, k_dim=128, fmt=FORMATS["rotated"])
     there = replace(
         here,
-        storage=replace(
-            here.storage, **{name: x.to(cuda) for name, x in here.storage.tensors.items()}
-        ),
+        view=here.view.replaced({name: x.to(cuda) for name, x in here.view.tensors.items()}),
         table=here.table.to(cuda),
         lens=here.lens.to(cuda),
     )

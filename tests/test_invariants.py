@@ -20,6 +20,7 @@ from support import (
     filled_cache,
     foreign,
     index,
+    parts,
     relocated,
     same_bits,
 )
@@ -29,14 +30,14 @@ CLOSE = {"atol": 1e-2, "rtol": 1e-2}  # of two bf16 results: a few roundings
 
 
 def queries_of(cache: Cache, counts, heads: int = 4, dtype=BF16):
-    dim = cache.storage.k_data.shape[3]
+    dim = cache.view.k.codes.shape[3]
     return [torch.randn(n, heads, dim).to(dtype).to(cache.device) for n in counts]
 
 
 def attend_dense(cache: Cache, query, **options):
     return attention(
         query,
-        cache.storage,
+        cache.view,
         block_table=cache.table,
         seq_lens=cache.lens,
         seq_starts=cache.starts,
@@ -118,7 +119,7 @@ def test_layouts_agree(backend, device, fmt):
 def test_foreign_strides(backend, device):
     cache = filled_cache(LENS, block=64, fmt=FORMATS["mean64"], v_dim=96, device=device)
     queries = queries_of(cache, [1, 2, 3, 4, 5])
-    view = replace(cache, storage=foreign(cache.storage))
+    view = replace(cache, view=foreign(cache.view))
     assert torch.equal(attend(view, queries), attend(cache, queries))
 
 
@@ -167,7 +168,7 @@ def test_new_keys_are_appended_and_seen(backend, device, fmt, packed):
     counts = (3, 1, 20, 0, 7) if packed else (5,) * 5
     caches = [filled_cache(LENS, block=16, fmt=FORMATS[fmt], device=device)]
     short = [n - count for n, count in zip(LENS, counts, strict=True)]
-    caches.append(replace(caches[0], storage=foreign(caches[0].storage)))
+    caches.append(replace(caches[0], view=foreign(caches[0].view)))
     queries = queries_of(caches[0], counts)
     rows = [torch.randn(2, n, 2, 64, device=device, dtype=BF16) for n in counts]
     keys, values = zip(*rows, strict=True)
@@ -177,22 +178,22 @@ def test_new_keys_are_appended_and_seen(backend, device, fmt, packed):
     new = {"key": join(keys), "value": join(values)}
 
     lens = index(short, device)
-    table, storage = caches[0].table, caches[0].storage
-    fused = attention(storage=storage, block_table=table, seq_lens=lens, **call, **new)
+    table, view = caches[0].table, caches[0].view
+    fused = attention(view=view, block_table=table, seq_lens=lens, **call, **new)
     assert lens.tolist() == short
 
-    storage = caches[1].storage
-    append_(**new, storage=storage, block_table=table, seq_lens=lens, cu_seqlens=cu_seqlens)
+    view = caches[1].view
+    append_(**new, view=view, block_table=table, seq_lens=lens, cu_seqlens=cu_seqlens)
     after = caches[1].lens
-    apart = attention(storage=storage, block_table=table, seq_lens=after, **call)
+    apart = attention(view=view, block_table=table, seq_lens=after, **call)
     assert torch.equal(fused, apart)
-    for name, tensor in caches[0].storage.tensors.items():
-        assert same_bits(tensor, getattr(storage, name))
+    for name, tensor in parts(caches[0].view).items():
+        assert same_bits(tensor, parts(view)[name])
 
 
 def poison_row(cache: Cache, sequence: int, token: int, head: int, name: str) -> None:
-    block, row = oracle.places(cache.storage, cache.table, sequence, token + 1)
-    getattr(cache.storage, f"{name}_params")[block[-1], head, row[-1]] = torch.nan
+    block, row = oracle.places(cache.view, cache.table, sequence, token + 1)
+    parts(cache.view)[f"{name}_params"][block[-1], head, row[-1]] = torch.nan
 
 
 @pytest.mark.parametrize("name", ["k", "v"])

@@ -8,7 +8,7 @@ import torch
 import oracle
 from appending import append_and_check, assert_same_rows, new_rows
 from kvquant import append_
-from support import DEFAULT, FORMATS, FP32, LAYOUTS, empty_cache, index, same_bits, snapshot
+from support import DEFAULT, FORMATS, FP32, LAYOUTS, empty_cache, index, parts, same_bits, snapshot
 
 CHUNKS = {  # per call: new tokens of four sequences
     "first-group-too-short": [(15, 16, 0, 1), (1, 0, 17, 255), (300, 256, 240, 1)],
@@ -51,23 +51,23 @@ def test_chunked_equals_at_once(backend, device, fmt):
 def test_skipped_slots_are_not_written_and_not_in_the_mean(backend, device):
     cache = empty_cache([64], block=32, fmt=FORMATS["mean16"], device=device)
     (key,), (value,) = new_rows(cache, [40], FP32)
-    block, row = oracle.places(cache.storage, cache.table, 0, 40)
+    block, row = oracle.places(cache.view, cache.table, 0, 40)
     slots = block * 32 + row
     skipped = torch.zeros(40, dtype=torch.bool, device=device)
     skipped[[3, 4, 16, 30, 39]] = True
     slots[skipped] = -1
-    old = snapshot(cache.storage)
+    old = snapshot(cache.view)
     append_(
-        key, value, cache.storage, block_table=cache.table, seq_lens=cache.lens,
+        key, value, cache.view, block_table=cache.table, seq_lens=cache.lens,
         cu_seqlens=index([0, 40], device), slot_mapping=slots,
     )  # fmt: skip
     for name in ("k_data", "k_params", "v_data", "v_params"):
-        new = getattr(cache.storage, name)[block, :, row]
+        new = parts(cache.view)[name][block, :, row]
         assert same_bits(new[skipped], old[name][block, :, row][skipped])
     present = ~skipped[:, None].expand(-1, key.shape[1])
     wanted = oracle.new_means(key.double()[:0], key.double(), present, 16)
     cache.lens = index([40], device)
-    got = oracle.means(cache.storage, cache.table, 0, 40)
+    got = oracle.means(cache.view, cache.table, 0, 40)
     assert (got[0] == 0).all()  # 14 usable rows: too few for a first mean
     for g in (1, 2):
         torch.testing.assert_close(got[g * 16], wanted[g], rtol=2.0**-10, atol=1e-5)
@@ -134,4 +134,4 @@ def test_nan_rows_in_storage_are_left_out_of_later_means(backend, device, last):
 def test_group_longer_than_the_sequence_has_no_mean(backend, device):
     cache = empty_cache([15], fmt=DEFAULT, device=device)
     append_and_check(cache, *new_rows(cache, [15]))
-    assert (oracle.means(cache.storage, cache.table, 0, 15) == 0).all()
+    assert (oracle.means(cache.view, cache.table, 0, 15) == 0).all()

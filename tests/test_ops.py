@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import kvquant
-from kvquant import ops
-from support import BF16, DEFAULT, FORMATS, filled_cache, index, snapshot
+from kvquant import Sequences, backends, ops
+from kvquant.fields import flatten
+from kvquant.view import Options
+from support import BF16, DEFAULT, FORMATS, filled_cache, index, parts, snapshot
 
 OPS = list(ops.OPS)
 
@@ -24,7 +26,7 @@ def plain_parts(device):
 
 
 def arguments(name, device, fmt=DEFAULT):
-    """Positional arguments of an operation; storage without NaN, which no check could compare."""
+    """Positional arguments of an operation; view without NaN, which no check could compare."""
     x, q, scale, zero = plain_parts(device)
     if name == "quantize":
         return x, 0.0, 255.0, "channel", 16
@@ -35,27 +37,32 @@ def arguments(name, device, fmt=DEFAULT):
     if name == "pv_matmul":
         return torch.rand(2, 4, 3, 20, device=device), q, scale, zero, 16
     cache = filled_cache([40, 7], block=16, fmt=fmt, v_dim=48, device=device)
-    storage = cache.storage
-    for tensor in storage.tensors.values():
+    view = cache.view
+    for tensor in parts(view).values():
         torch.nan_to_num(tensor, out=tensor) if tensor.is_floating_point() else None
-    layer = (storage.k_data, storage.k_params, storage.k_mean, storage.v_data, storage.v_params)
-    form = (fmt.mean_group, fmt.k_rotation(64), fmt.v_rotation(48))
-    if name == "gather":
-        return *layer, cache.table, cache.lens, index([2, 0], device), *form, 48, BF16
+    if name == "gather_":
+        out = [torch.zeros(2, 48, 2, n, device=device, dtype=BF16) for n in (64, 48)]
+        seqs = Sequences(cache.table, cache.lens, index([2, 0], device))
+        return *out, *flatten(view), *flatten(seqs)
     if name == "append_":
         key, value = (torch.randn(6, 2, n, device=device, dtype=BF16) for n in (64, 48))
-        rows = index([0, 4, 6], device)
-        lens = index([30, 5], device)
-        return key, value, *layer, cache.table, lens, rows, None, None, *form, 4, True
+        seqs = Sequences(
+            cache.table, index([30, 5], device), None, index([0, 4, 6], device), 4, advance=True
+        )
+        return key, value, None, *flatten(view), *flatten(seqs)
     query = torch.randn(2, 3, 4, 64, device=device, dtype=BF16)
+    key, value = (torch.randn(2, 3, 2, n, device=device, dtype=BF16) for n in (64, 48))
+    out, lse = query.new_zeros(2, 3, 4, 48), torch.zeros(2, 3, 4, device=device)
+    seqs = Sequences(cache.table, index([30, 2], device), advance=True)
+    options = Options(0.125, True, 20, 30.0, 512)
     sinks = torch.rand(4, device=device)
-    rest = (3, 0.125, True, 20, 30.0, 512, True)
-    return query, *layer, cache.table, cache.lens, None, None, sinks, None, *form, *rest
+    call = (query, key, value, sinks, None, out, lse)
+    return *call, *flatten(view), *flatten(seqs), *flatten(options)
 
 
 def test_every_operation_is_tested():
     assert {"quantize", "dequantize", "qk_matmul", "pv_matmul"} | {
-        "append_", "gather", "attention"
+        "append_", "gather_", "attend_"
     } == set(OPS)  # fmt: skip
 
 
@@ -80,7 +87,7 @@ def functions(device):
     key, value = (torch.randn(2, 2, 2, n, device=device, dtype=BF16) for n in (64, 48))
     query = torch.randn(2, 2, 4, 64, device=device, dtype=BF16)
     where = {"block_table": cache.table, "seq_lens": lens}
-    storage = cache.storage
+    view = cache.view
     return {
         "quantize": (kvquant.quantize_cache_v, x),
         "dequantize": (
@@ -90,45 +97,45 @@ def functions(device):
         "pv_matmul": (
             lambda p: kvquant.pv_matmul(p, q, scale, zero, group_size=16), x[..., :20].contiguous(),
         ),
-        "append_": (lambda key: kvquant.append_(key, value, storage, **where), key),
-        "gather": (lambda lens: kvquant.gather(storage, **where | {"seq_lens": lens}), lens),
-        "attention": (
-            lambda query: kvquant.attention(query, storage, **where, return_lse=True), query,
+        "append_": (lambda key: kvquant.append_(key, value, view, **where), key),
+        "gather_": (lambda lens: kvquant.gather(view, **{**where, "seq_lens": lens}), lens),
+        "attend_": (
+            lambda query: kvquant.attention(query, view, **where, return_lse=True), query,
         ),
         "fused": (
-            lambda query: kvquant.attention(query, storage, **where, key=key, value=value), query,
+            lambda query: kvquant.attention(query, view, **where, key=key, value=value), query,
         ),
-    }, storage  # fmt: skip
+    }, view  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*OPS, "fused"])
 def test_compiles_whole(backend, device, name):
     torch._dynamo.reset()
-    (table, storage) = functions(device)
+    (table, view) = functions(device)
     function, argument = table[name]
-    before = snapshot(storage)
+    before = snapshot(view)
     eager = function(argument)
-    changed = snapshot(storage)
-    for key, tensor in storage.tensors.items():
+    changed = snapshot(view)
+    for key, tensor in parts(view).items():
         tensor.copy_(before[key])
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(argument)
     torch.testing.assert_close(compiled, eager, atol=0, rtol=0)
-    for key, tensor in storage.tensors.items():
+    for key, tensor in parts(view).items():
         torch.testing.assert_close(tensor, changed[key], atol=0, rtol=0, equal_nan=True)
 
 
 def test_compiled_decode_step_mutates_storage_and_lengths(backend, device):
     torch._dynamo.reset()
     caches = [filled_cache([40, 7], block=16, device=device) for _ in range(2)]
-    caches[1].storage.k_data.copy_(caches[0].storage.k_data)
-    for name, tensor in caches[1].storage.tensors.items():
-        tensor.copy_(getattr(caches[0].storage, name))
+    caches[1].view.k.codes.copy_(caches[0].view.k.codes)
+    for name, tensor in parts(caches[1].view).items():
+        tensor.copy_(parts(caches[0].view)[name])
     caches[1].table.copy_(caches[0].table)
 
     def step(cache, lens, query, key, value):
         where = {"block_table": cache.table, "seq_lens": lens}
-        kvquant.append_(key, value, cache.storage, **where, advance=True)
-        return kvquant.attention(query, cache.storage, **where)
+        kvquant.append_(key, value, cache.view, **where, advance=True)
+        return kvquant.attention(query, cache.view, **where)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     lens = [index([30, 5], device) for _ in range(2)]
@@ -144,12 +151,15 @@ def test_compiled_decode_step_mutates_storage_and_lengths(backend, device):
 def test_fakes_need_no_device():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    real = arguments("attention", "cpu")
+    real = arguments("quantize", "cpu")
+    attend = arguments("attend_", "cpu")
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in real]
-        out, lse = torch.ops.kvquant.attention(*fake)
-    assert (out.shape, out.dtype) == ((2, 3, 4, 48), BF16)
-    assert (lse.shape, lse.dtype) == ((2, 3, 4), torch.float32)
+        q, scale, _ = torch.ops.kvquant.quantize(*fake)
+        fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in attend]
+        torch.ops.kvquant.attend_(*fake)
+    assert (q.shape, q.dtype) == ((2, 2, 20, 32), torch.uint8)
+    assert scale.shape == (2, 2, 2, 32)
 
 
 def test_gradients_are_refused_by_name(backend, device):
@@ -161,32 +171,32 @@ def test_gradients_are_refused_by_name(backend, device):
     calls = {
         "x": lambda t: kvquant.quantize_cache_v(t),
         "query": lambda t: kvquant.qk_matmul(t, q, scale, zero, group_size=16),
-        "key": lambda _: kvquant.append_(loose, rows, cache.storage, **where),
-        "value": lambda _: kvquant.append_(rows, loose, cache.storage, **where),
+        "key": lambda _: kvquant.append_(loose, rows, cache.view, **where),
+        "value": lambda _: kvquant.append_(rows, loose, cache.view, **where),
     }
     for name, function in calls.items():
         with pytest.raises(ValueError, match=f"{name}: requires grad"):
             function(x.requires_grad_())
     with pytest.raises(ValueError, match="query: requires grad"):
-        kvquant.attention(loose, cache.storage, **where)
+        kvquant.attention(loose, cache.view, **where)
     with torch.no_grad():
-        out = kvquant.attention(loose, cache.storage, **where)
+        out = kvquant.attention(loose, cache.view, **where)
     assert not out.requires_grad
     with torch.inference_mode():
-        kvquant.attention(loose, cache.storage, **where)
+        kvquant.attention(loose, cache.view, **where)
 
 
 def test_use_backend_is_a_scope(device):
-    x = torch.empty(1, 1, 1, 16, device=device)
-    usual = ops.choose("quantize", (x,))[0].name
+    where = torch.empty(0, device=device).device
+    usual = backends.choose(where)[0].name
     with kvquant.use_backend("reference"):
-        assert ops.choose("quantize", (x,)) == (
-            ops._backends["reference"], "forced by use_backend or KVQUANT_BACKEND"
+        assert backends.choose(where) == (
+            backends.REFERENCE, "forced by use_backend or KVQUANT_BACKEND"
         )  # fmt: skip
-    assert ops.choose("quantize", (x,))[0].name == usual
+    assert backends.choose(where)[0].name == usual
     with pytest.raises(RuntimeError, match="inside"), kvquant.use_backend("reference"):
         raise RuntimeError("inside")
-    assert ops.choose("quantize", (x,))[0].name == usual
+    assert backends.choose(where)[0].name == usual
 
 
 def test_use_backend_refuses_unknown_names():
@@ -197,8 +207,8 @@ def test_use_backend_refuses_unknown_names():
 @pytest.mark.parametrize("value", ["reference", "nonsense"])
 def test_environment_forces_a_backend(value):
     code = (
-        "import torch; from kvquant import ops;"
-        "print(ops.choose('quantize', (torch.empty(1, 1, 1, 16),))[0].name)"
+        "import torch; from kvquant import backends;"
+        "print(backends.choose(torch.device('cpu'))[0].name)"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -214,7 +224,7 @@ def test_environment_forces_a_backend(value):
 
 
 def test_the_reference_says_once_that_it_serves(caplog, monkeypatch):
-    monkeypatch.setattr(ops, "_reported", set())
+    monkeypatch.setattr(backends, "_reported", set())
     x = torch.randn(1, 1, 4, 16)
     with caplog.at_level(logging.WARNING, "kvquant"), kvquant.use_backend("reference"):
         for _ in range(3):
@@ -230,7 +240,7 @@ def test_a_head_dim_without_kernels_takes_the_reference(native):
     cache = filled_cache([5], k_dim=272, v_dim=272, device=native)
     query = torch.randn(1, 1, 2, 272, device=native, dtype=BF16)
     where = {"block_table": cache.table, "seq_lens": cache.lens}
-    assert kvquant.attention(query, cache.storage, **where).isfinite().all()
-    backend, reason = ops.choose("append_", (query, query, *[cache.storage.k_data] * 4))
+    assert kvquant.attention(query, cache.view, **where).isfinite().all()
+    backend, reason = backends.choose(cache.view.device, 272, 272)
     assert backend.name == "reference"
     assert "272" in reason

@@ -1,136 +1,253 @@
-"""How an attention call is cut into pieces on a GPU: a pure function, tested on any machine."""
+"""A plan: made once, run at every step, on whatever memory looks as planned."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import torch
 
-from kvquant.backends import build_info
-
-SMS = 132
-
-
-@pytest.fixture(scope="module")
-def plan():
-    if not build_info().get("cuda"):
-        pytest.skip("built without CUDA")
-    from kvquant import _C
-
-    return lambda *shape, split_size=0: _C.attention_plan(*shape, split_size)
-
-
-def rows_of(query_rows: int, dim: int, float32: bool) -> int:
-    most = 8 if float32 else 32 if dim <= 128 else 16
-    return next(rows for rows in (8, 16, 32) if rows >= min(query_rows, most))
-
-
-@given(
-    batch=st.integers(1, 300),
-    tokens=st.integers(1, 3000),
-    kv_heads=st.integers(1, 16),
-    share=st.integers(1, 16),
-    dim=st.sampled_from([16, 64, 80, 128, 192, 256]),
-    float32=st.booleans(),
-    capacity=st.integers(16, 200_000),
+import kvquant
+from kvquant import CacheView, Plan, Sequences, plan
+from support import (
+    BF16,
+    DTYPES,
+    FORMATS,
+    LAYOUTS,
+    Cache,
+    assert_unchanged,
+    empty_cache,
+    filled_cache,
+    foreign,
+    index,
+    parts,
+    random_rows,
+    rebuilt,
+    same_bits,
+    snapshot,
 )
-def test_scratch_is_what_the_pieces_need(
-    plan, batch, tokens, kv_heads, share, dim, float32, capacity
-):
-    splits, floats, counters = plan(
-        batch, tokens, kv_heads * share, kv_heads, dim, dim, float32, capacity, SMS
+
+LENS = (70, 3, 130)
+ROOM = (120, 60, 190)
+
+
+def new(cache: Cache, tokens: int, *, heads: int = 4, packed: bool = False, dtype=BF16):
+    batch, view = len(cache.lengths), cache.view
+    lead = (batch * tokens,) if packed else (batch, tokens)
+    query = torch.randn(*lead, heads, view.k.head_dim).to(dtype).to(cache.device)
+    key = random_rows(*lead, view.num_kv_heads, view.k.head_dim, dtype=dtype, device=cache.device)
+    value = torch.randn(*lead, view.num_kv_heads, view.v.head_dim).to(dtype).to(cache.device)
+    return query, key, value
+
+
+def seqs_of(cache: Cache, **options) -> Sequences:
+    return Sequences(cache.table, cache.lens, cache.starts, **options)
+
+
+@pytest.mark.parametrize("advance", [False, True])
+@pytest.mark.parametrize("form", ["dense", "packed"])
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_run_is_an_append_and_an_attention(backend, device, tokens, form, advance):
+    options = {"sliding_window": 60, "softcap": 30.0}
+    cache = filled_cache(LENS, room=ROOM, block=16, v_dim=48, device=device)
+    apart, lens = rebuilt(cache.view, snapshot(cache.view)), cache.lens.clone()
+    query, key, value = new(cache, tokens, packed=form == "packed")
+    extra, where = {}, {"block_table": cache.table}
+    if form == "packed":
+        cu = index([tokens * b for b in range(4)], device)
+        extra = {"cu_seqlens_q": cu, "max_seqlen_q": tokens}
+    kvquant.append_(
+        key, value, apart, **where, seq_lens=lens,
+        cu_seqlens=extra.get("cu_seqlens_q"), max_seqlen=extra.get("max_seqlen_q"),
+    )  # fmt: skip
+    sinks = torch.randn(4, device=device)
+    wanted = kvquant.attention(
+        query, apart, **where, seq_lens=lens + tokens, sinks=sinks, return_lse=True, **extra,
+        **options,
+    )  # fmt: skip
+    seqs = seqs_of(cache, advance=advance, **extra)
+    step = plan(query, cache.view, seqs, key, value, sinks=True, return_lse=True, **options)
+    got = step.run(query, cache.view, seqs, key, value, sinks=sinks)
+    assert all(map(same_bits, got, wanted))
+    assert cache.lens.tolist() == [n + tokens * advance for n in lens.tolist()]
+    for name, tensor in parts(apart).items():
+        assert same_bits(parts(cache.view)[name], tensor), name
+
+
+def test_a_plan_is_remembered_and_lasts(native):
+    cache = filled_cache((20, 30), room=(200, 200), block=16, device=native)
+    query, key, value = new(cache, 1)
+    seqs = seqs_of(cache, advance=True)
+    step = plan(query, cache.view, seqs, key, value)
+    assert isinstance(step, Plan)
+    assert step is plan(*(x.clone() for x in (query,)), cache.view, seqs, key, value)
+    assert step is not plan(query, cache.view, seqs)
+    assert step is not plan(query, cache.view, seqs, key, value, causal=False)
+    larger = CacheView.allocate(99, 2, 16, 64, device=native)  # more blocks: the same plan
+    assert step is plan(query, larger, seqs, key, value)
+    assert step.mismatch(query, larger, seqs, key, value) is None
+    for _ in range(100):
+        step.run(query, cache.view, seqs, key, value)
+    assert cache.lens.tolist() == [120, 130]
+    with kvquant.use_backend("reference"):
+        assert plan(query, cache.view, seqs, key, value).backend == "reference"
+
+
+def test_packed_rows_in_any_number(backend, device):
+    cache = filled_cache(LENS, room=ROOM, block=16, device=device)
+    plans = set()
+    for counts in ([1, 1, 1], [4, 0, 1], [0, 2, 2]):
+        cu = index([0, *torch.tensor(counts).cumsum(0).tolist()], device)
+        seqs = seqs_of(cache, cu_seqlens_q=cu, max_seqlen_q=4)
+        query, key, value = (x[: sum(counts)] for x in new(cache, 4, packed=True))
+        plans.add(plan(query, cache.view, seqs, key, value))
+        got = next(iter(plans)).run(query, cache.view, seqs, key, value)
+        after = {"block_table": cache.table, "seq_lens": cache.lens + cu.diff()}
+        wanted = kvquant.attention(query, cache.view, **after, cu_seqlens_q=cu, max_seqlen_q=4)
+        assert same_bits(got, wanted)
+    assert len(plans) == 1
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "paged16", "paged64"])
+@pytest.mark.parametrize("fmt", ["default", "mean64", "plain"])
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_a_foreign_slab_is_as_good_as_our_own_memory(backend, device, dtype, fmt, layout):
+    kind = {"block": LAYOUTS[layout], "fmt": FORMATS[fmt], "v_dim": 96, "device": device}
+    cache = filled_cache(LENS, room=ROOM, dtype=DTYPES[dtype], **kind)
+    slab, lens = foreign(cache.view), cache.lens.clone()
+    query, key, value = new(cache, 2, dtype=DTYPES[dtype])
+    ours, theirs = seqs_of(cache, advance=True), Sequences(cache.table, lens, advance=True)
+    step = plan(query, cache.view, ours, key, value)
+    for _ in range(4):
+        query, key, value = new(cache, 2, dtype=DTYPES[dtype])
+        a = step.run(query, cache.view, ours, key, value)
+        b = step.run(query, slab, theirs, key, value)
+        assert same_bits(a, b)
+    for name, tensor in parts(cache.view).items():
+        assert same_bits(parts(slab)[name], tensor), name
+
+
+def test_compiled_on_a_slab_as_lengths_grow(backend, device):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    cache = filled_cache(LENS, room=ROOM, block=16, device=device)
+    slab, lens = foreign(cache.view), cache.lens.clone()
+    ours, theirs = seqs_of(cache, advance=True), Sequences(cache.table, lens, advance=True)
+    step = plan(new(cache, 1)[0], cache.view, ours, *new(cache, 1)[1:])
+
+    def run(query, key, value):
+        return step.run(query * 2, slab, theirs, key, value) + 1
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for _ in range(20):
+        query, key, value = new(cache, 1)
+        wanted = step.run(query * 2, cache.view, ours, key, value) + 1
+        assert same_bits(compiled(query, key, value), wanted)
+    assert torch.equal(lens, cache.lens)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for name, tensor in parts(cache.view).items():
+        assert same_bits(parts(slab)[name], tensor), name
+
+
+@pytest.mark.gpu
+def test_captured_on_a_slab_as_lengths_grow(cuda):
+    cache = filled_cache(LENS, room=ROOM, block=16, device=cuda)
+    slab, lens = foreign(cache.view), cache.lens.clone()
+    ours, theirs = seqs_of(cache, advance=True), Sequences(cache.table, lens, advance=True)
+    static = new(cache, 1)
+    step = plan(static[0], slab, theirs, *static[1:])
+    out = torch.empty_like(static[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step.run(static[0], slab, theirs, *static[1:], out=out)
+    for _ in range(30):
+        query, key, value = new(cache, 1)
+        for to, x in zip(static, (query, key, value), strict=True):
+            to.copy_(x)
+        graph.replay()
+        assert same_bits(out, step.run(query, cache.view, ours, key, value))
+    assert torch.equal(lens, cache.lens)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_out_and_lse_of_the_caller(backend, device, strided):
+    cache = filled_cache(LENS, room=ROOM, block=16, device=device)
+    query, *_ = new(cache, 3, packed=True)
+    cu = index([1, 3, 3, 6], device)
+    seqs = seqs_of(cache, cu_seqlens_q=cu, max_seqlen_q=3)
+    step = plan(query, cache.view, seqs, return_lse=True)
+    wanted = step.run(query, cache.view, seqs)
+    base = torch.full((9, 8, 64) if strided else (9, 4, 64), 7.0, device=device, dtype=BF16)
+    out, lse = base[:, ::2] if strided else base, torch.full((9, 4), 7.0, device=device)
+    got = step.run(query, cache.view, seqs, out=out, lse=lse)
+    assert got[0] is out
+    assert got[1] is lse
+    for x, y in zip(got, wanted, strict=True):
+        assert same_bits(x[1:6], y[1:6])
+        assert (x[[0, 6, 7, 8]] == 7).all()  # rows of no sequence keep what they held
+    if strided:
+        assert (base[:, 1::2] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_an_exact_prompt_sees_its_own_rows(backend, device, causal, dtype):
+    cache = empty_cache((40, 40), device=device)
+    query, key, value = new(cache, 40, dtype=DTYPES[dtype])
+    seqs = seqs_of(cache, advance=True)
+    exact = plan(query, cache.view, seqs, key, value, exact=True, causal=causal)
+    assert exact.backend == "torch"
+    got = exact.run(query, cache.view, seqs, key, value)
+    q, k, v = (x.transpose(1, 2).float() for x in (query, key, value))
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), is_causal=causal
     )
-    width = -(-dim // 64) * 64
-    rows = rows_of(tokens * share, width, float32)
-    units = batch * kv_heads * -(-tokens * share // rows)
-    assert 1 <= splits <= min(256, max(1, -(-capacity // 256)))
-    assert counters == batch
-    assert floats == (units * splits * rows * (width + 2) if splits > 1 else 0)
+    torch.testing.assert_close(got.float(), wanted.transpose(1, 2), atol=2e-2, rtol=2e-2)
+    assert cache.lens.tolist() == [40, 40]
+    for options in ({"sliding_window": 9}, {"softcap": 3.0}, {"return_lse": True}):
+        assert plan(query, cache.view, seqs, key, value, exact=True, **options).backend != "torch"
 
 
-def test_one_sequence_is_split_until_the_chip_is_full(plan):
-    splits = [plan(1, 1, 32, 8, 128, 128, False, tokens, SMS)[0] for tokens in (256, 4096, 131072)]
-    assert splits[0] == 1
-    assert splits[1] == 16  # no shorter than 256 tokens
-    assert 8 * splits[2] >= SMS
+def _case(change):
+    def made(cache):
+        query, key, value = new(cache, 2)
+        good = {
+            "query": query, "view": cache.view, "seqs": seqs_of(cache), "key": key, "value": value,
+        }  # fmt: skip
+        return good | change(good, cache)
+
+    return made
 
 
-def test_a_full_chip_is_not_split(plan):
-    assert plan(256, 1, 32, 8, 128, 128, False, 1024, SMS)[0] == 1
-    assert plan(8, 2048, 32, 8, 128, 128, False, 4096, SMS)[0] == 1
+MISFITS = {
+    "query": _case(lambda good, _: {"query": good["query"][:, :1]}),
+    "query: planned": _case(lambda good, _: {"query": good["query"].half()}),
+    "key": _case(lambda good, _: {"key": good["key"][:, :1], "value": good["value"][:, :1]}),
+    "value: on cpu": _case(lambda good, _: {"key": good["key"].to("meta")}),
+    "value": _case(lambda good, _: {"value": None}),
+    "view": _case(lambda good, _: {"view": CacheView.allocate(9, 2, 32, 64)}),
+    "view: expected": _case(lambda good, _: {"view": good["view"].k}),
+    "seqs": _case(lambda good, cache: {"seqs": seqs_of(cache, advance=True)}),
+    "seqs: expected": _case(lambda good, cache: {"seqs": cache.table}),
+    "out": _case(lambda good, _: {"out": good["query"][:1].clone()}),
+    "lse": _case(lambda good, _: {"lse": torch.zeros(3, 2, 4)}),
+    "sinks": _case(lambda good, _: {"sinks": torch.zeros(4)}),
+}
 
 
-def test_longer_sequences_are_cut_where_they_fill_the_chip(plan):
-    """64 sequences of 8 heads are over two waves: long ones among short ones would end last."""
-    assert plan(64, 1, 32, 8, 128, 128, False, 8192, SMS)[0] == 1
-    assert plan(64, 1, 32, 8, 128, 128, False, 16384, SMS)[0] == 4
-    assert plan(64, 1, 32, 8, 128, 128, False, 16384, 4 * SMS)[0] == 2  # here they do not
+@pytest.mark.parametrize("name", MISFITS)
+def test_what_does_not_look_as_planned_is_refused_by_name(name):
+    cache = filled_cache(LENS, room=ROOM, block=16)
+    query, key, value = new(cache, 2)
+    step = plan(query, cache.view, seqs_of(cache), key, value)
+    before, arguments = snapshot(cache.view), MISFITS[name](cache)
+    with pytest.raises((TypeError, ValueError), match=f"({name.split(':')[0]}|key).*: "):
+        step.run(**arguments)
+    assert_unchanged(cache.view, before)
 
 
-@given(
-    batch=st.integers(1, 300),
-    tokens=st.integers(1, 40),
-    dim=st.sampled_from([64, 128, 192, 256]),
-    capacity=st.integers(16, 200_000),
-    split_size=st.integers(1, 2**22).map(lambda n: 256 * n),
-)
-def test_splits_of_a_given_size_depend_on_the_capacity_alone(
-    plan, batch, tokens, dim, capacity, split_size
-):
-    splits, floats, counters = plan(
-        batch, tokens, 8, 2, dim, dim, False, capacity, SMS, split_size=split_size
-    )
-    rows = rows_of(tokens * 4, dim, False)
-    units = batch * 2 * -(-tokens * 4 // rows)
-    assert splits == -(-capacity // split_size)
-    assert counters == batch
-    assert floats == (units * splits * rows * (dim + 2) if splits > 1 else 0)
-
-
-@pytest.fixture(scope="module")
-def instance(plan):
-    from kvquant import _C
-
-    return lambda *shape: _C.attention_instance(*shape, SMS)
-
-
-@pytest.mark.parametrize(
-    ("batch", "tokens", "heads", "dim", "float32", "capacity", "expected"),
-    [  # alone, head_dim, query rows, warps, blocks of a multiprocessor, stages of a ring
-        (1, 1, (32, 8), 128, False, 4096, (True, 128, 8, 8, 1, 0)),
-        (1, 1, (32, 8), 128, False, 32768, (True, 128, 8, 8, 1, 0)),
-        (2, 1, (32, 8), 128, False, 4096, (True, 128, 8, 8, 1, 0)),
-        (8, 1, (32, 8), 128, False, 4096, (False, 128, 8, 8, 2, 0)),
-        (1, 1, (32, 8), 128, False, 131072, (False, 128, 8, 8, 2, 0)),
-        (32, 1, (32, 32), 128, False, 2048, (False, 128, 8, 8, 2, 0)),
-        (64, 1, (32, 8), 128, False, 8192, (False, 128, 8, 8, 2, 0)),
-        (64, 1, (32, 8), 64, False, 4096, (False, 64, 8, 8, 2, 0)),
-        (8, 4, (32, 8), 128, False, 8192, (False, 128, 16, 8, 1, 2)),
-        (64, 8, (32, 8), 128, False, 8192, (False, 128, 32, 4, 2, 2)),
-        (1, 1, (32, 8), 80, True, 4096, (True, 128, 8, 8, 1, 2)),
-        (1, 1, (8, 1), 256, False, 4096, (True, 256, 8, 4, 2, 0)),
-        (8, 1, (32, 8), 192, False, 4096, (False, 192, 8, 4, 2, 0)),
-        (8, 2, (64, 8), 256, False, 1024, (True, 256, 16, 4, 2, 2)),
-        (1, 512, (32, 8), 192, False, 4096, (False, 192, 16, 4, 2, 2)),
-    ],
-)
-def test_instance_of_a_call(instance, batch, tokens, heads, dim, float32, capacity, expected):
-    assert instance(batch, tokens, *heads, dim, dim, float32, capacity) == expected
-
-
-@given(
-    dim=st.sampled_from([64, 128, 192, 256]),
-    tokens=st.integers(1, 8),
-    float32=st.booleans(),
-    batches=st.tuples(st.integers(1, 500), st.integers(1, 500)),
-    capacities=st.tuples(st.integers(16, 200_000), st.integers(16, 200_000)),
-)
-def test_what_shares_tokens_out_does_not_depend_on_the_batch(
-    instance, dim, tokens, float32, batches, capacities
-):
-    """Rows and warps decide in which order a split is summed."""
-    a, b = (
-        instance(batch, tokens, 32, 8, dim, dim, float32, capacity)
-        for batch, capacity in zip(batches, capacities, strict=True)
-    )
-    assert a[1:4] == b[1:4]
+def test_it_prints_what_it_does(native):
+    cache = filled_cache(LENS, room=ROOM, block=16, device=native)
+    query, key, value = new(cache, 1)
+    text = str(plan(query, cache.view, seqs_of(cache), key, value))
+    assert text.startswith(f"append and attend: {native}, ")
+    assert "2 query heads a KV head" in text
+    assert str(plan(query, cache.view, seqs_of(cache))).startswith(f"attend: {native}, ")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
+import re
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
-from kvquant import QuantizedKVCache, attention, ops, use_backend
-from kvquant.backends import cuda as cuda_backend
-from kvquant.checks import check_splits
+from kvquant import QuantizedKVCache, attention, use_backend
+from kvquant.backends.compiled import numbers_of
+from kvquant.backends.cpu import CPU
 from modelled import Unchanged, append_dense, make
 from support import (
     BF16,
@@ -49,7 +49,7 @@ def name_of(case) -> str:
 
 
 def dense(cache: Cache, query: Tensor, **options):
-    return attention(query, cache.storage, block_table=cache.table, seq_lens=cache.lens, **options)
+    return attention(query, cache.view, block_table=cache.table, seq_lens=cache.lens, **options)
 
 
 @pytest.mark.gpu
@@ -149,33 +149,52 @@ def test_on_a_cpu_it_changes_no_step(kind):
 @pytest.mark.parametrize(
     ("size", "most", "least"), [(256, 65536, 512), (512, 131072, 768), (1024, 262144, 1280)]
 )
-def test_more_splits_than_can_be_merged(size, most, least):
-    check = partial(check_splits, most=cuda_backend.BACKEND.max_splits)
-    check(0, 2**31 - 1)
-    check(size, most)
-    with pytest.raises(
-        ValueError, match=f"split_size: {size}, .* {most + 1} tokens .* least {least}$"
-    ):
-        check(size, most + 1)
-    check(least, most + 1)
-    check(2**30, 2**31 - 1)
+def test_more_splits_than_can_be_merged(choose, size, most, least):
+    assert choose(most, 0)["regime"]
+    assert choose(most, size)["regime"]
+    refused = choose(most + 1, size)
+    assert refused["regime"] is None
+    ((argument, why),) = refused["refusals"]
+    assert argument == "split_size"
+    assert re.match(f"{size}, .* {most + 1} tokens .* least {least}$", why)
+    assert choose(most + 1, least)["regime"]
+    assert choose(2**31 - 1, 2**30)["regime"]
+
+
+@pytest.fixture
+def choose():
+    _C = pytest.importorskip("kvquant._C")
+    sizes = {
+        "batch": 1, "max_seqlen_q": 1, "num_q_heads": 8, "num_kv_heads": 2, "head_dim": 64,
+        "v_head_dim": 64, "float32": False, "packed": False, "appends": False,
+        "multiprocessors": 132,
+    }  # fmt: skip
+    return lambda capacity, split: _C.choose(sizes | {"capacity": capacity, "split_size": split})
 
 
 @pytest.fixture
 def merging_few(monkeypatch):
-    """The CPU's backend with the limit of CUDA's."""
-    backend = replace(ops._backends["cpu"], max_splits=cuda_backend.BACKEND.max_splits)
-    monkeypatch.setitem(ops._backends, "cpu", backend)
+    """The CPU's backend where CUDA's would refuse."""
+    _C = pytest.importorskip("kvquant._C")
+    prepare = CPU.prepare
+
+    def bounded(problem):
+        for argument, why in _C.choose(numbers_of(problem, 132))["refusals"]:
+            raise ValueError(f"{argument}: {why}")
+        return prepare(problem)
+
+    monkeypatch.setattr(CPU, "prepare", bounded)
+    monkeypatch.setattr(sys.modules["kvquant.plan"], "_plans", {})
 
 
 def check_refused_with_new_keys(device: str) -> None:
     cache = filled_cache([30], room=[70_000], block=16, device=device)
-    before = snapshot(cache.storage)
+    before = snapshot(cache.view)
     rows = {name: torch.randn(1, 1, 2, 64, device=device).to(BF16) for name in ("key", "value")}
     query = torch.randn(1, 1, 4, 64, device=device).to(BF16)
     with pytest.raises(ValueError, match=r"split_size: 256, .* 70000 tokens .* at least 512"):
         dense(cache, query, split_size=256, **rows)
-    assert_unchanged(cache.storage, before)
+    assert_unchanged(cache.view, before)
     with use_backend("reference"):
         dense(cache, query, split_size=256, **rows)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 import kvquant
-from kvquant import append_, attention, ops
+from kvquant import Sequences, append_, attention, plan
 from support import (
     BF16,
     DTYPES,
@@ -16,7 +14,9 @@ from support import (
     LAYOUTS,
     filled_cache,
     index,
+    parts,
     random_rows,
+    rebuilt,
     same_bits,
     snapshot,
 )
@@ -54,28 +54,23 @@ def test_a_step_is_an_append_and_an_attention(native, case, padded):
         block=LAYOUTS[layout], fmt=FORMATS[fmt], device=native,
         starts=(0, 2, 300, 0, 40) if padded else None,
     )  # fmt: skip
-    apart = replace(cache.storage, **snapshot(cache.storage))
-    at, lens = cache.storage, cache.lens.clone()
-    tensors = (at.k_data, at.k_params, at.k_mean, at.v_data, at.v_params)
-    rotations = (at.format.mean_group, at.format.k_rotation(k_dim), at.format.v_rotation(v_dim))
+    view, lens = cache.view, cache.lens.clone()
+    apart = rebuilt(view, snapshot(view))
+    seqs = Sequences(cache.table, cache.lens, cache.starts, advance=True)
     step = None
     for _ in range(2 + 32 // tokens):  # over the edges of groups, blocks and splits
         query = torch.randn(len(LENS), tokens, heads, k_dim).to(DTYPES[dtype]).to(native)
         key = random_rows(len(LENS), tokens, kv_heads, k_dim, dtype=DTYPES[dtype], device=native)
         value = torch.randn(len(LENS), tokens, kv_heads, v_dim).to(DTYPES[dtype]).to(native)
         if step is None:
-            step = ops.prepare_step(
-                tensors, query, key, value, rotations, k_dim**-0.5, options.get("causal", True),
-                options.get("sliding_window", 0), options.get("softcap", 0.0),
-                options.get("split_size", 0),
-            )  # fmt: skip
-        got = step(0, tensors, cache.table, cache.lens, cache.starts, query, key, value)
+            step = plan(query, view, seqs, key, value, **options)
+        got = step.run(query, view, seqs, key, value)
         where = {"block_table": cache.table, "seq_lens": lens, "seq_starts": cache.starts}
         append_(key, value, apart, **where, advance=True)
         expected = attention(query, apart, **where, **options)
         assert torch.equal(cache.lens, lens)
-        for name, tensor in apart.tensors.items():
-            assert same_bits(at.tensors[name], tensor), name
+        for name, tensor in parts(apart).items():
+            assert same_bits(parts(view)[name], tensor), name
         assert same_bits(got, expected)
 
 
@@ -83,18 +78,16 @@ def test_a_step_is_an_append_and_an_attention(native, case, padded):
 def test_a_step_beyond_the_room_drops_what_has_no_place(cuda):
     """Lengths on a device are not checked on the host."""
     cache = filled_cache((30, 20), room=(32, 32), k_dim=64, device=cuda)
-    at = cache.storage
-    before = snapshot(at)
-    tensors = (at.k_data, at.k_params, at.k_mean, at.v_data, at.v_params)
+    view = cache.view
+    before = snapshot(view)
     query, key, value = (torch.randn(2, 3, n, 64, device=cuda).bfloat16() for n in (4, 2, 2))
-    rotations = (at.format.mean_group, at.format.k_rotation(64), at.format.v_rotation(64))
-    step = ops.prepare_step(tensors, query, key, value, rotations, 0.125, True, 0, 0.0)
-    step(0, tensors, cache.table, cache.lens, None, query, key, value)
+    seqs = Sequences(cache.table, cache.lens, advance=True)
+    plan(query, view, seqs, key, value).run(query, view, seqs, key, value)
     assert cache.lens.tolist() == [33, 23]
-    apart, lens = replace(at, **before), index((30, 20), cuda)
+    apart, lens = rebuilt(view, before), index((30, 20), cuda)
     append_(key, value, apart, block_table=cache.table, seq_lens=lens)
-    for name, tensor in apart.tensors.items():
-        assert same_bits(at.tensors[name], tensor), name
+    for name, tensor in parts(apart).items():
+        assert same_bits(parts(view)[name], tensor), name
 
 
 def test_keys_of_another_dtype_than_queries_are_read_as_what_they_are(native):
@@ -107,20 +100,20 @@ def test_keys_of_another_dtype_than_queries_are_read_as_what_they_are(native):
         got = cache.attend(0, query, key, value, exact_prompt=False)
         apart.append(0, key, value)
         assert same_bits(got, apart.attend(0, query))
-    for name, tensor in apart.storage(0).tensors.items():
-        assert same_bits(cache.storage(0).tensors[name][:, :, :1], tensor[:, :, :1]), name
+    for name, tensor in parts(apart.layer(0)[0]).items():
+        assert same_bits(parts(cache.layer(0)[0])[name][:, :, :1], tensor[:, :, :1]), name
 
 
 @pytest.mark.parametrize("blocks", [0, 2])
 @pytest.mark.parametrize("sinks", [False, True])
 def test_where_nothing_can_be_stored_nothing_is_seen(backend, device, blocks, sinks):
-    """A table without columns, or a storage without blocks."""
-    storage = kvquant.LayerStorage.allocate(blocks, 2, 16, 64, device=device)
+    """A table without columns, or a view without blocks."""
+    view = kvquant.CacheView.allocate(blocks, 2, 16, 64, device=device)
     table = torch.full((2, 0 if blocks else 1), -1, dtype=torch.int32, device=device)
     query = torch.randn(2, 1, 4, 64, device=device)
     weights = torch.tensor([0.5, -1.0, 2.0, 0.0], device=device) if sinks else None
     out, lse = attention(
-        query, storage, block_table=table, seq_lens=index((0, 0), device), sinks=weights,
+        query, view, block_table=table, seq_lens=index((0, 0), device), sinks=weights,
         return_lse=True,
     )  # fmt: skip
     assert torch.equal(out, torch.zeros_like(out))

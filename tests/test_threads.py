@@ -44,7 +44,7 @@ def test_no_thread_is_started_for_a_call(threads):
 
 def results(cache: Cache, query: Tensor) -> list[Tensor]:
     where = {"block_table": cache.table, "seq_lens": cache.lens}
-    out = attention(query, cache.storage, **where)
+    out = attention(query, cache.view, **where)
     return [out, *quantize_cache_v(query.transpose(1, 2))]
 
 
@@ -79,9 +79,9 @@ def test_a_forked_process_computes_the_same(threads):
     cache = filled_cache((2000, 300), dtype=FP32, kv_heads=2, k_dim=64, block=None, device="cpu")
     query = torch.randn(2, 1, 4, 64)
     where = {"block_table": cache.table, "seq_lens": cache.lens}
-    expected = attention(query, cache.storage, **where)
+    expected = attention(query, cache.view, **where)
     child = os.fork()
     if child == 0:
-        same = torch.equal(attention(query, cache.storage, **where), expected)
+        same = torch.equal(attention(query, cache.view, **where), expected)
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0

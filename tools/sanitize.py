@@ -15,7 +15,6 @@ import typer
 from torch import Tensor
 
 import kvquant
-from kvquant import ops
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-4}
@@ -57,45 +56,38 @@ def cache_case(
     lens, kv_heads = (300, 17), heads[1]
     blocks = -(-(max(lens) + tokens) // block) + spare
     table = move(torch.randperm(2 * blocks, dtype=torch.int32).view(2, blocks))
-    storage = kvquant.LayerStorage.allocate(
+    view = kvquant.CacheView.allocate(
         2 * blocks, kv_heads, block, *dims, format=format, device=table.device
     )
-    for tensor in storage.tensors.values():  # tiles of 16 tokens are read whole, used in part
+    for tensor in view.tensors.values():  # tiles of 16 tokens are read whole, used in part
         tensor.zero_()
     seq_lens = move(torch.zeros(2, dtype=torch.int32))
     edges = move(torch.tensor([0, lens[0], sum(lens)], dtype=torch.int32))
     where = {"block_table": table, "seq_lens": seq_lens}
     key, value = (move(torch.randn(sum(lens), kv_heads, dim).to(dtype)) for dim in dims)
-    kvquant.append_(
-        key, value, storage, **where, cu_seqlens=edges, max_seqlen=lens[0], advance=True
-    )
+    kvquant.append_(key, value, view, **where, cu_seqlens=edges, max_seqlen=lens[0], advance=True)
     query = move(torch.randn(2, tokens, heads[0], dims[0]).to(dtype))
     key, value = (move(torch.randn(2, tokens, kv_heads, dim).to(dtype)) for dim in dims)
-    stepped = take_step(query, key, value, storage, table, seq_lens)
+    stepped = take_step(query, key, value, view, table, seq_lens)
     out, lse = kvquant.attention(
-        query, storage, **where, **{k: move(v) for k, v in options.items()}, return_lse=True
+        query, view, **where, **{k: move(v) for k, v in options.items()}, return_lse=True
     )
-    return [stepped, out, lse, *kvquant.gather(storage, **where, dtype=dtype)]
+    return [stepped, out, lse, *kvquant.gather(view, **where, dtype=dtype)]
 
 
 def take_step(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    storage: kvquant.LayerStorage,
+    view: kvquant.CacheView,
     table: Tensor,
     seq_lens: Tensor,
 ) -> Tensor:
     """Append and attend: in one launch, where the backend can."""
-    at, (k_dim, v_dim) = storage, (key.shape[-1], value.shape[-1])
-    tensors = (at.k_data, at.k_params, at.k_mean, at.v_data, at.v_params)
-    rotations = (at.format.mean_group, at.format.k_rotation(k_dim), at.format.v_rotation(v_dim))
-    step = ops.prepare_step(tensors, query, key, value, rotations, k_dim**-0.5, True, 0, 0.0)
-    if step is not None:
-        return step(0, tensors, table, seq_lens, None, query, key, value)
-    where = {"block_table": table, "seq_lens": seq_lens}
-    kvquant.append_(key, value, storage, **where, advance=True)
-    return kvquant.attention(query, storage, **where)
+    seqs = kvquant.Sequences(table, seq_lens, advance=True)
+    out = kvquant.plan(query, view, seqs, key, value).run(query, view, seqs, key, value)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def cache_cases(device: str) -> Iterator[None]:

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "cpu/cpu.h"
+#include "kernels/attention/regimes.h"
 #include "kernels/cuda.h"
 
 namespace py = pybind11;

@@ -1,185 +1,210 @@
-// append, attention and gather: the operations on a cache.
-#include "bindings/bindings.h"
-#include "kernels/attention/config.h"
+// append, attend and gather: the operations on a cache, by views, sequences and prepared calls.
+#include "bindings/fields.h"
 
 namespace kvquant::bindings {
 namespace {
 
-// (address, block stride, head stride) of one tensor of the cache, strides in bytes.
-Slab slab(py::handle tuple) {
-  const auto t = py::reinterpret_borrow<py::tuple>(tuple);
-  return {pointer<uint8_t>(t[0].cast<uintptr_t>()), t[1].cast<int64_t>(), t[2].cast<int64_t>()};
+CacheView view(const py::kwargs& given) {
+  auto x = filled<ViewFields>(given);
+  for (const std::string& format : {x.k.format, x.v.format}) {
+    if (format != "int8") throw py::value_error("no row format " + format + " in this build");
+  }
+  x.view.k_rotation = x.k.rotation(x.view.k_dim);
+  x.view.v_rotation = x.v.rotation(x.view.v_dim);
+  for (const Slab& slab :
+       {x.view.k_data, x.view.k_params, x.view.v_data, x.view.v_params, x.view.k_mean}) {
+    if (reinterpret_cast<uintptr_t>(slab.data) % 16) {
+      throw py::value_error("a tensor of the view does not lie at a multiple of 16 bytes");
+    }
+  }
+  return x.view;
 }
 
-Rows rows(uintptr_t data, int64_t batch_stride, int64_t token_stride, int64_t head_stride) {
-  return {pointer<void>(data), batch_stride, token_stride, head_stride};
+// Sequences are dense with `tokens` rows each, or packed with at most as many of `rows`.
+Sequences with_rows(const SequencesFields& x, int rows, int tokens) {
+  Sequences seqs = x.seqs;
+  seqs.rows = seqs.cu_seqlens ? rows : 0;
+  if (!seqs.cu_seqlens) {
+    seqs.tokens = tokens;
+  } else {
+    seqs.tokens = seqs.tokens ? std::min(seqs.tokens, rows) : rows;
+  }
+  return seqs;
 }
 
-CacheView view(py::tuple k_data, py::tuple v_data, py::tuple k_params, py::tuple v_params,
-               py::tuple k_mean, int num_blocks, int kv_heads, int block_size, int k_dim, int v_dim,
-               int group, int k_rotation, int v_rotation) {
-  return {slab(k_data), slab(v_data), slab(k_params), slab(v_params), slab(k_mean),
-          num_blocks,   kv_heads,     block_size,     k_dim,          v_dim,
-          group,        k_rotation,   v_rotation};
+Rows rows_at(uintptr_t data, const Rows& strides) {
+  return {pointer<void>(data), strides.batch_stride, strides.token_stride, strides.head_stride};
+}
+// (batch, token, head) strides.
+Rows strided(const py::tuple& s) {
+  return {nullptr, s[0].cast<int64_t>(), s[1].cast<int64_t>(), s[2].cast<int64_t>()};
 }
 
-Sequences sequences(uintptr_t block_table, int64_t block_table_stride, int batch, int max_blocks,
-                    uintptr_t seq_lens, uintptr_t seq_starts, uintptr_t cu_seqlens, int rows,
-                    int tokens) {
-  return {pointer<const int32_t>(block_table),
-          block_table_stride,
-          batch,
-          max_blocks,
-          pointer<const int32_t>(seq_lens),
-          pointer<const int32_t>(seq_starts),
-          pointer<const int32_t>(cu_seqlens),
-          rows,
-          tokens};
-}
-
-void append(const CacheView& cache, uintptr_t block_table, int64_t block_table_stride, int batch,
-            int max_blocks, uintptr_t seq_lens, uintptr_t seq_starts, uintptr_t cu_seqlens,
-            int packed_rows, int tokens, uintptr_t key, int64_t k_batch, int64_t k_token,
-            int64_t k_head, uintptr_t value, int64_t v_batch, int64_t v_token, int64_t v_head,
-            int dtype, uintptr_t slot_mapping, bool advance, uintptr_t counter, int device,
-            uintptr_t queue) {
+// seqs None: rows go where slot_mapping says, whose they are does not matter.
+void append(const CacheView& cache, const SequencesFields* given, int rows, int tokens,
+            uintptr_t key, py::tuple key_strides, uintptr_t value, py::tuple value_strides,
+            int dtype, uintptr_t slot_mapping, uintptr_t counter, int device, uintptr_t queue) {
+  Sequences seqs{};
+  if (given) {
+    seqs = with_rows(*given, rows, tokens);
+  } else {
+    seqs.batch = tokens ? rows / tokens : 0, seqs.tokens = tokens;
+  }
   const AppendParams params{cache,
-                            sequences(block_table, block_table_stride, batch, max_blocks, seq_lens,
-                                      seq_starts, cu_seqlens, packed_rows, tokens),
-                            rows(key, k_batch, k_token, k_head),
-                            rows(value, v_batch, v_token, v_head),
+                            seqs,
+                            rows_at(key, strided(key_strides)),
+                            rows_at(value, strided(value_strides)),
                             Dtype(dtype),
                             pointer<const int64_t>(slot_mapping),
-                            advance ? pointer<int32_t>(seq_lens) : nullptr,
+                            given && given->advance ? const_cast<int32_t*>(seqs.seq_lens) : nullptr,
                             pointer<int32_t>(counter)};
   KVQUANT_RUN(append, params, device, queue);
 }
 
-void attention(const CacheView& cache, uintptr_t block_table, int64_t block_table_stride, int batch,
-               int max_blocks, uintptr_t seq_lens, uintptr_t seq_starts, uintptr_t cu_seqlens,
-               int packed_rows, int tokens, uintptr_t query, int64_t q_batch, int64_t q_token,
-               int64_t q_head, uintptr_t out, int64_t o_batch, int64_t o_token, int64_t o_head,
-               int dtype, uintptr_t lse, int q_heads, float softmax_scale, bool causal,
-               int sliding_window, float softcap, uintptr_t sinks, uintptr_t alibi_slopes,
-               uintptr_t partial, uintptr_t counters, int splits, int split_size, int device,
-               uintptr_t queue) {
-  const AttentionParams params{cache,
-                               sequences(block_table, block_table_stride, batch, max_blocks,
-                                         seq_lens, seq_starts, cu_seqlens, packed_rows, tokens),
-                               rows(query, q_batch, q_token, q_head),
-                               rows(out, o_batch, o_token, o_head),
-                               Dtype(dtype),
-                               pointer<float>(lse),
-                               q_heads,
-                               softmax_scale,
-                               causal,
-                               sliding_window,
-                               softcap,
-                               pointer<const float>(sinks),
-                               pointer<const float>(alibi_slopes),
-                               pointer<float>(partial),
-                               pointer<int32_t>(counters),
-                               splits,
-                               split_size};
-  KVQUANT_RUN(attention, params, device, queue);
-}
-
-void gather(const CacheView& cache, uintptr_t block_table, int64_t block_table_stride, int batch,
-            int max_blocks, uintptr_t seq_lens, uintptr_t seq_starts, int tokens, uintptr_t key,
-            int64_t k_batch, int64_t k_token, int64_t k_head, uintptr_t value, int64_t v_batch,
-            int64_t v_token, int64_t v_head, int dtype, int device, uintptr_t queue) {
-  const GatherParams params{cache,
-                            sequences(block_table, block_table_stride, batch, max_blocks, seq_lens,
-                                      seq_starts, 0, 0, tokens),
-                            rows(key, k_batch, k_token, k_head),
-                            rows(value, v_batch, v_token, v_head), Dtype(dtype)};
+void gather(const CacheView& cache, const SequencesFields& given, int tokens, uintptr_t key,
+            py::tuple key_strides, uintptr_t value, py::tuple value_strides, int dtype, int device,
+            uintptr_t queue) {
+  Sequences seqs = given.seqs;
+  seqs.cu_seqlens = nullptr, seqs.tokens = tokens;
+  const GatherParams params{cache, seqs, rows_at(key, strided(key_strides)),
+                            rows_at(value, strided(value_strides)), Dtype(dtype)};
   KVQUANT_RUN(gather, params, device, queue);
 }
 
-// A layer's cache and sequences, and what an attention on them needs besides.
-struct Layer {
-  CacheView cache;
-  Sequences seqs;
-  int splits;
+Choice choose_for(const Problem& problem) {
+  return choose(problem, problem.multiprocessors ? cuda_regimes() : cpu_regimes());
+}
 
-  Layer(const CacheView& cache, uintptr_t block_table, int64_t block_table_stride, int batch,
-        int max_blocks, uintptr_t seq_lens, uintptr_t seq_starts, int tokens, int splits)
-      : cache(cache),
-        seqs(sequences(block_table, block_table_stride, batch, max_blocks, seq_lens, seq_starts, 0,
-                       0, tokens)),
-        splits(splits) {}
+py::dict describe(const Choice& choice) {
+  py::dict found;
+  py::list refusals;
+  for (const Refusal& refusal : choice.refusals) {
+    refusals.append(py::make_tuple(refusal.argument, refusal.why));
+  }
+  found["refusals"] = refusals;
+  found["regime"] = choice.name ? py::object(py::str(choice.name)) : py::object(py::none());
+  const Schedule& s = choice.schedule;
+  found["splits"] = s.splits;
+  found["appends"] = s.appends;
+  found["partial_floats"] = s.partial_floats;
+  found["counters"] = s.counters;
+  found["query_rows"] = s.query_rows;
+  found["warps"] = s.warps;
+  found["blocks"] = s.blocks;
+  found["stages"] = s.stages;
+  found["head_dim"] = s.head_dim;
+  found["alone"] = s.alone;
+  return found;
+}
+
+// Where a call runs: a CUDA device's stream and the workspace for it, or a CPU's threads.
+struct Place {
+  int device;
+  uintptr_t queue, partial, counters;
 };
 
-// An append and an attention on tensors that look alike every time: only addresses change.
-class Step {
+// An attention, and the append of its rows before it if there are any, on tensors that look alike
+// every time: only addresses and objects change.
+class Call {
  public:
-  Step(py::tuple query, py::tuple key, py::tuple value, py::tuple out, int dtype, int q_heads,
-       float softmax_scale, bool causal, int sliding_window, float softcap, int split_size) {
-    append_.key = strided(key);
-    append_.value = strided(value);
-    attention_.query = strided(query);
-    attention_.out = strided(out);
-    append_.dtype = attention_.dtype = Dtype(dtype);
-    attention_.q_heads = q_heads;
-    attention_.softmax_scale = softmax_scale;
-    attention_.causal = causal;
-    attention_.sliding_window = sliding_window;
-    attention_.softcap = softcap;
-    attention_.split_size = split_size;
+  // key_strides empty: nothing is appended.
+  Call(const py::dict& problem, const py::dict& options, int dtype, int key_dtype, int tokens,
+       int key_tokens, py::tuple query_strides, py::tuple key_strides, py::tuple value_strides)
+      : choice_(choose_for(filled<Problem>(problem))), tokens_(tokens), key_tokens_(key_tokens) {
+    const auto numbers = filled<OptionsFields>(options);
+    attention_.query = strided(query_strides);
+    if (key_strides.size()) append_.key = strided(key_strides);
+    if (key_strides.size()) append_.value = strided(value_strides);
+    v_dim_ = problem["v_head_dim"].cast<int64_t>();
+    out_token_ = v_dim_ * problem["num_q_heads"].cast<int64_t>();
+    out_batch_ = out_token_ * tokens;
+    attention_.dtype = Dtype(dtype), append_.dtype = Dtype(key_dtype);
+    attention_.q_heads = problem["num_q_heads"].cast<int>();
+    attention_.softmax_scale = numbers.softmax_scale;
+    attention_.causal = numbers.causal;
+    attention_.sliding_window = numbers.sliding_window;
+    attention_.softcap = numbers.softcap;
+    attention_.split_size = numbers.split_size;
+    attention_.splits = choice_.schedule.splits;
   }
 
-  // False, and nothing done, if the stream is being captured and `shared` says that the scratch is
-  // not this launch's own.
-  bool run(const Layer& layer, uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out,
-           uintptr_t partial, uintptr_t counters, bool shared, int device, uintptr_t queue) const {
+  py::dict choice() const { return describe(choice_); }
+
+  // Of dense rows, without what run_all takes besides. False, and nothing done, where it takes
+  // that, or the stream is being captured: the workspace is not that launch's own.
+  bool run(const CacheView& cache, const SequencesFields& given, uintptr_t query, uintptr_t key,
+           uintptr_t value, uintptr_t out, const Place& place) const {
 #ifdef KVQUANT_WITH_CUDA
-    if (device >= 0 && shared && cuda::capture_id(pointer<void>(queue))) return false;
+    if (place.device >= 0 && cuda::capture_id(pointer<void>(place.queue))) return false;
 #endif
-    AppendParams append = append_;
-    AttentionParams attention = attention_;
-    append.cache = attention.cache = layer.cache;
-    append.seqs = attention.seqs = layer.seqs;
-    append.key.data = pointer<void>(key);
-    append.value.data = pointer<void>(value);
-    append.advance = const_cast<int32_t*>(layer.seqs.seq_lens);
-    append.counter = attention.counters = pointer<int32_t>(counters);
-    attention.query.data = pointer<void>(query);
-    attention.out.data = pointer<void>(out);
-    attention.partial = pointer<float>(partial);
-    attention.splits = layer.splits;
-    Status status;
-    {
-      py::gil_scoped_release release;
-      if (device < 0) {
-        status = cpu::append(append, int(queue));
-        if (status.code == Status::kOk) status = cpu::attention(attention, int(queue));
-      } else {
-        status =
-            KVQUANT_CUDA_OR_REFUSE(cuda::attend(append, attention, {device, pointer<void>(queue)}));
-      }
-    }
-    check(status, "attend");
+    if (!query) return false;
+    launch(cache, given, 0, query, key, value, {pointer<void>(out), out_batch_, out_token_, v_dim_},
+           {}, 0, place);
     return true;
+  }
+  // rows: packed rows there are. lens_after: the lengths with the call's tokens, where neither the
+  // call advances them nor the kernel counts its own.
+  void run_all(const CacheView& cache, const SequencesFields& given, int rows, uintptr_t query,
+               uintptr_t key, uintptr_t value, uintptr_t out, py::tuple out_strides, uintptr_t lse,
+               uintptr_t sinks, uintptr_t alibi_slopes, uintptr_t lens_after,
+               const Place& place) const {
+    Rows to = strided(out_strides);
+    to.data = pointer<void>(out);
+    launch(cache, given, rows, query, key, value, to,
+           {pointer<float>(lse), pointer<const float>(sinks), pointer<const float>(alibi_slopes)},
+           lens_after, place);
   }
 
  private:
-  // (batch, token, head) strides.
-  static Rows strided(const py::tuple& s) {
-    return rows(0, s[0].cast<int64_t>(), s[1].cast<int64_t>(), s[2].cast<int64_t>());
+  struct Vectors {
+    float* lse = nullptr;
+    const float *sinks = nullptr, *alibi_slopes = nullptr;
+  };
+  void launch(const CacheView& cache, const SequencesFields& given, int rows, uintptr_t query,
+              uintptr_t key, uintptr_t value, const Rows& out, const Vectors& vectors,
+              uintptr_t lens_after, const Place& place) const {
+    AttentionParams attention = attention_;
+    attention.cache = cache;
+    attention.seqs = with_rows(given, rows, tokens_);
+    attention.query.data = pointer<void>(query);
+    attention.out = out;
+    attention.lse = vectors.lse;
+    attention.sinks = vectors.sinks;
+    attention.alibi_slopes = vectors.alibi_slopes;
+    attention.partial = pointer<float>(place.partial);
+    attention.counters = pointer<int32_t>(place.counters);
+    AppendParams append = append_;
+    append.cache = cache;
+    append.seqs = with_rows(given, rows, key_tokens_);
+    append.key.data = pointer<void>(key);
+    append.value.data = pointer<void>(value);
+    append.advance = given.advance ? const_cast<int32_t*>(given.seqs.seq_lens) : nullptr;
+    append.counter = attention.counters;
+    if (lens_after) attention.seqs.seq_lens = pointer<const int32_t>(lens_after);
+    Status status;
+    {
+      py::gil_scoped_release release;
+      if (!key) {
+        status = KVQUANT_ON(attention, attention, place.device, place.queue);
+      } else if (choice_.schedule.appends) {
+        status = KVQUANT_CUDA_OR_REFUSE(
+            cuda::attend(append, attention, {place.device, pointer<void>(place.queue)}));
+      } else {
+        status = KVQUANT_ON(append, append, place.device, place.queue);
+        if (status.code == Status::kOk) {
+          status = KVQUANT_ON(attention, attention, place.device, place.queue);
+        }
+      }
+    }
+    check(status, "attend");
   }
+
+  Choice choice_;
+  int tokens_, key_tokens_;                // of each sequence, dense
+  int64_t v_dim_, out_token_, out_batch_;  // strides of a contiguous output
   AppendParams append_{};
   AttentionParams attention_{};
 };
-
-// (splits, floats of partial results, counters) that an attention call needs on a CUDA device.
-py::tuple attention_plan(int batch, int tokens, int q_heads, int kv_heads, int k_dim, int v_dim,
-                         bool float32, int capacity, int multiprocessors, int split_size) {
-  const cuda::AttentionPlan plan =
-      cuda::plan_attention(cuda::shape_attention(batch, tokens, q_heads, kv_heads, k_dim, v_dim,
-                                                 float32, capacity, multiprocessors),
-                           batch, capacity, split_size);
-  return py::make_tuple(plan.splits, plan.partial_floats, plan.counters);
-}
 
 uint64_t capture_id([[maybe_unused]] uintptr_t stream) {
 #ifdef KVQUANT_WITH_CUDA
@@ -202,15 +227,12 @@ py::tuple lend_scratch(int device, uintptr_t stream, size_t floats, size_t count
   return py::make_tuple(uintptr_t(scratch.partial), uintptr_t(scratch.counters));
 }
 
-// (alone, head_dim, query rows, warps, blocks of a multiprocessor, stages) of the kernel's instance
-// that such a call takes: see kernels/attention/config.h.
-py::tuple attention_instance(int batch, int tokens, int q_heads, int kv_heads, int k_dim, int v_dim,
-                             bool float32, int capacity, int multiprocessors) {
-  const cuda::AttentionShape shape = cuda::shape_attention(
-      batch, tokens, q_heads, kv_heads, k_dim, v_dim, float32, capacity, multiprocessors);
-  const cuda::InstanceShape& instance = shape.instance;
-  return py::make_tuple(shape.alone, shape.head_dim, shape.rows, instance.warps, instance.blocks,
-                        instance.stages);
+py::dict field_names() {
+  py::dict names;
+  names["CacheView"] = names_of<ViewFields>();
+  names["Sequences"] = names_of<SequencesFields>();
+  names["Options"] = names_of<OptionsFields>();
+  return names;
 }
 
 }  // namespace
@@ -218,20 +240,25 @@ py::tuple attention_instance(int batch, int tokens, int q_heads, int kv_heads, i
 // module_local: two copies of the package may be in one process.
 void define_cache(py::module_& m) {
   py::class_<CacheView>(m, "CacheView", py::module_local()).def(py::init(&view));
-  py::class_<Layer>(m, "Layer", py::module_local())
-      .def(py::init<const CacheView&, uintptr_t, int64_t, int, int, uintptr_t, uintptr_t, int,
-                    int>());
-  py::class_<Step>(m, "Step", py::module_local())
-      .def(py::init<py::tuple, py::tuple, py::tuple, py::tuple, int, int, float, bool, int, float,
-                    int>())
-      .def("run", &Step::run);
+  py::class_<SequencesFields>(m, "Sequences", py::module_local())
+      .def(py::init([](const py::kwargs& given) { return filled<SequencesFields>(given); }));
+  py::class_<Place>(m, "Place", py::module_local())
+      .def(py::init([](int device, uintptr_t queue, uintptr_t partial, uintptr_t counters) {
+        return Place{device, queue, partial, counters};
+      }));
+  py::class_<Call>(m, "Call", py::module_local())
+      .def(py::init<const py::dict&, const py::dict&, int, int, int, int, py::tuple, py::tuple,
+                    py::tuple>())
+      .def("choice", &Call::choice)
+      .def("run", &Call::run)
+      .def("run_all", &Call::run_all);
   m.def("append", &append);
-  m.def("attention", &attention);
   m.def("gather", &gather);
+  m.def("choose",
+        [](const py::dict& problem) { return describe(choose_for(filled<Problem>(problem))); });
   m.def("capture_id", &capture_id);
   m.def("lend_scratch", &lend_scratch);
-  m.def("attention_plan", &attention_plan);
-  m.def("attention_instance", &attention_instance);
+  m.def("fields", &field_names);
 }
 
 }  // namespace kvquant::bindings

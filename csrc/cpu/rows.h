@@ -71,7 +71,7 @@ struct CallRows {
 KVQUANT_INLINE CallRows call_rows(const Sequences& seqs, int sequence) {
   if (!seqs.cu_seqlens) return {int64_t(sequence) * seqs.tokens, seqs.tokens};
   const int begin = most(0, seqs.cu_seqlens[sequence]);
-  const int end = least(seqs.rows, seqs.cu_seqlens[sequence + 1]);
+  const int end = most(0, least(seqs.rows, seqs.cu_seqlens[sequence + 1]));
   return {begin, most(0, least(seqs.tokens, end - begin))};
 }
 // Element offset of row i of a sequence in the caller's tensor.

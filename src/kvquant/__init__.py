@@ -1,33 +1,37 @@
 """kvquant: an 8-bit KV cache for transformer inference that attention reads as it is."""
 
-from . import backends as _backends  # noqa: F401  (registers the implementations)
+from .backends import use_backend
 from .cache.cache import QuantizedKVCache
 from .errors import CacheFullError
 from .explain import Explanation, explain
 from .formats import CacheFormat
 from .functional import append_, attention, gather
-from .ops import use_backend
 from .plain import (
     dequantize_cache_torch,
     pv_matmul,
     qk_matmul,
     quantize_cache_v,
 )
-from .storage import LayerStorage
-
-__version__ = "0.1.0"
+from .plan import Plan, plan
+from .version import __version__
+from .view import CacheView, RowsView, Sequences
 
 __all__ = [
     "CacheFormat",
     "CacheFullError",
+    "CacheView",
     "Explanation",
-    "LayerStorage",
+    "Plan",
     "QuantizedKVCache",
+    "RowsView",
+    "Sequences",
+    "__version__",
     "append_",
     "attention",
     "dequantize_cache_torch",
     "explain",
     "gather",
+    "plan",
     "pv_matmul",
     "qk_matmul",
     "quantize_cache_v",

@@ -15,21 +15,16 @@ from .arguments import (
     check_tensor,
     require,
 )
-from .errors import CacheFullError
-from .storage import LayerStorage
 
 __all__ = [
     "check_affine",
-    "check_block_table",
+    "check_device_of",
     "check_index",
     "check_no_grad",
     "check_packed",
     "check_pair",
     "check_rows",
-    "check_slots",
     "check_split_size",
-    "check_splits",
-    "check_storage",
     "check_table",
     "check_window",
 ]
@@ -59,12 +54,13 @@ def check_pair(key: Tensor, value: Tensor, dims: int) -> None:
     check_rows("key", key, dims)
     check_rows("value", value, dims)
     check_no_grad(key=key, value=value)
-    require(
-        key.shape[:-1] == value.shape[:-1] and key.dtype == value.dtype,
-        f"value: expected key's dtype and shape but for head_dim ({key.dtype}, "
-        f"{list(key.shape)}), got {value.dtype}, {list(value.shape)}",
-    )
-    require(key.device == value.device, f"value: on {value.device}, but key on {key.device}")
+    if key.shape[:-1] != value.shape[:-1] or key.dtype != value.dtype:
+        raise ValueError(
+            f"value: expected key's dtype and shape but for head_dim ({key.dtype}, "
+            f"{list(key.shape)}), got {value.dtype}, {list(value.shape)}"
+        )
+    if key.device != value.device:
+        raise ValueError(f"value: on {value.device}, but key on {key.device}")
 
 
 def check_no_grad(**tensors: Tensor) -> None:
@@ -76,25 +72,6 @@ def check_no_grad(**tensors: Tensor) -> None:
                     f"{name}: requires grad, but kvquant has no gradients: "
                     f"detach it or call under torch.no_grad()"
                 )
-
-
-def check_storage(storage: LayerStorage, **rows: Tensor | None) -> None:
-    """A layer on the device of the caller's tensors, and with their head_dims.
-
-    ``rows``: by the names of the call; "value" has the values' head_dim, all others the keys'.
-    """
-    if not isinstance(storage, LayerStorage):
-        raise TypeError(f"storage: expected a LayerStorage, got {type(storage).__name__}")
-    for name, x in rows.items():
-        if x is None:
-            continue
-        of, data = ("values", storage.v_data) if name == "value" else ("keys", storage.k_data)
-        if x.shape[-1] != data.shape[3]:
-            raise ValueError(
-                f"{name}: head_dim {x.shape[-1]}, but the storage's {of} have {data.shape[3]}"
-            )
-        if x.device != data.device:
-            raise ValueError(f"{name}: on {x.device}, but the storage is on {data.device}")
 
 
 def check_index(
@@ -115,8 +92,13 @@ def check_index(
             f"{name}: expected a contiguous vector of {length}, got shape {list(index.shape)}, "
             f"strides {list(index.stride())}"
         )
-    if index.device != device:
-        raise ValueError(f"{name}: on {index.device}, but the call is on {device}")
+    check_device_of(name, index, device)
+
+
+def check_device_of(name: str, x: Tensor, device: torch.device) -> None:
+    """A tensor on the device of the call."""
+    if x.device != device:
+        raise ValueError(f"{name}: on {x.device}, but the call is on {device}")
 
 
 def check_packed(
@@ -161,65 +143,6 @@ def check_table(block_table: Tensor) -> int:
     return block_table.shape[0]
 
 
-def check_block_table(
-    block_table: Tensor,
-    seq_lens: Tensor,
-    storage: LayerStorage,
-    device: torch.device,
-    *,
-    added: int | Tensor = 0,
-) -> None:
-    """A table and lengths that fit; on the host also what they hold."""
-    batch = check_table(block_table)
-    if block_table.device != device:
-        raise ValueError(f"block_table: on {block_table.device}, but the call is on {device}")
-    max_blocks = block_table.shape[1]
-    num_blocks, _, size, _ = storage.k_data.shape
-    if size % 16 or (max_blocks > 1 and size & (size - 1)):
-        raise ValueError(
-            f"storage: block_size {size}, expected a multiple of 16, and a power of two where a "
-            f"sequence has {max_blocks} blocks"
-        )
-    if seq_lens is None:
-        raise TypeError("seq_lens: expected a tensor, got None")
-    check_index("seq_lens", seq_lens, batch, device)
-    if device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    ends = seq_lens + added
-    if bool((seq_lens < 0).any()):
-        raise ValueError(f"seq_lens: expected no negative length, got {seq_lens.tolist()}")
-    if bool((ends > max_blocks * size).any()):
-        error = CacheFullError if bool((seq_lens <= max_blocks * size).all()) else ValueError
-        raise error(
-            f"seq_lens: {ends.tolist()} tokens, but there is room for {max_blocks * size} each"
-        )
-    used = torch.arange(max_blocks, dtype=torch.int32, device=device) * size < ends.unsqueeze(1)
-    bad = used & ((block_table < 0) | (block_table >= num_blocks))
-    if bool(bad.any()):
-        raise ValueError(
-            f"block_table: block {block_table[bad][0].item()} is out of range, the storage has "
-            f"{num_blocks}"
-        )
-
-
-def check_slots(
-    slot_mapping: Tensor | None, rows: int, storage: LayerStorage, device: torch.device
-) -> None:
-    """One slot a row; on the host also in range and not twice."""
-    check_index("slot_mapping", slot_mapping, rows, device, torch.int64)
-    if slot_mapping is None or device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    slots = storage.k_data.shape[0] * storage.block_size
-    if bool(((slot_mapping < -1) | (slot_mapping >= slots)).any()):
-        raise ValueError(
-            f"slot_mapping: expected -1 to {slots - 1}, got {int(slot_mapping.min())} to "
-            f"{int(slot_mapping.max())}"
-        )
-    taken = slot_mapping[slot_mapping >= 0]
-    if taken.unique().numel() != taken.numel():
-        raise ValueError("slot_mapping: a slot is given twice")
-
-
 def check_affine(
     name: str, q: Tensor, scale: Tensor, zero: Tensor, group_size: int | None, of: str = ""
 ) -> int:
@@ -246,18 +169,15 @@ def check_affine(
     group = max(1, s)
     if group_size is not None:
         group = check_integer("group_size", group_size, 1, INT32_MAX)
-    shapes: dict[tuple[int, ...], int] = {
-        (b, h, s, 1): 1,
-        (b, h, 1, 1): max(1, s),
-        (b, h, -(-s // group), d): group,
-    }
-    if scale.shape != zero.shape or tuple(scale.shape) not in shapes:
-        raise ValueError(
-            f"{of}scale, zero: expected shape [{b}, {h}, {s} or 1, 1], or [{b}, {h}, "
-            f"{-(-s // group)}, {d}] with group_size {group_size}, got {list(scale.shape)} and "
-            f"{list(zero.shape)}"
-        )
-    return shapes[tuple(scale.shape)]
+    if scale.shape == zero.shape:
+        for rows, width, tokens in ((-(-s // group), d, group), (1, 1, max(1, s)), (s, 1, 1)):
+            if scale.shape == (b, h, rows, width):
+                return tokens
+    raise ValueError(
+        f"{of}scale, zero: expected shape [{b}, {h}, {s} or 1, 1], or [{b}, {h}, "
+        f"{-(-s // group)}, {d}] with group_size {group_size}, got {list(scale.shape)} and "
+        f"{list(zero.shape)}"
+    )
 
 
 def check_window(sliding_window: float | None) -> int:
@@ -283,13 +203,3 @@ def check_split_size(split_size: int | None) -> int:
             f"{_MAX_SPLIT_SIZE}, got {split_size}"
         )
     return split_size
-
-
-def check_splits(split_size: int, capacity: int, most: int | None) -> None:
-    """At most ``most`` splits of a given size over a sequence's capacity."""
-    if split_size and most is not None and capacity > split_size * most:
-        step = _SPLIT_STEP * most
-        raise ValueError(
-            f"split_size: {split_size}, but a capacity of {capacity} tokens would be more than "
-            f"{most} splits: expected at least {-(-capacity // step) * _SPLIT_STEP}"
-        )

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from . import backends, ops
+from . import backends
 from .arguments import (
     check_device,
     check_float_dtype,
@@ -17,9 +16,14 @@ from .arguments import (
 )
 from .cache.cache import QuantizedKVCache
 from .formats import CacheFormat, check_format
-from .storage import LayerStorage
+from .ops import OPS
+from .plan import plan
+from .view import CacheView, Sequences
 
 __all__ = ["Explanation", "explain"]
+
+_ON_CACHE = ("append_", "attention", "gather")
+_OPS = (*(name for name in OPS if not name.endswith("_")), *_ON_CACHE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +31,7 @@ class Explanation:
     """What `explain` found; ``print`` shows it.
 
     Attributes:
-        op: The operation, as `kvquant.ops` calls it.
+        op: The operation, as it is called in `kvquant`.
         backend: Who would serve it: "cuda", "cpu" or "reference".
         reason: Why this one.
         details: More to know about it, by name.
@@ -70,8 +74,7 @@ def explain(
         TypeError: A dtype that no operation takes, a format that is none.
     """
     require(
-        isinstance(op, str) and op in ops.OPS,
-        f"op: expected one of {', '.join(ops.OPS)}, got {op!r}",
+        isinstance(op, str) and op in _OPS, f"op: expected one of {', '.join(_OPS)}, got {op!r}"
     )
     check_float_dtype("dtype", dtype)
     require(
@@ -80,21 +83,23 @@ def explain(
         TypeError,
     )
     if cache is not None:
-        storage = cache.storage(0)
         device, format = cache.device, cache.format
-        head_dim, v_head_dim = storage.k_data.shape[3], storage.v_data.shape[3]
+        head_dim, v_head_dim = cache.head_dim, cache.v_head_dim
     head_dim = check_head_dim("head_dim", head_dim)
     v_dim = head_dim if v_head_dim is None else check_head_dim("v_head_dim", v_head_dim)
     fmt = CacheFormat() if format is None else check_format(format)
     target = check_device("device", device)
-    backend, reason = ops.choose(op, _arguments(op, target, head_dim, v_dim, dtype, fmt))
+    dims = (head_dim, v_dim) if op in _ON_CACHE else ()
+    backend, reason = backends.choose(target, *dims)
     details: dict[str, Any] = {"device": _device_name(target)}
     if backend.name != "reference":
         details.update(backends.build_info())
-    if op in ("attention", "append_", "gather"):
+    if op in _ON_CACHE:
         stored, plain = fmt.row_bytes(head_dim, v_dim), 2 * (head_dim + v_dim)
         details["format"] = fmt
         details["bytes of a token and head"] = f"{stored}, {plain / stored:.2f}x less than float16"
+    if op == "attention":
+        details.update(_planned(target, head_dim, v_dim, dtype, fmt))
     if cache is not None:
         details["cache"] = repr(cache)
     if cache is not None and op == "attention":
@@ -121,33 +126,12 @@ def _device_name(device: torch.device) -> str:
     return str(device)
 
 
-def _arguments(
-    op: str, device: torch.device, head_dim: int, v_dim: int, dtype: torch.dtype, fmt: CacheFormat
-) -> tuple[Any, ...]:
-    """The smallest arguments of an operation: what a backend looks at to accept or refuse."""
-
-    def rows(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    if op in ("attention", "append_", "gather"):
-        storage = LayerStorage.allocate(1, 1, 16, head_dim, v_dim, format=fmt, device=device)
-        slabs = (
-            storage.k_data, storage.k_params, storage.k_mean, storage.v_data, storage.v_params
-        )  # fmt: skip
-        index = torch.zeros(1, 1, dtype=torch.int32, device=device)
-        kind = (fmt.mean_group, fmt.k_rotation(head_dim), fmt.v_rotation(v_dim))
-        if op == "gather":
-            return (*slabs, index, index[0], None, *kind, 1, dtype)
-        if op == "append_":
-            new = (rows(1, 1, 1, head_dim), rows(1, 1, 1, v_dim))
-            return (*new, *slabs, index, index[0], None, None, None, *kind, 1, False)
-        options = (1, head_dim**-0.5, True, 0, 0.0, 0, False)
-        query = rows(1, 1, 1, head_dim)
-        return (query, *slabs, index, index[0], None, None, None, None, *kind, *options)
-    q = torch.empty(1, 1, 1, head_dim, dtype=torch.uint8, device=device)
-    pair = [torch.empty(1, 1, 1, 1, device=device) for _ in range(2)]
-    if op == "quantize":
-        return rows(1, 1, 1, head_dim), 0.0, 255.0, "token", 0
-    if op == "dequantize":
-        return (q, *pair, 0, dtype)
-    return (rows(1, 1, 1, head_dim if op == "qk_matmul" else 1), q, *pair, 0)
+def _planned(
+    device: torch.device, head_dim: int, v_dim: int, dtype: torch.dtype, fmt: CacheFormat
+) -> dict[str, Any]:
+    """The kernels of a decode step, on a cache of one block."""
+    view = CacheView.allocate(1, 1, 16, head_dim, v_dim, format=fmt, device=device)
+    index = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    query, value = (torch.empty(1, 1, 1, n, dtype=dtype, device=device) for n in (head_dim, v_dim))
+    found = plan(query, view, Sequences(index, index[0]), query, value)
+    return {"kernels": found.regime, **found.details}

@@ -4,41 +4,23 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from . import ops
-from .arguments import (
-    check_flag,
-    check_float_dtype,
-    check_integer,
-    check_number,
-    require,
-)
-from .checks import (
-    check_block_table,
-    check_index,
-    check_no_grad,
-    check_packed,
-    check_pair,
-    check_rows,
-    check_slots,
-    check_split_size,
-    check_storage,
-    check_table,
-    check_window,
-)
-from .storage import LayerStorage
+from . import backends, ops
+from .arguments import check_flag, check_float_dtype, check_integer, check_tensor, require
+from .calls import check_append, check_gather, check_memory, check_out, problem_of
+from .checks import check_device_of, check_index, check_packed, check_table
+from .errors import CacheFullError
+from .plan import AttentionOptions, dispatch, options_of, planned
+from .view import CacheView, Sequences
 
-__all__ = [
-    "append_",
-    "attention",
-    "gather",
-]
+__all__ = ["append_", "attention", "gather"]
 
 
 def append_(
     key: Tensor,
     value: Tensor,
-    storage: LayerStorage,
+    view: CacheView,
     *,
     block_table: Tensor | None = None,
     seq_lens: Tensor | None = None,
@@ -48,16 +30,16 @@ def append_(
     max_seqlen: int | None = None,
     advance: bool = False,
 ) -> None:
-    """Quantise keys and values and scatter them into a layer's storage, in one launch.
+    """Quantise keys and values and scatter them into a layer's memory, in one launch.
 
     Rows land behind ``seq_lens`` through the block table, or at ``slot_mapping``. Rows that the
-    storage has no place for are dropped on the device; on the host they are an error.
+    memory has no place for are dropped on the device; on the host they are an error.
 
     Args:
         key: ``(batch, tokens, kv_heads, head_dim)``, or packed ``(total, kv_heads, head_dim)`` with
             ``cu_seqlens``; float16, bfloat16 or float32, any strides, last dimension contiguous.
         value: Likewise, its head_dim may differ.
-        storage: Where to write.
+        view: Where to write.
         block_table: int32 ``(batch, max_blocks)``. Needed unless ``slot_mapping`` is given and the
             format has no key mean; without it the slots alone say where rows go, and
             ``cu_seqlens``, ``seq_starts`` and ``max_seqlen`` are refused.
@@ -73,20 +55,10 @@ def append_(
         ValueError: Arguments that do not fit together.
         CacheFullError: Past the table's capacity, where the lengths are on the host.
     """
-    packed = cu_seqlens is not None
-    if slot_mapping is not None and isinstance(key, Tensor):
-        packed = packed or key.dim() == 3
-    check_pair(key, value, 3 if packed else 4)
     check_flag("advance", advance)
-    check_storage(storage, key=key, value=value)
     require(
-        key.shape[-2] == storage.k_data.shape[1],
-        f"key: {key.shape[-2]} heads, but the storage has {storage.k_data.shape[1]}",
-    )
-    rows = key.shape[0] if packed else key.shape[0] * key.shape[1]
-    by_table = slot_mapping is None or storage.format.key_mean is not None
-    require(
-        (block_table is None) == (seq_lens is None) and not (by_table and block_table is None),
+        (block_table is None) == (seq_lens is None)
+        and not (block_table is None and slot_mapping is None),
         "block_table, seq_lens: needed without a slot_mapping, and with a key mean; else both or "
         "neither",
     )
@@ -94,256 +66,245 @@ def append_(
         not advance or (seq_lens is not None and slot_mapping is None),
         "advance: needs seq_lens, and no slot_mapping",
     )
-    new_tokens = rows if packed else key.shape[1]
+    seqs = None
     if block_table is None or seq_lens is None:
         for name, x in (
             ("cu_seqlens", cu_seqlens), ("seq_starts", seq_starts), ("max_seqlen", max_seqlen)
         ):  # fmt: skip
             require(x is None, f"{name}: only with a block_table, got a slot_mapping alone")
     else:
-        batch = check_table(block_table)
+        check_tensor("key", key)
         require(
-            packed or key.shape[0] == batch,
-            f"key: batch {key.shape[0]}, but block_table has {batch}",
-        )
-        require(
-            not packed or cu_seqlens is not None,
+            slot_mapping is None or cu_seqlens is not None or key.dim() != 3,
             "cu_seqlens: needed for packed rows with a block_table",
         )
-        max_seqlen = check_packed("cu_seqlens", cu_seqlens, batch, rows, key.device, max_seqlen)
-        check_index("seq_starts", seq_starts, batch, key.device)
-        added: int | Tensor = new_tokens if cu_seqlens is None else cu_seqlens.diff()
-        check_block_table(
-            block_table, seq_lens, storage, key.device, added=added if by_table else 0
+        seqs = _batch(
+            key, block_table, seq_lens, seq_starts, "cu_seqlens", cu_seqlens, max_seqlen, advance
         )
-    check_slots(slot_mapping, rows, storage, key.device)
-    fmt = storage.format
-    ops.call(
-        "append_",
-        key,
-        value,
-        storage.k_data,
-        storage.k_params,
-        storage.k_mean,
-        storage.v_data,
-        storage.v_params,
-        block_table,
-        seq_lens,
-        cu_seqlens,
-        seq_starts,
-        slot_mapping,
-        fmt.mean_group,
-        fmt.k_rotation(key.shape[-1]),
-        fmt.v_rotation(value.shape[-1]),
-        new_tokens if max_seqlen is None else max_seqlen,
-        advance,
-    )
+    check_append(key, value, view, seqs, slot_mapping)
+    if _on_host(key.device):
+        if seqs is not None:
+            by_table = slot_mapping is None or view.mean_group > 0
+            _check_contents(seqs, view, _added(seqs, key) if by_table else 0)
+        _check_slots(slot_mapping, view)
+    if ops.is_plain(key):
+        backend = backends.select("append_", view.device, view.k.head_dim, view.v.head_dim)
+        backend.append(key, value, view, seqs, slot_mapping)
+    else:
+        ops.append(key, value, view, seqs, slot_mapping)
 
 
 def gather(
-    storage: LayerStorage,
+    view: CacheView,
     *,
     block_table: Tensor,
     seq_lens: Tensor,
     seq_starts: Tensor | None = None,
     tokens: int | None = None,
     dtype: torch.dtype = torch.float32,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Dequantise a layer: the keys and values that attention sees.
 
     Args:
-        storage: The layer.
+        view: The layer.
         block_table: int32 ``(batch, max_blocks)``.
         seq_lens: int32 ``(batch,)``: stored tokens.
         seq_starts: int32 ``(batch,)``: tokens before it are padding.
         tokens: Rows of the result, the table's capacity by default.
         dtype: Of the result: float16, bfloat16 or float32.
+        out: Where key and value go, instead of ``tokens`` and ``dtype``; by default new tensors.
 
     Returns:
-        key ``(batch, tokens, kv_heads, k_dim)`` and value ``(batch, tokens, kv_heads, v_dim)``;
-        rows outside ``[seq_starts, seq_lens)`` are zero.
+        key ``(batch, tokens, kv_heads, head_dim)`` and value ``(batch, tokens, kv_heads,
+        v_head_dim)``; rows outside ``[seq_starts, seq_lens)`` are zero.
 
     Raises:
         TypeError: An argument of another type, a dtype that is not supported.
         ValueError: Arguments that do not fit together.
     """
-    check_storage(storage)
-    device = storage.k_data.device
-    check_index("seq_starts", seq_starts, check_table(block_table), device)
-    check_block_table(block_table, seq_lens, storage, device)
-    capacity = block_table.shape[1] * storage.block_size
-    if tokens is None:
-        tokens = capacity
-    elif not 0 <= (tokens := check_integer("tokens", tokens)) <= capacity:
-        raise ValueError(f"tokens: expected 0 to {capacity}, got {tokens}")
+    check_memory(view)
+    check_table(block_table)
+    check_device_of("block_table", block_table, view.device)
+    seqs = Sequences(block_table, seq_lens, seq_starts)
+    check_memory(view, seqs)
+    if _on_host(view.device):
+        _check_contents(seqs, view, 0)
     check_float_dtype("dtype", dtype)
-    fmt = storage.format
-    result: tuple[Tensor, Tensor] = ops.call(
-        "gather",
-        storage.k_data,
-        storage.k_params,
-        storage.k_mean,
-        storage.v_data,
-        storage.v_params,
-        block_table,
-        seq_lens,
-        seq_starts,
-        fmt.mean_group,
-        fmt.k_rotation(storage.k_data.shape[3]),
-        fmt.v_rotation(storage.v_data.shape[3]),
-        tokens,
-        dtype,
-    )
-    return result
+    if out is None:
+        capacity = seqs.spec.max_blocks * view.block_size
+        if tokens is None:
+            tokens = capacity
+        elif not 0 <= (tokens := check_integer("tokens", tokens)) <= capacity:
+            raise ValueError(f"tokens: expected 0 to {capacity}, got {tokens}")
+        lead, new = (seqs.spec.batch, tokens, view.num_kv_heads), view.k.codes.new_empty
+        key, value = (new((*lead, rows.head_dim), dtype=dtype) for rows in (view.k, view.v))
+    else:
+        require(tokens is None, "tokens: out says how many")
+        require(
+            isinstance(out, tuple) and len(out) == 2,
+            f"out: expected a pair of tensors, got {type(out).__name__}",
+            TypeError,
+        )
+        key, value = out
+        check_gather(view, seqs, key, value)
+    if ops.is_plain(view.k.codes):
+        backend = backends.select("gather_", view.device, view.k.head_dim, view.v.head_dim)
+        backend.gather(view, seqs, key, value)
+    else:
+        ops.gather(view, seqs, key, value)
+    return key, value
 
 
 def attention(
     query: Tensor,
-    storage: LayerStorage,
+    view: CacheView,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
     *,
     block_table: Tensor,
     seq_lens: Tensor,
-    cu_seqlens_q: Tensor | None = None,
     seq_starts: Tensor | None = None,
-    key: Tensor | None = None,
-    value: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = True,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
-    split_size: int | None = None,
+    out: Tensor | None = None,
     return_lse: bool = False,
+    **options: Unpack[AttentionOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention straight on the 8-bit rows, flash-style (Dao et al.), split over tokens.
+    """Attention straight on the quantised rows, flash-style (Dao et al.), split over tokens.
 
     One contract for decode, speculative chunks and prefill over a history. Query token ``i`` of
     ``n`` stands at position ``seq_len - n + i``. With ``key`` and ``value``, these are appended
-    first, and ``seq_lens`` is what was stored before them (it is not changed).
+    first, and ``seq_lens`` is what was stored before them (it is not changed). For a loop of many
+    steps, `plan` once and `Plan.run` at each.
 
     Args:
         query: ``(batch, tokens, q_heads, head_dim)``, or packed ``(total, q_heads, head_dim)`` with
             ``cu_seqlens_q``; float16, bfloat16 or float32, any strides, last dimension contiguous.
-        storage: The layer; its heads divide q_heads.
+        view: The layer; its heads divide q_heads.
+        key: New keys, as in `append_`, as many rows as queries.
+        value: New values.
         block_table: int32 ``(batch, max_blocks)``.
         seq_lens: int32 ``(batch,)``: stored tokens, the queries' own among them unless ``key`` is
             given.
-        cu_seqlens_q: int32 ``(batch + 1,)``: where each sequence's packed queries begin.
         seq_starts: int32 ``(batch,)``: tokens before it are padding and never seen.
-        key: New keys, as in `append_`.
-        value: New values.
+        cu_seqlens_q: int32 ``(batch + 1,)``: where each sequence's packed queries begin.
         max_seqlen_q: With ``cu_seqlens_q``, most packed queries of one sequence; by default their
             total.
-        softmax_scale: ``head_dim**-0.5`` by default.
-        causal: A query sees no token behind its own position.
-        sliding_window: A query at ``i`` sees tokens ``j > i - sliding_window``.
-        softcap: Scores become ``softcap * tanh(score / softcap)`` (Gemma 2).
         sinks: float32 ``(q_heads,)``: a logit a head that joins the softmax with no value
             (GPT-OSS).
         alibi_slopes: float32 ``(q_heads,)``: scores lose ``slope * |i - j|``.
-        split_size: On CUDA a sequence's tokens are cut into splits whose number depends on the
-            sizes of the whole call (batch, heads, capacity), so that the same sequence in another
-            batch may differ in its last bits. With a split_size every split has so many tokens (a
-            positive multiple of 256, at most 2**30), whatever else is in the call: a sequence's
-            result does not depend on the batch it is in. It can cost speed, and the capacity may
-            be 256 splits at most. Packed calls need the same max_seqlen_q for the same bits. On
-            the CPU and in the torch reference results never depend on the batch: there it changes
-            nothing.
+        out: Where the output goes; by default a new tensor.
         return_lse: Also return the log-sum-exp of the scores (and sinks).
+        **options: ``softmax_scale`` (``head_dim**-0.5`` by default); ``causal`` (True): a query
+            sees no token behind its own position; ``sliding_window``: a query at ``i`` sees tokens
+            ``j > i - sliding_window``; ``softcap``: scores become ``softcap * tanh(score /
+            softcap)`` (Gemma 2); ``split_size``: on CUDA a sequence's tokens are cut into splits
+            whose number depends on the sizes of the whole call (batch, heads, capacity), so that
+            the same sequence in another batch may differ in its last bits. With a split_size every
+            split has so many tokens (a positive multiple of 256, at most 2**30), whatever else is
+            in the call: a sequence's result does not depend on the batch it is in. It can cost
+            speed, and the capacity may be 256 splits at most. Packed calls need the same
+            max_seqlen_q for the same bits. On the CPU and in the torch reference results never
+            depend on the batch: there it changes nothing.
 
     Returns:
         The output in query's dtype and shape (value's head_dim), zero where a query sees nothing
-        and in packed rows of no sequence; with ``return_lse`` also float32 ``query.shape[:-1]``:
-        the logarithm of the softmax's denominator, the sink's part included; -inf where there is
-        neither token nor sink, and in packed rows of no sequence.
+        and in packed rows of no sequence (in ``out`` these keep what it held); with ``return_lse``
+        also float32 ``query.shape[:-1]``: the logarithm of the softmax's denominator, the sink's
+        part included; -inf where there is neither token nor sink, and in packed rows of no
+        sequence.
 
     Raises:
         TypeError: An argument of another type, a dtype that is not supported.
         ValueError: Arguments that do not fit together.
         CacheFullError: New keys past the capacity, where the lengths are on the host.
     """
-    packed = cu_seqlens_q is not None
-    check_rows("query", query, 3 if packed else 4)
-    check_no_grad(query=query)
-    check_storage(storage, query=query)
-    batch, heads, kv_heads = check_table(block_table), query.shape[-2], storage.k_data.shape[1]
-    require(
-        heads > 0 and heads % kv_heads == 0,
-        f"query: {heads} heads are no multiple of the storage's {kv_heads} (got shape "
-        f"{list(query.shape)})",
-    )
-    check_flag("causal", causal)
+    check_tensor("query", query)
     check_flag("return_lse", return_lse)
-    require(
-        packed or query.shape[0] == batch,
-        f"query: batch {query.shape[0]}, but block_table has {batch}",
+    seqs = _batch(
+        query, block_table, seq_lens, seq_starts, "cu_seqlens_q", cu_seqlens_q, max_seqlen_q, False
     )
-    max_seqlen_q = check_packed(
-        "cu_seqlens_q", cu_seqlens_q, batch, query.shape[0], query.device, max_seqlen_q
-    )
-    check_index("seq_starts", seq_starts, batch, query.device)
+    numbers = options_of(query.shape[-1] if query.dim() else 1, options)
+    heads = query.shape[-2] if query.dim() > 1 else 0
     check_index("sinks", sinks, heads, query.device, torch.float32)
     check_index("alibi_slopes", alibi_slopes, heads, query.device, torch.float32)
-    window = check_window(sliding_window)
-    cap = 0.0 if softcap is None else check_number("softcap", softcap, positive=True)
-    split = check_split_size(split_size)
-    scale = query.shape[-1] ** -0.5
-    if softmax_scale is not None:
-        scale = check_number("softmax_scale", softmax_scale)
-    require(
-        (key is None) == (value is None),
-        "key, value: expected both or neither",
-    )
-    if key is not None and value is not None:
-        check_pair(key, value, 3 if packed else 4)
-        require(
-            not packed or key.shape[0] == query.shape[0],
-            f"key: {key.shape[0]} packed rows, but query has {query.shape[0]}",
+    wanted = {"sinks": sinks is not None, "alibi_slopes": alibi_slopes is not None}
+    if not ops.is_plain(query):
+        problem_of(query, view, seqs, key, value, numbers, **wanted)
+        check_out(out, None, query, view.v.head_dim)
+        if _on_host(query.device):
+            _check_contents(seqs, view, 0 if key is None else _added(seqs, key))
+        return dispatch(
+            query, view, seqs, key, value, numbers, sinks, alibi_slopes, out, None, return_lse
         )
-        if split and not torch.compiler.is_compiling():
-            layer = (storage.k_data, storage.k_params, storage.k_mean, storage.v_data)
-            capacity = block_table.shape[1] * storage.block_size
-            ops.refuse_splits((query, *layer), split, capacity)
-        append_(
-            key,
-            value,
-            storage,
-            block_table=block_table,
-            seq_lens=seq_lens,
-            cu_seqlens=cu_seqlens_q,
-            seq_starts=seq_starts,
-            max_seqlen=max_seqlen_q,
+    plan = planned(query, view, seqs, key, value, numbers, **wanted, lse=return_lse)
+    check_out(out, None, query, view.v.head_dim)
+    if _on_host(query.device):
+        _check_contents(seqs, view, 0 if key is None else _added(seqs, key))
+    return plan.launch(query, view, seqs, key, value, sinks, alibi_slopes, out)
+
+
+def _batch(
+    rows: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    seq_starts: Tensor | None,
+    name: str,
+    cu_seqlens: Tensor | None,
+    most: int | None,
+    advance: bool,
+) -> Sequences:
+    """A call's sequences; on the host, packed rows are checked to be among the rows there are."""
+    batch = check_table(block_table)
+    check_tensor("query" if name.endswith("q") else "key", rows)
+    check_device_of("block_table", block_table, rows.device)
+    total = rows.shape[0] if rows.dim() else 0
+    most = check_packed(name, cu_seqlens, batch, total, rows.device, most)
+    bound = 0
+    if cu_seqlens is not None:
+        bound = max(1, total) if most is None else most
+    return Sequences(block_table, seq_lens, seq_starts, cu_seqlens, bound, advance)
+
+
+def _on_host(device: torch.device) -> bool:
+    return device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _added(seqs: Sequences, rows: Tensor) -> int | Tensor:
+    return rows.shape[1] if seqs.cu_seqlens_q is None else seqs.cu_seqlens_q.diff()
+
+
+def _check_contents(seqs: Sequences, view: CacheView, added: int | Tensor) -> None:
+    """What a table and lengths hold, where the host may look."""
+    lens, table = seqs.seq_lens, seqs.block_table
+    capacity, num_blocks = seqs.spec.max_blocks * view.block_size, view.num_blocks
+    ends = lens + added
+    if bool((lens < 0).any()):
+        raise ValueError(f"seq_lens: expected no negative length, got {lens.tolist()}")
+    if bool((ends > capacity).any()):
+        error = CacheFullError if bool((lens <= capacity).all()) else ValueError
+        raise error(f"seq_lens: {ends.tolist()} tokens, but there is room for {capacity} each")
+    first = torch.arange(seqs.spec.max_blocks, dtype=torch.int32) * view.block_size
+    bad = (first < ends.unsqueeze(1)) & ((table < 0) | (table >= num_blocks))
+    if bool(bad.any()):
+        raise ValueError(
+            f"block_table: block {table[bad][0].item()} is out of range, the view has {num_blocks}"
         )
-        seq_lens = seq_lens + (key.shape[1] if cu_seqlens_q is None else cu_seqlens_q.diff())
-    else:
-        check_block_table(block_table, seq_lens, storage, query.device)
-    fmt = storage.format
-    tokens = query.shape[0] if packed else query.shape[1]
-    out, lse = ops.call(
-        "attention",
-        query,
-        storage.k_data,
-        storage.k_params,
-        storage.k_mean,
-        storage.v_data,
-        storage.v_params,
-        block_table,
-        seq_lens,
-        cu_seqlens_q,
-        seq_starts,
-        sinks,
-        alibi_slopes,
-        fmt.mean_group,
-        fmt.k_rotation(query.shape[-1]),
-        fmt.v_rotation(storage.v_data.shape[3]),
-        tokens if max_seqlen_q is None else max_seqlen_q,
-        scale,
-        causal,
-        window,
-        cap,
-        split,
-        return_lse,
-    )
-    return (out, lse) if return_lse else out
+
+
+def _check_slots(slot_mapping: Tensor | None, view: CacheView) -> None:
+    """Slots in range, none of them twice."""
+    if slot_mapping is None:
+        return
+    slots = view.num_blocks * view.block_size
+    if bool(((slot_mapping < -1) | (slot_mapping >= slots)).any()):
+        raise ValueError(
+            f"slot_mapping: expected -1 to {slots - 1}, got {int(slot_mapping.min())} to "
+            f"{int(slot_mapping.max())}"
+        )
+    taken = slot_mapping[slot_mapping >= 0]
+    if taken.unique().numel() != taken.numel():
+        raise ValueError("slot_mapping: a slot is given twice")

@@ -16,6 +16,7 @@ from .arguments import (
     require,
 )
 from .checks import check_affine, check_no_grad, check_rows
+from .ops.affine import check_factor
 
 __all__ = ["dequantize_cache_torch", "pv_matmul", "qk_matmul", "quantize_cache_v"]
 
@@ -122,7 +123,7 @@ def qk_matmul(
         ValueError: Shapes that do not belong together.
     """
     group = check_affine("qk", qk, scale, zero, group_size)
-    _check_factor("query", query, "qk", qk, qk.shape[3])
+    check_factor("query", query, "qk", qk, qk.shape[3])
     result: Tensor = ops.call("qk_matmul", query, qk, scale.float(), zero.float(), group)
     return result
 
@@ -147,7 +148,7 @@ def pv_matmul(
         ValueError: Shapes that do not belong together.
     """
     group = check_affine("qv", qv, scale, zero, group_size)
-    _check_factor("probs", probs, "qv", qv, qv.shape[2])
+    check_factor("probs", probs, "qv", qv, qv.shape[2])
     result: Tensor = ops.call("pv_matmul", probs, qv, scale.float(), zero.float(), group)
     return result
 
@@ -158,15 +159,3 @@ def _code(name: str, code: Any) -> float:
         require(code.numel() == 1, f"{name}: expected one number, got shape {list(code.shape)}")
         code = code.item()
     return check_number(name, code if isinstance(code, float) else check_integer(name, code))
-
-
-def _check_factor(name: str, x: Tensor, codes: str, q: Tensor, last: int) -> None:
-    check_rows(name, x, 4, any_dim=True)
-    check_no_grad(**{name: x})
-    require(q.shape[1] > 0, f"{codes}: expected a head at least, got shape {list(q.shape)}")
-    require(
-        x.shape[0] == q.shape[0] and x.shape[1] % q.shape[1] == 0 and x.shape[3] == last,
-        f"{name}: expected shape [{q.shape[0]}, a multiple of {q.shape[1]}, any, {last}], got "
-        f"{list(x.shape)}",
-    )
-    require(x.device == q.device, f"{name}: on {x.device}, but the quantised tensor on {q.device}")

@@ -21,29 +21,71 @@ Seed = Annotated[int, typer.Option(help="Another seed, other calls.")]
 Device = Annotated[str, typer.Option(help="Where the tensors are: cpu or cuda.")]
 
 
+Count = Annotated[int, typer.Option(help="How many calls.")]
+First = Annotated[int, typer.Option(help="The number of the first one.")]
+Only = Annotated[int | None, typer.Option(help="One call in this process, shown.")]
+Wrap = Annotated[str, typer.Option(help="A tool to run the calls under.")]
+Limit = Annotated[
+    float | None, typer.Option(help="Most seconds of one call: 20, within a tool 120.")
+]
+Jobs = Annotated[int, typer.Option(min=1, help="How many processes at a time.")]
+Seconds = Annotated[
+    float | None, typer.Option(help="After so many seconds no further number begins.")
+]
+
+
 @app.command()
 def calls(
-    count: Annotated[int, typer.Option(help="How many calls.")] = 2000,
-    first: Annotated[int, typer.Option(help="The number of the first one.")] = 0,
-    only: Annotated[int | None, typer.Option(help="One call in this process, shown.")] = None,
+    count: Count = 2000,
+    first: First = 0,
+    only: Only = None,
     seed: Seed = 0,
     device: Device = "cpu",
-    wrap: Annotated[str, typer.Option(help="A tool to run the calls under.")] = "",
-    limit: Annotated[
-        float | None, typer.Option(help="Most seconds of one call: 20, within a tool 120.")
-    ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="How many processes at a time.")] = 1,
-    seconds: Annotated[
-        float | None, typer.Option(help="After so many seconds no further number begins.")
-    ] = None,
+    wrap: Wrap = "",
+    limit: Limit = None,
+    jobs: Jobs = 1,
+    seconds: Seconds = None,
 ) -> None:
     """Random calls of everything public, good and bad: none crashes, all do as they should."""
     from . import run
 
     if missing := run.uncovered():
         raise typer.BadParameter(f"nothing fuzzes {', '.join(missing)}")
+    _run("calls", count, first, only, seed, device, wrap, limit, jobs, seconds)
+
+
+@app.command()
+def ops(
+    count: Count = 5000,
+    first: First = 0,
+    only: Only = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    wrap: Wrap = "",
+    limit: Limit = None,
+    jobs: Jobs = 1,
+    seconds: Seconds = None,
+) -> None:
+    """Random calls of torch.ops.kvquant's operators, good and spoilt: none crashes."""
+    _run("ops", count, first, only, seed, device, wrap, limit, jobs, seconds)
+
+
+def _run(
+    what: str,
+    count: int,
+    first: int,
+    only: int | None,
+    seed: int,
+    device: str,
+    wrap: str,
+    limit: float | None,
+    jobs: int,
+    seconds: float | None,
+) -> None:
+    from . import run
+
     if only is not None:
-        raise typer.Exit(_only(only, seed, device))
+        raise typer.Exit(_only(what, only, seed, device))
     begin = said = time.monotonic()
     with console.status("starting") as status:
 
@@ -59,11 +101,11 @@ def calls(
                 print(f"{said - begin:.0f} s: {text}", flush=True)
 
         total = run.run_all(
-            seed, first, first + count, device=device, wrap=wrap, jobs=jobs, told=told,
+            seed, first, first + count, what=what, device=device, wrap=wrap, jobs=jobs, told=told,
             limit=limit or (120.0 if wrap else 20.0),
             seconds=math.inf if seconds is None else seconds,
         )  # fmt: skip
-    _show(total, seed, device)
+    _show(what, total, seed, device)
     if total.numbers < count:
         console.print(
             f"stopped after {total.seconds:.0f} s: {total.numbers:,} numbers, "
@@ -72,7 +114,7 @@ def calls(
     raise typer.Exit(bool(total.failures))
 
 
-def _only(number: int, seed: int, device: str) -> int:
+def _only(what: str, number: int, seed: int, device: str) -> int:
     """Run one call here; its exit status."""
     import torch
 
@@ -85,13 +127,13 @@ def _only(number: int, seed: int, device: str) -> int:
         console.print(text, markup=False, highlight=False)
 
     report = Report(begin=lambda what: plainly(f"> {what}"), trace=plainly)
-    run.run_one(seed, number, device, report)
+    run.run_one(seed, number, device, report, what)
     for failure in report.failures:
         plainly(f"FAILED {failure.operation}: {failure.kind}: {failure.message}")
     return int(bool(report.failures))
 
 
-def _show(total: Total, seed: int, device: str) -> None:
+def _show(what: str, total: Total, seed: int, device: str) -> None:
     table = Table("operation", "calls", "accepted", "refused", title="Calls")
     for name, number in sorted(total.calls.items()):
         accepted = total.accepted[name]
@@ -110,7 +152,7 @@ def _show(total: Total, seed: int, device: str) -> None:
         report = [line for line in lines[1:] if line.startswith("=========")][:12]
         for line in (lines[0], *report):  # the second: a sanitizer's
             console.print(f"    {line}"[:400], markup=False)
-        console.print(f"    python -m tests.fuzz calls --only {number} --seed {seed}{where}")
+        console.print(f"    python -m tests.fuzz {what} --only {number} --seed {seed}{where}")
     if not total.failures:
         console.print("no failure")
 
@@ -118,6 +160,7 @@ def _show(total: Total, seed: int, device: str) -> None:
 @app.command(hidden=True)
 def child(
     path: str,
+    what: str,
     seed: Seed = 0,
     first: int = 0,
     end: int = 0,
@@ -125,10 +168,10 @@ def child(
     device: Device = "cpu",
     until: float = math.inf,
 ) -> None:
-    """What `calls` starts."""
+    """What `calls` and `ops` start."""
     from .run import child
 
-    child(path, seed, first, end, step, device, until)
+    child(path, what, seed, first, end, step, device, until)
 
 
 @app.command()

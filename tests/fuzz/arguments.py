@@ -255,7 +255,7 @@ class Choice(Kind):
 
 
 @dataclass(frozen=True)
-class Storage(Kind):
+class View(Kind):
     """A layer; ``sized``: the other arguments fix its head_dims and heads."""
 
     on_device = True
@@ -263,15 +263,33 @@ class Storage(Kind):
 
     def wrong(self, x: Any, dice: Dice) -> Iterator[Wrong]:
         yield from super().wrong(x, dice)
-        blocks, heads, size, k_dim = x.k_data.shape
-        v_dim = x.v_data.shape[3]
-        allocate = partial(kvquant.LayerStorage.allocate, format=x.format, device="cpu")
-        yield Wrong("tensor", partial(_same, x.k_data))
+        blocks, heads, size, k_dim = x.k.codes.shape
+        v_dim = x.v.codes.shape[3]
+        allocate = partial(kvquant.CacheView.allocate, format=x.format, device="cpu")
+        yield Wrong("tensor", partial(_same, x.k.codes))
         meta = partial(allocate, blocks, heads, size, k_dim, v_dim, device="meta")
         yield Wrong("on meta", meta, "meta")
         if self.sized:
             for change in ((heads, size, k_dim + 16, v_dim), (heads + 1, size, k_dim, v_dim)):
                 yield Wrong("of another shape", partial(allocate, blocks, *change), "size")
+
+
+class Pair(Kind):
+    """A tensor for keys, and one for values."""
+
+    on_device = True
+
+    def wrong(self, x: Any, dice: Dice) -> Iterator[Wrong]:
+        yield from super().wrong(x, dice)
+        if x is None:
+            return
+        for i in range(2):
+            for wrong in ROWS.wrong(x[i], dice):
+                yield replace(wrong, label=f"[{i}] {wrong.label}", make=_with(x, i, wrong.make))
+
+
+def _with(pair: tuple[Any, Any], i: int, make: Callable[[], Any]) -> Callable[[], Any]:
+    return lambda: (make(), pair[1]) if i == 0 else (pair[0], make())
 
 
 @dataclass(frozen=True)

@@ -32,16 +32,18 @@ from .functions import (
 )
 from .operations import (
     MAYBE_COUNT,
+    OUT,
     Arguments,
     Operation,
     Relation,
     gives,
     longer,
+    new_out,
     offsets,
     other_dtype,
 )
-from .others import FORMAT
 from .places import random_format, random_head_dims
+from .views import FORMAT
 
 LAYER = Integer(bad=(-1, 99, 2**40))
 _OFFSETS = replace(MAYBE_INDEX, anywhere=True)
@@ -102,8 +104,7 @@ def layer_of(dice: Dice, cache: QuantizedKVCache) -> Any:
 
 
 def dims_of(cache: QuantizedKVCache) -> tuple[int, int]:
-    storage = cache.storage(0)
-    return storage.k_data.shape[3], storage.v_data.shape[3]
+    return cache.head_dim, cache.v_head_dim
 
 
 def rows_for(dice: Dice, cache: QuantizedKVCache, *lead: int, plain: bool = False) -> Arguments:
@@ -172,7 +173,7 @@ APPEND = Operation(
 
 
 def _make_attend(dice: Dice, cache: Any) -> Arguments:
-    batch, heads, (k_dim, _) = cache.batch_size, cache.num_kv_heads, dims_of(cache)
+    batch, heads, k_dim = cache.batch_size, cache.num_kv_heads, cache.head_dim
     args: Arguments = {"layer": layer_of(dice, cache)}
     if dice.chance(0.4):  # a step as all others
         query = _plain_rows(dice, batch, 1, 2 * heads, k_dim)
@@ -189,6 +190,8 @@ def _make_attend(dice: Dice, cache: Any) -> Arguments:
     else:
         lead = batch, dice.number(0, most)
     args["query"] = dice.rows(*lead, heads, k_dim, clean=True)
+    if dice.chance(0.3):
+        args["out"] = new_out(dice, args["query"], cache.v_head_dim)
     return args | (rows_for(dice, cache, *lead) if appends else {})
 
 
@@ -201,6 +204,7 @@ ATTEND = Operation(
         "query": ROWS,
         "key": MAYBE_ROWS,
         "value": MAYBE_ROWS,
+        "out": OUT,
         "cu_seqlens_q": _OFFSETS,
         "max_seqlen_q": MAYBE_COUNT,
         **OPTION_KINDS,
@@ -212,6 +216,8 @@ ATTEND = Operation(
         *SIZES,
         longer("query", -1, "query of another head_dim"),
         other_dtype("value", "key"),
+        other_dtype("out", "query"),
     ),
+    written=lambda args: [x for x in [args.get("out")] if x is not None],
     refused=_no_room,
 )

@@ -25,8 +25,9 @@ from .compare import (
     LOOSE,
     Memory,
     attention_difference,
-    clone,
     difference,
+    own_fields,
+    parts,
     stored_difference,
     tensors_in,
 )
@@ -113,9 +114,12 @@ def show(x: Any) -> str:
             return f"{text} on {x.device}"
         small = x.numel() <= 8 and x.dim() < 3 and x.layout is torch.strided
         return f"{text} {x.tolist()}" if small else text
-    if isinstance(x, kvquant.LayerStorage):
-        parts = (f"{name}: {show(part)}" for name, part in x.tensors.items())
-        return f"Storage({', '.join(parts)}, {x.format})"
+    if isinstance(x, kvquant.CacheView):
+        shown = (f"{name}: {show(part)}" for name, part in parts(x).items())
+        return f"CacheView({', '.join(shown)}, {x.format})"
+    if isinstance(x, (kvquant.RowsView, kvquant.Sequences)):
+        shown = (f"{name}={show(value)}" for name, value in own_fields(x))
+        return f"{type(x).__name__}({', '.join(shown)})"
     if isinstance(x, dict):
         return "{" + ", ".join(f"{key}: {show(value)}" for key, value in x.items()) + "}"
     if isinstance(x, (list, tuple)):
@@ -167,6 +171,7 @@ def _relate(dice: Dice, plan: Plan, cache: Any, groups: set[str]) -> None:
     looked_at = plan.arguments.get(relation.of)
     unseen = dice.moves and isinstance(looked_at, Tensor) and plan.on_device(relation.of)
     unsure = relation.unsure or (unseen and dice.target == "cpu")
+    unseen = unseen or relation.unseen
     plan.error = relation.error
     labels = plan.unsure if unsure else plan.unseen if unseen else plan.mistakes
     labels.append(relation.label)
@@ -187,8 +192,9 @@ class Outcome:
             return cls(error=error)
 
 
-def names_of(call: Callable[..., Any]) -> set[str]:
-    return set(inspect.signature(call).parameters) - {"self", "cls"}
+def names_of(operation: Operation) -> set[str]:
+    parameters = inspect.signature(operation.call).parameters
+    return {*parameters, *operation.names} - {"self", "cls"}
 
 
 def names_an_argument(message: str, names: set[str]) -> bool:
@@ -241,10 +247,13 @@ def check_outcome(report: Report, plan: Plan, outcome: Outcome, must: bool | Non
         report.fail(plan, "wrong type of error", f"{text} ({where_from(error)})")
     elif not wrong and not plan.unsure and must is False:
         report.fail(plan, "refused though good", f"{text} ({where_from(error)})")
-    elif not names_an_argument(str(error), names_of(plan.operation.call)):
+    elif not names_an_argument(str(error), names_of(plan.operation)):
         report.fail(plan, "names no argument", f"{text} ({where_from(error)})")
     elif plan.error and type(error) is not plan.error:
         report.fail(plan, "wrong type of error", f"{text}, not {plan.error.__name__}")
+
+
+_WRITTEN = ("view", "seq_lens", "seqs")  # arguments that hold what calls write
 
 
 def run_function(dice: Dice, operation: Operation, report: Report, mistakes: int) -> None:
@@ -255,8 +264,9 @@ def run_function(dice: Dice, operation: Operation, report: Report, mistakes: int
     if dice.moves:
         arguments, twin = plan.arguments_on(dice.target), plan.arguments
     else:
-        twin = clone(arguments)
-    memory, before = Memory(arguments), clone(twin.get("storage"))
+        twin = moved(arguments, "cpu")
+    memory, before = Memory(arguments), moved(twin.get("view"), "cpu")
+    held = moved((twin.get("out"), twin.get("lse")), "cpu")
     outcome = Outcome.of(operation.call, **arguments)
     synchronize(dice)
     check_outcome(report, plan, outcome, False)
@@ -280,18 +290,23 @@ def run_function(dice: Dice, operation: Operation, report: Report, mistakes: int
             report.fail(plan, "on another device", why)
         result = moved(result, "cpu")
         if written:
-            arguments = moved({x: arguments.get(x) for x in ("storage", "seq_lens")}, "cpu")
+            arguments = moved({x: arguments.get(x) for x in _WRITTEN}, "cpu")
     tolerance = None
-    if written:
-        if why := stored_difference(arguments["storage"], twin["storage"], before):
-            report.fail(plan, "not as the reference", f"storage.{why}")
-        if why := difference(arguments.get("seq_lens"), twin.get("seq_lens")):
-            report.fail(plan, "not as the reference", f"seq_lens: {why}")
-        pairs = zip(tensors_in(arguments["storage"]), tensors_in(twin["storage"]), strict=True)
+    if written and "view" in arguments:
+        if why := stored_difference(arguments["view"], twin["view"], before):
+            report.fail(plan, "not as the reference", f"view.{why}")
+        for name in _WRITTEN[1:]:
+            ours, theirs = (tensors_in(x.get(name), name) for x in (arguments, twin))
+            for (part, a), (_, b) in zip(ours, theirs, strict=True):
+                if why := difference(a, b):
+                    report.fail(plan, "not as the reference", f"{part}: {why}")
+        pairs = zip(tensors_in(arguments["view"]), tensors_in(twin["view"]), strict=True)
         if any(difference(a, b) for (_, a), (_, b) in pairs):
             tolerance = LOOSE  # another rounding of a mean, and codes a step away
-    cu = twin.get("cu_seqlens_q")
-    why = attention_difference(cu, result, wanted.result, tolerance, rounds_queries=dice.moves)
+    cu = getattr(twin.get("seqs"), "cu_seqlens_q", twin.get("cu_seqlens_q"))
+    why = attention_difference(
+        cu, result, wanted.result, tolerance, rounds_queries=dice.moves, held=held
+    )
     if why:
         report.fail(plan, "not as the reference", plain(why))
 

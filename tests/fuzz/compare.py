@@ -15,13 +15,41 @@ _TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 LOOSE = 5e-2  # where stored codes may differ by a step
 
 
+_PARTS = {
+    "k_data": ("k.codes", torch.uint8),
+    "k_params": ("k.params", torch.float16),
+    "k_mean": ("mean", torch.float16),
+    "v_data": ("v.codes", torch.uint8),
+    "v_params": ("v.params", torch.float16),
+}
+
+
+def parts(view: kvquant.CacheView) -> dict[str, Tensor]:
+    """A view's tensors as what their bytes are, by the names that they have in a state dict."""
+    tensors = view.tensors
+    return {name: tensors[at].view(dtype) for name, (at, dtype) in _PARTS.items() if at in tensors}
+
+
+def rebuilt(view: kvquant.CacheView, named: dict[str, Tensor]) -> kvquant.CacheView:
+    """The same view of other tensors, by the names of `parts`."""
+    return view.replaced({_PARTS[name][0]: x.view(torch.uint8) for name, x in named.items()})
+
+
+def own_fields(x: Any) -> list[tuple[str, Any]]:
+    """What an object of the library's was made of."""
+    return [(f.name, getattr(x, f.name)) for f in dataclasses.fields(x) if f.init]
+
+
 def tensors_in(x: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every tensor that an argument leads to."""
     if isinstance(x, Tensor):
         yield name, x
-    elif isinstance(x, kvquant.LayerStorage):
-        for part, tensor in x.tensors.items():
+    elif isinstance(x, kvquant.CacheView):
+        for part, tensor in parts(x).items():
             yield f"{name}.{part}", tensor
+    elif isinstance(x, (kvquant.RowsView, kvquant.Sequences)):
+        for part, value in own_fields(x):
+            yield from tensors_in(value, f"{name}.{part}")
     elif isinstance(x, Mapping):
         for key, value in x.items():
             yield from tensors_in(value, f"{name}.{key}" if name else str(key))
@@ -60,7 +88,11 @@ class Memory:
             now = now.clone() if now is memory else now
             for x in but:
                 if x.untyped_storage().data_ptr() == address:
-                    place = x.storage_offset(), x.size(), x.stride()
+                    size = [
+                        n if step else min(n, 1)
+                        for n, step in zip(x.shape, x.stride(), strict=True)
+                    ]
+                    place = x.storage_offset(), size, x.stride()  # expanded: each element once
                     view, old = (
                         torch.empty(0, dtype=x.dtype).set_(buffer.untyped_storage(), *place)
                         for buffer in (now, before)
@@ -81,17 +113,6 @@ def equal(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(bits(a), bits(b)) or bool(((a == b) | (a.isnan() & b.isnan())).all())
-
-
-def clone(x: Any) -> Any:
-    """Arguments of the same content that share no memory with ``x``."""
-    if isinstance(x, Tensor):
-        return x.clone()
-    if isinstance(x, kvquant.LayerStorage):
-        return dataclasses.replace(x, **{name: part.clone() for name, part in x.tensors.items()})
-    if isinstance(x, dict):
-        return {key: clone(value) for key, value in x.items()}
-    return x
 
 
 def difference(got: Any, wanted: Any, tolerance: float | None = None) -> str | None:
@@ -138,48 +159,56 @@ def _tensor_difference(got: Any, wanted: Tensor, tolerance: float | None) -> str
 
 
 def attention_difference(
-    cu: Tensor | None, got: Any, wanted: Any, tolerance: float | None, *, rounds_queries: bool
+    cu: Tensor | None,
+    got: Any,
+    wanted: Any,
+    tolerance: float | None,
+    *,
+    rounds_queries: bool,
+    held: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> str | None:
     """`difference` of outputs, with rows of no sequence looked at first: they say nothing.
 
     ``rounds_queries``: the CUDA kernels take queries as integers, so an lse is as exact as they.
+    ``held``: what the caller's own output and lse held: rows of no sequence still do.
     """
     if rounds_queries and isinstance(wanted, tuple) and isinstance(wanted[0], Tensor):
         tolerance = max(tolerance or 0.0, _TOLERANCE.get(wanted[0].dtype, 0.0)) or None
-    if cu is None or type(got) is not type(wanted):
+    if cu is None or wanted is None or type(got) is not type(wanted):
         return difference(got, wanted, tolerance)
     first, last = int(cu[0]), int(cu[-1])
     pairs = [(got, wanted)] if isinstance(got, Tensor) else list(zip(got, wanted, strict=True))
     for i, (ours, theirs) in enumerate(pairs):
-        nothing = 0.0 if i == 0 else -torch.inf
+        old = held[i]
+        nothing = torch.full_like(theirs, 0.0 if i == 0 else -torch.inf) if old is None else old
         for x in (ours, theirs):
-            if (x[:first] != nothing).any() or (x[last:] != nothing).any():
-                return "rows outside of cu_seqlens_q are not empty"
+            if not (equal(x[:first], nothing[:first]) and equal(x[last:], nothing[last:])):
+                return "rows outside of cu_seqlens_q are not as they were"
         if why := difference(ours[first:last], theirs[first:last], tolerance):
             return why
     return None
 
 
 def stored_difference(
-    got: kvquant.LayerStorage, wanted: kvquant.LayerStorage, before: kvquant.LayerStorage
+    got: kvquant.CacheView, wanted: kvquant.CacheView, before: kvquant.CacheView
 ) -> str | None:
     """How a layer that was written differs from the reference's, or None.
 
     Without a mean every bit is the same; with one, a mean may be rounded otherwise and then a code
     is the next one. What the reference left alone is to be left alone.
     """
-    for name, x in got.tensors.items():
-        ours, theirs, old = x, wanted.tensors[name], before.tensors[name]
+    for name, x in parts(got).items():
+        ours, theirs, old = x, parts(wanted)[name], parts(before)[name]
         if equal(ours, theirs):
             continue
-        if got.k_mean is None or name.startswith("v_"):
+        if got.mean is None or name.startswith("v_"):
             return f"{name}: other bits"
         row = bits_of_rows(theirs).ne(bits_of_rows(old)).any(-1)
         if bits_of_rows(ours).ne(bits_of_rows(old)).any(-1)[~row].any():
             return f"{name}: a row was written that the reference left alone"
-    if got.k_mean is None:
+    if got.mean is None:
         return None
-    means = [x.k_mean.float() for x in (got, wanted) if x.k_mean is not None]
+    means = [x.mean.view(torch.float16).float() for x in (got, wanted) if x.mean is not None]
     if not torch.equal(means[0].isnan(), means[1].isnan()):
         return "k_mean: NaN elsewhere"
     largest = means[1].nan_to_num(nan=0).abs().amax().item() if means[1].numel() else 0.0
@@ -190,7 +219,7 @@ def stored_difference(
         return "k_mean: another mean"
     if not torch.equal(rows[0].isnan(), rows[1].isnan()):
         return "k_params: NaN elsewhere"
-    step = wanted.k_params[..., :1].float()
+    step = wanted.k.params.view(torch.float16)[..., :1].float()
     off = (rows[0] - rows[1]).abs() > 1.1 * step + 2**-9 * largest + 1e-4 + 1e-6 * large
     return "k_data: off by more than a step" if off.any() else None
 
@@ -199,6 +228,6 @@ def bits_of_rows(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8)
 
 
-def _dequantised(storage: kvquant.LayerStorage) -> Tensor:
-    scale, offset = storage.k_params.float().unbind(-1)
-    return scale[..., None] * storage.k_data.float() + offset[..., None]
+def _dequantised(view: kvquant.CacheView) -> Tensor:
+    scale, offset = view.k.params.view(torch.float16).float().unbind(-1)
+    return scale[..., None] * view.k.codes.float() + offset[..., None]

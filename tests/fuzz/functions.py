@@ -22,11 +22,14 @@ from .arguments import (
     Dtype,
     Flag,
     Integer,
-    Storage,
+    Pair,
+    View,
 )
+from .compare import parts
 from .dice import FLOATS, Dice
 from .operations import (
     MAYBE_COUNT,
+    OUT,
     TABLE,
     WHERE,
     WHERE_KINDS,
@@ -38,6 +41,7 @@ from .operations import (
     edited,
     gives,
     longer,
+    new_out,
     offsets,
     other_dtype,
 )
@@ -61,9 +65,9 @@ def most_of(dice: Dice, new: list[int]) -> Any:
     return dice.integer(max(new) + dice.among([0, 0, 1, 7, 100, 10**5, 2**30]))
 
 
-def new_rows(dice: Dice, storage: Any, *lead: int) -> Arguments:
-    heads, dtype = storage.k_data.shape[1], dice.among(FLOATS)
-    dims = storage.k_data.shape[3], storage.v_data.shape[3]
+def new_rows(dice: Dice, view: Any, *lead: int) -> Arguments:
+    heads, dtype = view.k.codes.shape[1], dice.among(FLOATS)
+    dims = view.k.codes.shape[3], view.v.codes.shape[3]
     key, value = (dice.rows(*lead, heads, dim, dtype=dtype) for dim in dims)
     return {"key": key, "value": value}
 
@@ -71,18 +75,18 @@ def new_rows(dice: Dice, storage: Any, *lead: int) -> Arguments:
 def _make_append(dice: Dice, cache: Any) -> Arguments:
     packed = dice.flag()
     place = random_place(dice, most_new=dice.among([1, 1, 3, 40]), ragged=packed)
-    storage, new, batch = place.storage, place.new, len(place.new)
+    view, new, batch = place.view, place.new, len(place.new)
     args = options_of(place, dice)
     if packed:
         edges, total = packed_offsets(dice, new)
-        args |= {**new_rows(dice, storage, total), "cu_seqlens": dice.index(edges)}
+        args |= {**new_rows(dice, view, total), "cu_seqlens": dice.index(edges)}
         args["max_seqlen"] = most_of(dice, new)
     else:
-        args |= new_rows(dice, storage, batch, new[0])
+        args |= new_rows(dice, view, batch, new[0])
         total = batch * new[0]
     if dice.chance(0.35):
-        args["slot_mapping"] = _random_slots(dice, place, total)
-        if storage.format.key_mean is None and dice.flag():
+        args["slot_mapping"] = random_slots(dice, place, total)
+        if view.format.key_mean is None and dice.flag():
             for name in ("block_table", "seq_lens", "cu_seqlens", "seq_starts", "max_seqlen"):
                 args[name] = None
     else:
@@ -90,12 +94,12 @@ def _make_append(dice: Dice, cache: Any) -> Arguments:
     return args
 
 
-def _random_slots(dice: Dice, place: Place, total: int) -> Tensor:
+def random_slots(dice: Dice, place: Place, total: int) -> Tensor:
     """With a mean, of rows that hold no token: a mean may be taken from those that do."""
-    storage, table = place.storage, place.table.cpu().long()
-    blocks, _, size, _ = storage.k_data.shape
+    view, table = place.view, place.table.cpu().long()
+    blocks, _, size, _ = view.k.codes.shape
     free = torch.ones(blocks * size, dtype=torch.bool)
-    if storage.format.key_mean is not None:
+    if view.format.key_mean is not None:
         for row, length in zip(table, place.lens, strict=True):
             token = torch.arange(length)
             free[row[token // size] * size + token % size] = False
@@ -117,10 +121,10 @@ def _only_one(dice: Dice, args: Arguments, cache: Any) -> bool:
 
 
 def _neither(dice: Dice, args: Arguments, cache: Any) -> bool:
-    storage = args.get("storage")
-    if not isinstance(storage, kvquant.LayerStorage):
+    view = args.get("view")
+    if not isinstance(view, kvquant.CacheView):
         return False
-    if args.get("slot_mapping") is not None and storage.format.key_mean is None:
+    if args.get("slot_mapping") is not None and view.format.key_mean is None:
         return False
     args["block_table"] = args["seq_lens"] = None
     return True
@@ -158,7 +162,7 @@ def _twice(dice: Dice, x: Tensor, args: Arguments) -> bool | None:
 
 
 def _no_slot(dice: Dice, x: Tensor, args: Arguments) -> None:
-    blocks, _, size, _ = args["storage"].k_data.shape
+    blocks, _, size, _ = args["view"].k.codes.shape
     x[dice.number(0, len(x) - 1)] = dice.among([-2, blocks * size, 2**40, -(2**63)])
 
 
@@ -217,7 +221,7 @@ APPEND = Operation(
         ),
     ),
     written=lambda args: [
-        *args["storage"].tensors.values(),
+        *parts(args["view"]).values(),
         *([args["seq_lens"]] if args.get("advance") is True else []),
     ],
     covers=("CacheFullError",),
@@ -229,11 +233,18 @@ APPEND = Operation(
 
 def _make_gather(dice: Dice, cache: Any) -> Arguments:
     place = random_place(dice)
-    return {
-        **options_of(place, dice),
-        "tokens": dice.among([None, dice.integer(dice.number(0, place.capacity))]),
-        "dtype": dice.among(FLOATS),
-    }
+    args = options_of(place, dice)
+    if dice.chance(0.3):
+        lead = (len(place.lens), dice.number(0, place.capacity), place.view.num_kv_heads)
+        rows = torch.empty(*lead, 16, dtype=dice.among(FLOATS))
+        dims = place.view.k.head_dim, place.view.v.head_dim
+        return args | {"out": tuple(new_out(dice, rows, dim) for dim in dims)}
+    tokens = dice.among([None, dice.integer(dice.number(0, place.capacity))])
+    return args | {"tokens": tokens, "dtype": dice.among(FLOATS)}
+
+
+def _tokens_beside(dice: Dice, args: Arguments) -> Any:
+    return NotImplemented if args.get("out") is None else dice.integer(1)
 
 
 GATHER = Operation(
@@ -242,14 +253,18 @@ GATHER = Operation(
     _make_gather,
     {
         **WHERE_KINDS,
-        "storage": Storage(sized=False),
+        "view": View(sized=False),
         "tokens": Integer(optional=True, bad=(-1, -(2**40), 2**40)),
         "dtype": Dtype(),
+        "out": Pair(optional=True),
     },
     (
         *WHERE,
+        Relation("tokens beside out", gives(tokens=_tokens_beside)),
         Relation("tokens beyond the table", gives(tokens=lambda dice, args: capacity_of(args) + 1)),
     ),
+    written=lambda args: list(args.get("out") or ()),
+    names=("key", "value"),
 )
 
 SPLIT = Integer(optional=True, bad=(0, -256, 300, 2**30 + 256, 2**40))
@@ -283,11 +298,11 @@ def attention_options(dice: Dice, heads: int) -> Arguments:
     return {name: x for name, x in choices.items() if dice.chance(0.25)}
 
 
-def _make_attention(dice: Dice, cache: Any) -> Arguments:
+def make_attention(dice: Dice, cache: Any) -> Arguments:
     packed, appends = dice.flag(), dice.flag()
     place = random_place(dice, most_new=dice.among([1, 1, 3, 40]) if appends else 0, ragged=packed)
-    storage, batch = place.storage, len(place.lens)
-    heads = storage.k_data.shape[1] * dice.number(1, 3)
+    view, batch = place.view, len(place.lens)
+    heads = view.k.codes.shape[1] * dice.number(1, 3)
     args = options_of(place, dice) | attention_options(dice, heads)
     new = place.new
     if not appends:
@@ -298,15 +313,17 @@ def _make_attention(dice: Dice, cache: Any) -> Arguments:
         edges, total = packed_offsets(dice, new)
         lead = (total,)
         args |= {"cu_seqlens_q": dice.index(edges), "max_seqlen_q": most_of(dice, new)}
-    args["query"] = dice.rows(*lead, heads, storage.k_data.shape[3], clean=True)
+    args["query"] = dice.rows(*lead, heads, view.k.codes.shape[3], clean=True)
     if appends:
-        args |= new_rows(dice, storage, *lead)
+        args |= new_rows(dice, view, *lead)
+    if dice.chance(0.3):
+        args["out"] = new_out(dice, args["query"], view.v.head_dim)
     return args
 
 
 def _odd_heads(dice: Dice, args: Arguments, cache: Any) -> bool:
     query = args.get("query")
-    heads = args["storage"].k_data.shape[1] if cache is None else cache.num_kv_heads
+    heads = args["view"].k.codes.shape[1] if cache is None else cache.num_kv_heads
     if not isinstance(query, Tensor) or query.dim() < 3 or heads == 1:
         return False
     args["query"] = query.new_zeros(*query.shape[:-2], query.shape[-2] + 1, query.shape[-1])
@@ -337,13 +354,14 @@ HEADS = (
 ATTENTION = Operation(
     "attention",
     kvquant.attention,
-    _make_attention,
+    make_attention,
     {
         **WHERE_KINDS,
         **OPTION_KINDS,
         "query": ROWS,
         "key": MAYBE_ROWS,
         "value": MAYBE_ROWS,
+        "out": OUT,
         "cu_seqlens_q": MAYBE_INDEX,
         "max_seqlen_q": MAYBE_COUNT,
     },
@@ -353,6 +371,7 @@ ATTENTION = Operation(
         *HEADS,
         *SIZES,
         other_dtype("value", "key"),
+        other_dtype("out", "query"),
         Relation(
             "full",
             gives(seq_lens=_full),
@@ -361,5 +380,9 @@ ATTENTION = Operation(
             error=kvquant.CacheFullError,
         ),
     ),
-    written=lambda args: list(args["storage"].tensors.values()) if "key" in args else [],
+    written=lambda args: [
+        *(parts(args["view"]).values() if args.get("key") is not None else ()),
+        *([args["out"]] if args.get("out") is not None else ()),
+    ],
+    names=tuple(OPTION_KINDS),
 )

@@ -20,7 +20,7 @@ from .moving import elsewhere, moved
 
 _PROPERTIES = (
     "num_layers", "batch_size", "num_kv_heads", "format", "device", "block_size", "capacity",
-    "max_length", "seq_lens", "seq_starts", "dtype",
+    "max_length", "seq_lens", "seq_starts", "dtype", "head_dim", "v_head_dim",
 )  # fmt: skip  # which blocks are taken follows from when dead forks are collected
 
 
@@ -157,11 +157,13 @@ def _one_operation(dice: Dice, report: Report, pair: Pair, pairs: list[Pair]) ->
     if must is False and blind:
         must = None
     arguments = plan.arguments_on(dice.target) if dice.moves else plan.arguments
-    memory = Memory(arguments)
+    memory, theirs, held = Memory(arguments), dict(plan.arguments), None
+    if "out" in theirs:
+        theirs["out"], held = (moved(theirs["out"], "cpu") for _ in range(2))
     outcome = Outcome.of(operation.call, pair.cache, **arguments)
     synchronize(dice)
     check_outcome(report, plan, outcome, must)
-    if name := memory.changed():
+    if name := memory.changed(operation.written(arguments) if outcome.error is None else []):
         report.fail(plan, "written", f"{name} is not as it was")
     refused = outcome.error is not None
     if refused and (part := other_part(pair.state, pair.state_now())):
@@ -171,7 +173,7 @@ def _one_operation(dice: Dice, report: Report, pair: Pair, pairs: list[Pair]) ->
     if dice.moves and (plan.mistakes or plan.unsure or plan.unseen):
         return len(report.failures) == failures  # on the CPU they may be others, or none
     with kvquant.use_backend("reference"):
-        wanted = Outcome.of(operation.call, pair.twin, **plan.arguments)
+        wanted = Outcome.of(operation.call, pair.twin, **theirs)
     full = isinstance(outcome.error, kvquant.CacheFullError) and wanted.error is None
     if full and any(x.ahead for x in pairs):
         return False  # blocks are taken by tokens that there might have been
@@ -189,7 +191,7 @@ def _one_operation(dice: Dice, report: Report, pair: Pair, pairs: list[Pair]) ->
             report.fail(plan, "not as the reference", plain(why))
         pairs[:] = [*pairs[-2:], new]
     elif outcome.error is None and (
-        why := _difference(dice, plan, pair, outcome.result, wanted.result)
+        why := _difference(dice, plan, pair, outcome.result, wanted.result, held)
     ):
         report.fail(plan, "not as the reference", plain(why))
     other = dice.among(pairs)
@@ -205,7 +207,9 @@ def _blind(plan: Plan, cache: QuantizedKVCache) -> bool:
     return bool(there) and cache.capacity is not None
 
 
-def _difference(dice: Dice, plan: Plan, pair: Pair, got: Any, wanted: Any) -> str | None:
+def _difference(
+    dice: Dice, plan: Plan, pair: Pair, got: Any, wanted: Any, held: Tensor | None
+) -> str | None:
     """How cache and twin differ after a call, or the call's results."""
     if why := pair.look():
         return why
@@ -222,7 +226,9 @@ def _difference(dice: Dice, plan: Plan, pair: Pair, got: Any, wanted: Any) -> st
         halves = plan.arguments["query"].dtype != torch.float32
         tolerance = max(tolerance or 0, 3e-2 if halves else 1e-4)  # torch's, on another device
     cu = plan.arguments.get("cu_seqlens_q")
-    return attention_difference(cu, got, wanted, tolerance, rounds_queries=dice.moves)
+    return attention_difference(
+        cu, got, wanted, tolerance, rounds_queries=dice.moves, held=(held, None)
+    )
 
 
 def _by_torch(plan: Plan) -> bool:

@@ -245,7 +245,7 @@ METHODS = (
     _method("load_state_dict", _make_state, {"state": State()}, refused=_pooled),
     _simple("max_length_of", layer=LAYER),
     _simple("seq_lens_of", layer=LAYER),
-    _simple("storage", compare=False, layer=LAYER),
+    _simple("layer", compare=False, layer=LAYER),
     _method(
         "set_seq_starts",
         lambda dice, cache: {

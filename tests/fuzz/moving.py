@@ -15,7 +15,7 @@ from torch import Tensor
 
 import kvquant
 
-from .compare import memory_of, tensors_in
+from .compare import memory_of, own_fields, tensors_in
 
 STAND_IN = "stand-in"  # in the place of a GPU: all is copied as for one, to the CPU
 
@@ -28,9 +28,11 @@ def moved(x: Any, device: str, memo: dict[tuple[int, int], Tensor] | None = None
     memo = {} if memo is None else memo
     if isinstance(x, Tensor):
         return _moved_tensor(x, device, memo)
-    if isinstance(x, kvquant.LayerStorage):
-        parts = {name: moved(part, device, memo) for name, part in x.tensors.items()}
-        return dataclasses.replace(x, **parts)
+    if isinstance(x, kvquant.CacheView):
+        return x.replaced(moved(x.tensors, device, memo))
+    if isinstance(x, (kvquant.RowsView, kvquant.Sequences)):
+        fields = {name: moved(part, device, memo) for name, part in own_fields(x)}
+        return dataclasses.replace(x, **fields)
     if type(x) is dict:
         return {key: moved(value, device, memo) for key, value in x.items()}
     if type(x) in (list, tuple):

@@ -6,7 +6,7 @@ A new function is one more `Operation` in `.others.FUNCTIONS`, a method one in `
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from .arguments import (
     HUGE,
     INDEX,
     MAYBE_INDEX,
+    ROWS,
     Integer,
     Kind,
-    Storage,
     Tensors,
+    View,
 )
 from .dice import FLOATS, Dice
 
@@ -35,6 +36,7 @@ class Relation:
         apply: Makes it in the arguments (of a cache or None); False: not possible here.
         group: As of `Wrong`.
         of: The tensor whose contents are wrong: they are looked at on the CPU only.
+        unseen: They are looked at nowhere.
         error: The type that is to be raised where nothing else is wrong.
         unsure: As of `Wrong`.
     """
@@ -45,6 +47,7 @@ class Relation:
     of: str = ""
     error: type[Exception] | None = None
     unsure: bool = False
+    unseen: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Operation:
         compare: Whether the result is to be the reference's.
         refused: Whether good arguments have to be refused by the cache as it stands; None: maybe.
         covers: Other public names that come with it.
+        names: What an error may name beside the arguments.
     """
 
     name: str
@@ -71,6 +75,7 @@ class Operation:
     compare: bool = True
     refused: Callable[[Arguments, Any], bool | None] = lambda arguments, cache: False
     covers: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
 
 # ------------------------------------------------------------------------------- relations at large
@@ -136,15 +141,15 @@ def offsets(name: str) -> tuple[Relation, ...]:
 
 
 def capacity_of(args: Arguments) -> int:
-    table, storage = args.get("block_table"), args.get("storage")
-    if isinstance(table, Tensor) and table.dim() == 2 and hasattr(storage, "block_size"):
-        return table.shape[1] * storage.block_size
+    table, view = args.get("block_table"), args.get("view")
+    if isinstance(table, Tensor) and table.dim() == 2 and hasattr(view, "block_size"):
+        return table.shape[1] * view.block_size
     return 0
 
 
 def by_slots(args: Arguments) -> bool:
     """Whether the table and the lengths say nothing that an append needs."""
-    return args.get("slot_mapping") is not None and args["storage"].format.key_mean is None
+    return args.get("slot_mapping") is not None and args["view"].format.key_mean is None
 
 
 def _needed(dice: Dice, x: Tensor, args: Arguments) -> bool | None:
@@ -157,7 +162,7 @@ def _needed(dice: Dice, x: Tensor, args: Arguments) -> bool | None:
         or not (lens > 0).any()
     ):
         return False
-    blocks = args["storage"].k_data.shape[0]
+    blocks = args["view"].k.codes.shape[0]
     x[int(lens.argmax()), 0] = dice.among([-1, blocks, blocks + 7, 2**31 - 1, -(2**31)])
     return None
 
@@ -188,11 +193,12 @@ TABLE = Tensors(
     sized=(0,),
 )
 WHERE_KINDS = {
-    "storage": Storage(),
+    "view": View(),
     "block_table": TABLE,
     "seq_lens": INDEX,
     "seq_starts": MAYBE_INDEX,
 }
+OUT = replace(ROWS, optional=True, sized=(0, -1))
 MAYBE_COUNT = Integer(optional=True, bad=(-1, -(2**40)), unsure=HUGE)
 
 
@@ -216,3 +222,24 @@ def longer(name: str, dim: int, label: str) -> Relation:
         return x.new_zeros(size)
 
     return Relation(label, gives(**{name: change}), "size")
+
+
+def new_out(dice: Dice, query: Tensor, v_dim: int) -> Tensor:
+    """Memory for an output, with other memory around that nobody may write."""
+    guard = 16 if query.dim() == 3 else 1
+    shape = (query.shape[0] + 2 * guard, *query.shape[1:-1], v_dim)
+    layout = dice.number(0, 2)
+    if layout == 1:
+        out = query.new_empty(*shape[:-1], v_dim + 16)[..., :v_dim]
+    elif layout == 2:  # heads in front of tokens
+        out = query.new_empty(*shape[:-3], shape[-2], shape[-3], v_dim).transpose(-3, -2)
+    else:
+        out = query.new_empty(shape)
+    return out.fill_(dice.among([torch.nan, 7.0]))[guard:-guard]
+
+
+def new_lse(query: Tensor) -> Tensor:
+    """Likewise for a log-sum-exp."""
+    guard = 16 if query.dim() == 3 else 1
+    shape = (query.shape[0] + 2 * guard, *query.shape[1:-1])
+    return torch.full(shape, 7.0)[guard:-guard]

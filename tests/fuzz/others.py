@@ -1,4 +1,4 @@
-"""The functions on plain tensors, and what describes and makes a layer: as in `.operations`."""
+"""The functions on plain tensors, `explain`, and the list of all functions: as in `.operations`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import kvquant
-from kvquant.ops import OPS
 
 from .arguments import (
     HUGE,
@@ -17,11 +16,9 @@ from .arguments import (
     Choice,
     Device,
     Dtype,
-    Flag,
     Integer,
     Kind,
     Tensors,
-    Wrong,
 )
 from .dice import FLOATS, HEAD_DIMS, Dice
 from .functions import APPEND, ATTENTION, GATHER
@@ -32,7 +29,9 @@ from .operations import (
     gives,
     longer,
 )
-from .places import random_format, random_head_dims, random_storage
+from .places import random_format, random_head_dims
+from .plans import MISMATCH, PLAN, RUN
+from .views import ALLOCATE, CACHE_FORMAT, CACHE_VIEW, FORMAT, SEQUENCES, SLAB
 
 # ------------------------------------------------------------------------------------ plain tensors
 
@@ -92,7 +91,7 @@ QUANTIZE = Operation(
 )
 
 
-def _affine(dice: Dice, name: str) -> tuple[Arguments, Tensor]:
+def random_affine(dice: Dice, name: str) -> tuple[Arguments, Tensor]:
     """Codes with a scale and a zero of any granularity."""
     b, h, s = (dice.number(1, n) for n in (3, 3, 40))
     s = 0 if dice.chance(0.04) else s
@@ -143,7 +142,7 @@ _PAIR_MISTAKES = (
 
 
 def _make_dequantize(dice: Dice, cache: Any) -> Arguments:
-    args, _ = _affine(dice, "q")
+    args, _ = random_affine(dice, "q")
     return {**args, "dtype": dice.among([None, *FLOATS])}
 
 
@@ -164,7 +163,7 @@ DEQUANTIZE = Operation(
 
 def _matmul(name: str, codes: str) -> Operation:
     def make(dice: Dice, cache: Any) -> Arguments:
-        args, q = _affine(dice, codes)
+        args, q = random_affine(dice, codes)
         b, h, s, d = q.shape
         last = d if name == "query" else s
         heads = h * dice.number(1, 3)
@@ -196,137 +195,16 @@ def _matmul(name: str, codes: str) -> Operation:
     )
 
 
-# ----------------------------------------------------------------------------- formats and storages
-
-
-class Format(Kind):
-    """A `CacheFormat`."""
-
-
-FORMAT = Format(optional=True)
-
-
-def _make_format(dice: Dice, cache: Any) -> Arguments:
-    args = {
-        "bits": dice.integer(8),
-        "key_rotation": dice.flag(),
-        "key_mean": dice.among([None, *map(dice.integer, (16, 32, 64, 256, 1024))]),
-        "value_rotation": dice.flag(),
-    }
-    return {name: x for name, x in args.items() if dice.flag()}
-
-
-CACHE_FORMAT = Operation(
-    "CacheFormat",
-    kvquant.CacheFormat,
-    _make_format,
-    {
-        "bits": Integer(bad=(4, 0, 16, -8, 2**40)),
-        "key_rotation": Flag(),
-        "key_mean": Integer(optional=True, bad=(0, 1, 8, 24, -16, 100)),
-        "value_rotation": Flag(),
-    },
-)
-
-
-def _make_storage(dice: Dice, cache: Any) -> Arguments:
-    size, dims = 16 * dice.number(1, 20), random_head_dims(dice)
-    storage = random_storage(
-        dice, dice.number(1, 4), dice.number(1, 4), size, dims, random_format(dice)
-    )
-    return {"k_mean": None, **storage.tensors, "format": storage.format}
-
-
-class Part(Tensors):
-    """One of a layer's tensors: its rows must be contiguous and aligned."""
-
-    def wrong(self, x: Any, dice: Dice) -> Any:
-        yield from super().wrong(x, dice)
-        if not isinstance(x, Tensor):
-            return
-        wide = torch.cat([x, x], 3)
-        if x.shape[2] > 1:
-            yield Wrong("rows apart", lambda: wide[..., : x.shape[3]])
-        flat = x.new_zeros(x.numel() + 1)
-        yield Wrong("not aligned", lambda: flat[1:].view(x.shape))
-
-
-def _part(*dtypes: torch.dtype, sized: tuple[int, ...], optional: bool = False) -> Part:
-    return Part(dtypes=dtypes, sized=sized, strided=False, optional=optional)
-
-
-_OTHER_CODES, _OTHER_HALVES = (torch.int8, torch.float16), (torch.bfloat16, torch.float32)
-
-
-def _mean(dice: Dice, args: Arguments, cache: Any) -> bool:
-    """A mean that the format has not, or none where it has one."""
-    mean, data = args["k_mean"], args["k_data"]
-    if mean is not None:
-        args["k_mean"] = None
-    else:
-        args["k_mean"] = torch.zeros_like(data, dtype=torch.float16)
-    return True
-
-
-LAYER_STORAGE = Operation(
-    "LayerStorage",
-    kvquant.LayerStorage,
-    _make_storage,
-    {
-        "k_data": _part(*_OTHER_CODES, sized=(0, 1, 2)),
-        "k_params": _part(*_OTHER_HALVES, sized=(0, 1, 2, 3)),
-        "k_mean": _part(*_OTHER_HALVES, sized=(0, 1, 2, 3), optional=True),
-        "v_data": _part(*_OTHER_CODES, sized=(0, 1, 2)),
-        "v_params": _part(*_OTHER_HALVES, sized=(0, 1, 2, 3)),
-        "format": Format(),
-    },
-    (Relation("a mean where there is none, or none", _mean),),
-    compare=False,
-)
-
-
-def _make_allocate(dice: Dice, cache: Any) -> Arguments:
-    k_dim, v_dim = random_head_dims(dice)
-    args = {
-        "num_blocks": dice.integer(dice.number(1, 4)),
-        "kv_heads": dice.integer(dice.number(1, 4)),
-        "block_size": dice.integer(16 * dice.number(1, 20)),
-        "k_dim": dice.integer(k_dim),
-    }
-    more = {
-        "v_dim": dice.among([None, dice.integer(v_dim)]),
-        "format": dice.among([None, random_format(dice)]),
-        "device": dice.among([dice.target, torch.device(dice.target)]),
-    }
-    return args | {name: x for name, x in more.items() if dice.flag() or name == "device"}
-
-
-_SIZE = Integer(bad=(-1, -(2**40)))
-ALLOCATE = Operation(
-    "LayerStorage.allocate",
-    kvquant.LayerStorage.allocate,
-    _make_allocate,
-    {
-        **dict.fromkeys(("num_blocks", "kv_heads", "block_size", "k_dim"), _SIZE),
-        "v_dim": Integer(optional=True, bad=(-1,)),
-        "format": FORMAT,
-        "device": Device(),
-    },
-    tuple(
-        Relation(f"no {name}", gives(**{name: 0}), unsure=True)
-        for name in ("num_blocks", "kv_heads", "block_size", "k_dim", "v_dim")
-    ),
-    compare=False,
-)
-
-
 # ---------------------------------------------------------------------------- explain, use_backend
+
+
+_ON_CACHE = ("append_", "attention", "gather")
 
 
 def _make_explain(dice: Dice, cache: Any) -> Arguments:
     k_dim, v_dim = random_head_dims(dice)
     args = {
-        "op": dice.among(list(OPS)),
+        "op": dice.among(["quantize", "dequantize", "qk_matmul", "pv_matmul", *_ON_CACHE]),
         "device": dice.target,
         "head_dim": dice.integer(k_dim),
         "v_head_dim": dice.among([None, dice.integer(v_dim)]),
@@ -338,7 +216,7 @@ def _make_explain(dice: Dice, cache: Any) -> Arguments:
 
 def _odd_dim(name: str) -> Relation:
     def change(dice: Dice, args: Arguments) -> Any:
-        if args.get("op", "attention") not in ("attention", "append_", "gather"):
+        if args.get("op", "attention") not in _ON_CACHE:
             return NotImplemented
         return dice.among([0, 24, -16, 100])
 
@@ -386,8 +264,13 @@ FUNCTIONS = (
     _matmul("query", "qk"),
     _matmul("probs", "qv"),
     CACHE_FORMAT,
-    LAYER_STORAGE,
+    CACHE_VIEW,
     ALLOCATE,
+    SLAB,
+    SEQUENCES,
+    PLAN,
+    RUN,
+    MISMATCH,
     EXPLAIN,
     USE_BACKEND,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 import kvquant
 
+from .compare import parts, rebuilt
 from .dice import Dice
 
 MOST_TOKENS = 600  # of a sequence, so that groups of 256 open
@@ -28,23 +29,29 @@ def random_head_dims(dice: Dice) -> tuple[int, int]:
     return k_dim, k_dim if dice.chance(0.6) else dice.head_dim()
 
 
-def random_storage(
+def random_view(
     dice: Dice,
     blocks: int,
     heads: int,
     size: int,
     dims: tuple[int, int],
     fmt: kvquant.CacheFormat,
-) -> kvquant.LayerStorage:
+) -> kvquant.CacheView:
     """Plausible rows everywhere, sometimes with other things between the heads and blocks."""
-    storage = kvquant.LayerStorage.allocate(blocks, heads, size, *dims, format=fmt, device="cpu")
-    if dice.chance(0.3):
+    view = kvquant.CacheView.allocate(blocks, heads, size, *dims, format=fmt, device="cpu")
+    if dice.chance(0.2):
+        width = fmt.slab_bytes(*dims, size) + 16 * dice.number(0, 2)
+        view = kvquant.CacheView.slab(
+            dice.codes(blocks, heads, width), dims[0],
+            block_size=size, v_head_dim=dims[1], format=fmt,
+        )  # fmt: skip
+    elif dice.chance(0.3):
         wider = {
             name: x.new_zeros(blocks, heads + 1, *x.shape[2:])[:, 1:]
-            for name, x in storage.tensors.items()
+            for name, x in parts(view).items()
         }
-        storage = replace(storage, **wider)
-    for name, x in storage.tensors.items():
+        view = rebuilt(view, wider)
+    for name, x in parts(view).items():
         if name.endswith("data"):
             x.copy_(dice.codes(*x.shape))
         elif name == "k_mean":
@@ -52,21 +59,21 @@ def random_storage(
         else:
             x[..., 0] = 0.002 + 0.01 * torch.rand(x.shape[:-1], generator=dice.generator)
             x[..., 1] = -1 + 0.3 * dice.normal(*x.shape[:-1])
-    return storage
+    return view
 
 
 @dataclass
 class Place:
     """A layer, and the blocks and lengths of the sequences in it."""
 
-    storage: kvquant.LayerStorage
+    view: kvquant.CacheView
     table: Tensor
     lens: list[int]
     new: list[int]
 
     @property
     def capacity(self) -> int:
-        return self.table.shape[1] * self.storage.block_size
+        return self.table.shape[1] * self.view.block_size
 
 
 def random_place(dice: Dice, *, most_new: int = 0, ragged: bool = False) -> Place:
@@ -87,15 +94,15 @@ def random_place(dice: Dice, *, most_new: int = 0, ragged: bool = False) -> Plac
     lens = [_length(dice, capacity - n) for n in new]
     blocks = batch * width + dice.number(0, 2)
     fmt = random_format(dice)
-    storage = random_storage(dice, blocks, heads, size, random_head_dims(dice), fmt)
+    view = random_view(dice, blocks, heads, size, random_head_dims(dice), fmt)
     order = torch.randperm(blocks, generator=dice.generator)[: batch * width].int()
     table = order.view(batch, width)
     used = torch.arange(width) * size < torch.tensor(lens).add(torch.tensor(new))[:, None]
-    _forget(storage, table, lens)
+    _forget(view, table, lens)
     table = table.where(used, dice.among([-1, 2**30, -(2**31)]))
     if dice.chance(0.3):  # rows of a wider table
         table = torch.cat([table, table], 1)[:, :width]
-    return Place(storage, table, lens, new)
+    return Place(view, table, lens, new)
 
 
 def _length(dice: Dice, most: int) -> int:
@@ -105,23 +112,23 @@ def _length(dice: Dice, most: int) -> int:
     return dice.number(0, most)
 
 
-def _forget(storage: kvquant.LayerStorage, table: Tensor, lens: list[int]) -> None:
+def _forget(view: kvquant.CacheView, table: Tensor, lens: list[int]) -> None:
     """NaN wherever no token is, so that reading what was never written shows."""
-    blocks, _, size, _ = storage.k_data.shape
+    blocks, _, size, _ = view.k.codes.shape
     token = torch.arange(table.shape[1] * size).view(1, -1, size)
     length = torch.tensor(lens)[:, None, None]
     held = torch.zeros(blocks, size, dtype=torch.bool)
     held[table.long()] = token < length
     empty = ~held[:, None, :, None]
-    storage.k_params.masked_fill_(empty, torch.nan)
-    storage.v_params.masked_fill_(empty, torch.nan)
-    if storage.k_mean is None:
+    view.k.params.view(torch.float16).masked_fill_(empty, torch.nan)
+    view.v.params.view(torch.float16).masked_fill_(empty, torch.nan)
+    if view.mean is None:
         return
-    group, slots = storage.format.mean_group, storage.k_mean.shape[2]
+    group, slots = view.format.mean_group, view.mean.view(torch.float16).shape[2]
     first = token[..., ::group] if slots > 1 else token[..., :1]
     held = torch.zeros(blocks, slots, dtype=torch.bool)
     held[table.long()] = (first < length) & (first % group == 0)
-    storage.k_mean.masked_fill_(~held[:, None, :, None], torch.nan)
+    view.mean.view(torch.float16).masked_fill_(~held[:, None, :, None], torch.nan)
 
 
 def options_of(place: Place, dice: Dice) -> dict[str, Any]:
@@ -134,7 +141,7 @@ def options_of(place: Place, dice: Dice) -> dict[str, Any]:
             for n in place.lens
         ]
     return {
-        "storage": place.storage,
+        "view": place.view,
         "block_table": place.table,
         "seq_lens": dice.index(place.lens),
         "seq_starts": None if starts is None else dice.index(starts),

@@ -32,6 +32,7 @@ from kvquant import QuantizedKVCache
 from .caches import CONSTRUCTOR
 from .calls import Failure, Report, plain, run_function, where_from
 from .dice import Dice
+from .direct import run_direct
 from .lives import run_life
 from .methods import FROM_LAYER_PAST, METHODS
 from .moving import STAND_IN
@@ -42,7 +43,11 @@ DEVICE_ERROR = 77  # a child's status when its CUDA context is lost
 START_LIMIT = 300.0  # seconds until a child's first call: a tool around it may be slow
 
 _ALL = (*FUNCTIONS, CONSTRUCTOR, FROM_LAYER_PAST)
-_OFTEN = [operation for operation in _ALL if operation.name in ("append_", "attention", "gather")]
+_OFTEN = [
+    operation
+    for operation in _ALL
+    if operation.name in ("append_", "attention", "gather", "Plan.run")
+]
 
 
 def uncovered() -> list[str]:
@@ -51,18 +56,22 @@ def uncovered() -> list[str]:
     known = {operation.name for operation in operations}
     known.update(name for operation in operations for name in operation.covers)
     methods = [
-        f"QuantizedKVCache.{name}"
-        for name in dir(QuantizedKVCache)
-        if not name.startswith("_") and callable(getattr(QuantizedKVCache, name))
+        f"{cls.__name__}.{name}"
+        for cls in (QuantizedKVCache, kvquant.CacheView, kvquant.Plan)
+        for name in dir(cls)
+        if not name.startswith("_") and callable(getattr(cls, name))
     ]
-    known |= {"QuantizedKVCache.save", "QuantizedKVCache.load"}
+    known |= {"__version__", "QuantizedKVCache.save", "QuantizedKVCache.load"}
     return [name for name in (*kvquant.__all__, *methods) if name not in known]
 
 
-def run_one(seed: int, number: int, device: str, report: Report) -> None:
-    """Call number ``number``: of a function, or the life of a cache."""
+def run_one(seed: int, number: int, device: str, report: Report, what: str = "calls") -> None:
+    """Call number ``number``: of a function or the life of a cache; or of an operator ("ops")."""
     dice = Dice(seed, number, device)
     torch.manual_seed(dice.random.getrandbits(60))
+    if what == "ops":
+        run_direct(dice, report)
+        return
     if dice.chance(0.2):
         run_life(dice, report)
         return
@@ -74,7 +83,9 @@ def run_one(seed: int, number: int, device: str, report: Report) -> None:
 # ---------------------------------------------------------------------------------------- the child
 
 
-def child(path: str, seed: int, first: int, end: int, step: int, device: str, until: float) -> None:
+def child(
+    path: str, what: str, seed: int, first: int, end: int, step: int, device: str, until: float
+) -> None:
     """Run calls ``first``, ``first + step``, .. below ``end``, and write what happens to ``path``.
 
     No call begins at the time ``until`` or later. Each thing that happens is a line.
@@ -86,8 +97,8 @@ def child(path: str, seed: int, first: int, end: int, step: int, device: str, un
     def write(**line: Any) -> None:
         os.write(file, (json.dumps(line) + "\n").encode())
 
-    def announce(number: int, what: str) -> None:
-        write(at=number, what=what)
+    def announce(number: int, call: str) -> None:
+        write(at=number, what=call)
 
     if device not in ("cpu", STAND_IN):  # a context takes its time, most of all within a tool
         kvquant.quantize_cache_v(torch.empty(1, 1, 1, 64).to(device))
@@ -98,7 +109,7 @@ def child(path: str, seed: int, first: int, end: int, step: int, device: str, un
         report = Report(begin=partial(announce, number))
         announce(number, "")
         try:
-            run_one(seed, number, device, report)
+            run_one(seed, number, device, report, what)
         except Exception as error:  # in the fuzzer, or in what it calls to make arguments
             if "CUDA error" in str(error):  # nothing works in this process any more
                 write(lost=str(error).split("\n")[0])
@@ -169,6 +180,7 @@ class _Task:
     """What all children of a run have in common.
 
     Attributes:
+        what: "calls" of what is public, or "ops".
         until: The time when no further call begins.
         limit: Seconds of one call.
         stop: Set where a run is over early: children are killed.
@@ -176,6 +188,7 @@ class _Task:
     """
 
     total: Total
+    what: str
     seed: int
     end: int
     step: int
@@ -192,6 +205,7 @@ def run_all(
     first: int,
     end: int,
     *,
+    what: str = "calls",
     device: str = "cpu",
     wrap: str = "",
     limit: float = 20.0,
@@ -204,7 +218,7 @@ def run_all(
     ``jobs`` children run at a time; ``told`` hears several times a second how far they are.
     """
     begin, total = time.monotonic(), Total()
-    task = _Task(total, seed, end, jobs, device, wrap, limit, time.time() + seconds)
+    task = _Task(total, what, seed, end, jobs, device, wrap, limit, time.time() + seconds)
     with ThreadPoolExecutor(jobs) as threads:
         waiting = {threads.submit(_run_part, task, first + job) for job in range(jobs)}
         try:
@@ -235,7 +249,13 @@ def _run_child(task: _Task, first: int) -> int:
         lines, output = Path(folder, "lines"), Path(folder, "output")
         lines.touch()
         command = [*shlex.split(task.wrap), sys.executable, "-m", "tests.fuzz", "child"]
-        command += [str(lines), f"--seed={task.seed}", f"--first={first}", f"--end={task.end}"]
+        command += [
+            str(lines),
+            task.what,
+            f"--seed={task.seed}",
+            f"--first={first}",
+            f"--end={task.end}",
+        ]
         command += [f"--step={task.step}", f"--device={task.device}", f"--until={task.until}"]
         with output.open("wb") as out, lines.open("rb") as source:
             process = subprocess.Popen(

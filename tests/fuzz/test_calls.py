@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from kvquant.ops import OPS
+
 from . import run
 from .moving import STAND_IN
 
@@ -25,6 +27,17 @@ def test_random_calls(device, count, jobs):
     assert not failures, "\n".join(failures)
     assert total.numbers == count
     assert total.calls.total() >= count
+
+
+def test_random_calls_of_operators():
+    total = run.run_all(seed=0, first=0, end=300, what="ops")
+    failures = [
+        f"{': '.join(key)} ({times} times)\n  {details}\n"
+        f"  python -m tests.fuzz ops --only {number} --seed 0"
+        for key, (number, times, details) in sorted(total.failures.items())
+    ]
+    assert not failures, "\n".join(failures)
+    assert set(total.accepted) == set(OPS)
 
 
 def test_a_time_limit_ends_a_run():

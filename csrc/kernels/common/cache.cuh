@@ -53,7 +53,7 @@ struct CallRows {
 __device__ __forceinline__ CallRows call_rows(const Sequences& seqs, int sequence) {
   if (!seqs.cu_seqlens) return {int64_t(sequence) * seqs.tokens, seqs.tokens};
   const int begin = max(0, seqs.cu_seqlens[sequence]);
-  const int end = min(seqs.rows, seqs.cu_seqlens[sequence + 1]);
+  const int end = max(0, min(seqs.rows, seqs.cu_seqlens[sequence + 1]));
   return {begin, max(0, min(seqs.tokens, end - begin))};
 }
 // Element offset of row i of a sequence in the caller's tensor.

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops import Backend
 from . import native
 from .compiled import Compiled
 
-__all__ = ["BACKEND"]
+__all__ = ["CPU"]
 
 
 class _Cpu(Compiled):
@@ -18,8 +17,8 @@ class _Cpu(Compiled):
     def queue(self, x: Tensor) -> tuple[int, int]:
         return -1, torch.get_num_threads()
 
-    def unavailable(self, x: Tensor) -> str | None:
+    def unavailable(self, device: torch.device) -> str | None:
         return None if native.module else f"the extension is not there ({native.error})"
 
 
-BACKEND: Backend = _Cpu().backend()
+CPU = _Cpu()

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import check_splits
-from ..ops import Backend
 from . import native
 from .compiled import Compiled
 
-__all__ = ["BACKEND"]
+__all__ = ["CUDA"]
 
 _MIN_CAPABILITY = (7, 5)
 _MIN_COUNTERS, _MIN_FLOATS = 1 << 12, 1 << 20
@@ -26,7 +24,6 @@ _raw_stream: Callable[[int], int] = getattr(
 
 class _Cuda(Compiled):
     name = "cuda"
-    max_splits = 256  # kMaxSplits of csrc/kernels/attention/config.h
 
     def __init__(self) -> None:
         self._workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by device and stream
@@ -35,13 +32,11 @@ class _Cuda(Compiled):
         device = x.get_device()
         return device, _raw_stream(device)
 
-    def unavailable(self, x: Tensor) -> str | None:
-        return _unavailable(x.get_device())
+    def unavailable(self, device: torch.device) -> str | None:
+        return _unavailable(_index(device))
 
-    def plan(self, query: Tensor, *shape: int) -> tuple[int, int, int]:
-        capacity, split_size = shape[-2:]
-        check_splits(split_size, capacity, self.max_splits)
-        return _plan(query.dtype == torch.float32, _multiprocessors(query.get_device()), *shape)
+    def multiprocessors(self, device: torch.device) -> int:
+        return _multiprocessors(_index(device))
 
     def is_capturing(self, queue: tuple[int, int]) -> bool:
         return bool(native.module.capture_id(queue[1]))
@@ -61,6 +56,10 @@ class _Cuda(Compiled):
                 torch.full((max(_MIN_FLOATS, floats),), -1, dtype=torch.int32, device=queue[0]),
             )
         return kept[1].data_ptr(), kept[0].data_ptr(), kept
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @cache
@@ -83,33 +82,4 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@lru_cache(maxsize=4096)
-def _plan(
-    float32: bool,
-    multiprocessors: int,
-    batch: int,
-    tokens: int,
-    q_heads: int,
-    kv_heads: int,
-    k_dim: int,
-    v_dim: int,
-    capacity: int,
-    split_size: int,
-) -> tuple[int, int, int]:
-    """Most splits of a sequence, floats of partial results, counters."""
-    plan: tuple[int, int, int] = native.module.attention_plan(
-        batch,
-        tokens,
-        q_heads,
-        kv_heads,
-        k_dim,
-        v_dim,
-        float32,
-        capacity,
-        multiprocessors,
-        split_size,
-    )
-    return plan
-
-
-BACKEND: Backend = _Cuda().backend()
+CUDA = _Cuda()

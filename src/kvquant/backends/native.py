@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 
+from ..fields import names_of
+from ..version import __version__
+from ..view import CacheView, Options, Sequences
+
 __all__ = ["error", "module"]
 
 
@@ -21,10 +25,23 @@ def _openmp() -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
+def _check(extension: Any) -> None:
+    """The extension is this package's: same version, same fields."""
+    found = extension.build_info()["version"]
+    if found != __version__:
+        raise ImportError(f"it is of version {found}, but this package of {__version__}")
+    for cls in (CacheView, Sequences, Options):
+        names = extension.fields()[cls.__name__]
+        if names != (expected := names_of(cls)):
+            raise ImportError(f"its {cls.__name__} has {names}, but this package's {expected}")
+
+
 module: Any  # None where the extension cannot be imported
 error: str | None
 try:
     from .. import _C as module  # type: ignore[attr-defined, no-redef]
+
+    _check(module)
 except ImportError as exception:
     module, error = None, f"{type(exception).__name__}: {exception}"
 else:

@@ -6,7 +6,6 @@ neither a whole history in floating point nor a score for every query and key ex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,41 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import Backend
-from .reference_rows import (
-    KEYS,
-    MAX_ABS,
-    chunks,
-    dequantize,
-    encode,
-    pv_matmul,
-    qk_matmul,
-    quantize,
-    rotate,
-)
+from ..formats.int8 import MAX_ABS
+from ..view import CacheView, Options, Sequences
+from .base import Backend, Outputs, Prepared, Problem
+from .reference_rows import KEYS, chunks, dequantize, pv_matmul, qk_matmul, quantize, rotate
 
-__all__ = ["BACKEND"]
+__all__ = ["REFERENCE"]
 
 _MIN_MEAN_ROWS = 16  # a first group's own mean needs as many rows
 _QUERIES = 256  # query tokens at a time
 
 
-@dataclass(frozen=True, slots=True)
-class _Slabs:
-    """One layer's tensors and what they mean."""
+class _Memory:
+    """One layer's tensors, read and written by token."""
 
-    k_data: Tensor
-    k_params: Tensor
-    k_mean: Tensor | None
-    v_data: Tensor
-    v_params: Tensor
-    group: int
-    k_rotation: int
-    v_rotation: int
-
-    @property
-    def block_size(self) -> int:
-        return self.k_data.shape[2]
+    def __init__(self, view: CacheView) -> None:
+        self.view, self.group, self.block_size = view, view.mean_group, view.block_size
+        self.k_rotation, self.v_rotation = (
+            rows.format.rotation(rows.head_dim) for rows in (view.k, view.v)
+        )
+        self.mean = None if view.mean is None else view.mean.view(torch.float16)
 
     def find(self, table: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(block, row, whether there is one) of a sequence's tokens, by its row of the table."""
@@ -58,36 +42,34 @@ class _Slabs:
         index = tokens // self.block_size
         inside = (tokens >= 0) & (index < table.shape[0])
         block = table[index.clamp(0, table.shape[0] - 1)].long()
-        inside &= (block >= 0) & (block < self.k_data.shape[0])
+        inside &= (block >= 0) & (block < self.view.num_blocks)
         return block.where(inside, 0), (tokens % self.block_size).where(inside, 0), inside
 
     def keys(self, table: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Keys ``(tokens, heads, dim)`` as stored, not rotated back, and which there are."""
         block, row, there = self.find(table, tokens)
-        params = self.k_params[block, :, row].float()
-        x = params[..., :1] * self.k_data[block, :, row].float() + params[..., 1:]
-        if self.k_mean is not None:
+        k = self.view.k
+        x = k.format.decode(k.codes[block, :, row], k.params[block, :, row])
+        if self.mean is not None:
             home, start, known = self.find(table, tokens // self.group * self.group)
-            mean = self.k_mean[home, :, start // self.group].float()
+            mean = self.mean[home, :, start // self.group].float()
             x = x + mean.where(known[:, None, None], 0)
         return x, there
 
     def values(self, table: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Like `keys`."""
         block, row, there = self.find(table, tokens)
-        params = self.v_params[block, :, row].float()
-        return params[..., :1] * self.v_data[block, :, row].float() + params[..., 1:], there
+        v = self.view.v
+        return v.format.decode(v.codes[block, :, row], v.params[block, :, row]), there
 
 
-def _call_rows(
-    cu_seqlens: Tensor | None, batch: int, total: int, tokens: int
-) -> list[tuple[int, int]]:
+def _call_rows(seqs: Sequences, total: int, rows: Tensor) -> list[tuple[int, int]]:
     """(first row, rows) of every sequence of a call of ``total`` rows."""
-    if cu_seqlens is None:
-        return [(b * tokens, tokens) for b in range(batch)]
-    edges = cu_seqlens.tolist()
+    if seqs.cu_seqlens_q is None:
+        return [(b * rows.shape[1], rows.shape[1]) for b in range(seqs.spec.batch)]
+    edges, most = seqs.cu_seqlens_q.tolist(), seqs.max_seqlen_q or total
     return [
-        (max(0, begin), max(0, min(tokens, min(end, total) - max(0, begin))))
+        (max(0, begin), max(0, min(most, min(end, total) - max(0, begin))))
         for begin, end in pairwise(edges)
     ]
 
@@ -95,38 +77,19 @@ def _call_rows(
 def _append(
     key: Tensor,
     value: Tensor,
-    k_data: Tensor,
-    k_params: Tensor,
-    k_mean: Tensor | None,
-    v_data: Tensor,
-    v_params: Tensor,
-    block_table: Tensor | None,
-    seq_lens: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seq_starts: Tensor | None,
+    view: CacheView,
+    seqs: Sequences | None,
     slot_mapping: Tensor | None,
-    mean_group: int,
-    k_rotation: int,
-    v_rotation: int,
-    max_tokens: int,
-    advance: bool,
-) -> None:
-    slabs = _Slabs(
-        k_data, k_params, k_mean, v_data, v_params, mean_group, k_rotation, v_rotation
-    )  # fmt: skip
-    if key.dim() == 4:
-        batch = key.shape[0]
-        keys, values = key.flatten(0, 1), value.flatten(0, 1)
+) -> list[int]:
+    """Store rows; how many came of each sequence."""
+    memory = _Memory(view)
+    total = key.shape[0] if key.dim() == 3 else key.shape[0] * key.shape[1]
+    keys, values = (x.reshape(total, *x.shape[-2:]) for x in (key, value))
+    if seqs is None:  # by slots alone: whose rows they are does not matter
+        calls, spans = [(0, total)], [(0, 0)]
     else:
-        batch = 1 if block_table is None else block_table.shape[0]
-        keys, values = key, value
-    total = keys.shape[0]
-    if block_table is None:  # by slots alone: whose rows they are does not matter
-        calls = [(0, total)]
-    else:
-        calls = _call_rows(cu_seqlens, batch, total, max_tokens)
-    capacity = 0 if block_table is None else block_table.shape[1] * slabs.block_size
-    spans = [(0, 0)] * batch if seq_lens is None else _lengths(seq_lens, seq_starts, capacity)
+        calls = _call_rows(seqs, total, key)
+        spans = _lengths(seqs, memory.block_size)
     starts, lengths = [start for start, _ in spans], [length for _, length in spans]
 
     for b, (first, count) in enumerate(calls):
@@ -135,58 +98,63 @@ def _append(
         rows = slice(first, first + count)
         new_keys, new_values = keys[rows].float(), values[rows].float()
         tokens = torch.arange(lengths[b], lengths[b] + count, device=key.device)
-        table = None if block_table is None else block_table[b]
+        table = None if seqs is None else seqs.block_table[b]
         if slot_mapping is None:
-            block, row, there = slabs.find(table, tokens)
+            block, row, there = memory.find(table, tokens)
         else:
             slot = slot_mapping[rows]
-            there = (slot >= 0) & (slot < k_data.shape[0] * slabs.block_size)
+            there = (slot >= 0) & (slot < view.num_blocks * memory.block_size)
             slot = slot.where(there, 0)
-            block, row = slot // slabs.block_size, slot % slabs.block_size
+            block, row = slot // memory.block_size, slot % memory.block_size
         finite = (new_keys.abs() <= MAX_ABS).all(-1, keepdim=True)
-        y = rotate(new_keys, k_rotation)
-        if k_mean is not None and mean_group and table is not None:
+        y = rotate(new_keys, memory.k_rotation)
+        if memory.mean is not None and table is not None:
             usable = finite & (there & (tokens >= starts[b]))[:, None, None]
-            means = _group_means(slabs, table, new_keys, usable, lengths[b], starts[b])
-            y = y - means[tokens // mean_group - lengths[b] // mean_group]
+            means = _group_means(memory, table, new_keys, usable, lengths[b], starts[b])
+            y = y - means[tokens // memory.group - lengths[b] // memory.group]
         block, row = block[there], row[there]
-        k_data[block, :, row], k_params[block, :, row] = (part[there] for part in encode(y, finite))
-        finite = (new_values.abs() <= MAX_ABS).all(-1, keepdim=True)
-        v_data[block, :, row], v_params[block, :, row] = (
-            part[there] for part in encode(rotate(new_values, v_rotation), finite)
+        k, v = view.k, view.v
+        k.codes[block, :, row], k.params[block, :, row] = (
+            part[there] for part in k.format.encode(y, finite)
         )
-    if seq_lens is not None and advance:
-        seq_lens += torch.tensor([n for _, n in calls], dtype=torch.int32, device=seq_lens.device)
+        finite = (new_values.abs() <= MAX_ABS).all(-1, keepdim=True)
+        v.codes[block, :, row], v.params[block, :, row] = (
+            part[there] for part in v.format.encode(rotate(new_values, memory.v_rotation), finite)
+        )
+    if seqs is not None and seqs.advance:
+        counts = [n for _, n in calls]
+        seqs.seq_lens.add_(torch.tensor(counts, dtype=torch.int32, device=seqs.device))
+    return [n for _, n in calls]
 
 
 def _group_means(
-    slabs: _Slabs, table: Tensor, keys: Tensor, usable: Tensor, length: int, start: int
+    memory: _Memory, table: Tensor, keys: Tensor, usable: Tensor, length: int, start: int
 ) -> Tensor:
     """Means ``(groups, heads, dim)`` of the groups of new rows; those that begin are stored."""
-    assert slabs.k_mean is not None
-    group, count = slabs.group, keys.shape[0]
+    assert memory.mean is not None
+    group, count = memory.group, keys.shape[0]
     means = []
     for g in range(length // group, (length + count - 1) // group + 1):
-        block, row, there = slabs.find(table, torch.tensor([g * group], device=keys.device))
+        block, row, there = memory.find(table, torch.tensor([g * group], device=keys.device))
         if g * group < length:
-            mean = slabs.k_mean[block, :, row // group].float()
+            mean = memory.mean[block, :, row // group].float()
             mean = mean[0].where(there, 0)
         else:
-            total, rows = _sum_rows(slabs, table, keys, usable, length, start, (g - 1) * group)
+            total, rows = _sum_rows(memory, table, keys, usable, length, start, (g - 1) * group)
             mean = total / rows.clamp_min(1)
             if not bool(rows.all()):
-                own, own_rows = _sum_rows(slabs, table, keys, usable, length, start, g * group)
+                own, own_rows = _sum_rows(memory, table, keys, usable, length, start, g * group)
                 own = (own / own_rows.clamp_min(1)).where(own_rows >= _MIN_MEAN_ROWS, 0)
                 mean = mean.where(rows > 0, own)
             mean = mean.clamp(-MAX_ABS, MAX_ABS).half()
-            slabs.k_mean[block[there], :, row[there] // group] = mean
+            memory.mean[block[there], :, row[there] // group] = mean
             mean = mean.float()
         means.append(mean)
     return torch.stack(means)
 
 
 def _sum_rows(
-    slabs: _Slabs,
+    memory: _Memory,
     table: Tensor,
     keys: Tensor,
     usable: Tensor,
@@ -195,130 +163,117 @@ def _sum_rows(
     begin: int,
 ) -> tuple[Tensor, Tensor]:
     """Sum ``(heads, dim)`` and number ``(heads, 1)`` of the usable rows of a group."""
-    end = begin + slabs.group
+    end = begin + memory.group
     begin = max(begin, 0)
     new = slice(max(begin - length, 0), max(end - length, 0))
-    total = rotate(keys[new].where(usable[new], 0).sum(0), slabs.k_rotation)
+    total = rotate(keys[new].where(usable[new], 0).sum(0), memory.k_rotation)
     rows = usable[new].sum(0)
     first, last = max(begin, start), min(end, length)
     if first < last:
         old = torch.arange(first, last, device=keys.device)
-        stored, there = slabs.keys(table, old)
+        stored, there = memory.keys(table, old)
         known = there[:, None, None] & ~stored.isnan().any(-1, keepdim=True)
         total, rows = total + stored.where(known, 0).sum(0), rows + known.sum(0)
     return total, rows
 
 
-def _lengths(seq_lens: Tensor, seq_starts: Tensor | None, capacity: int) -> list[tuple[int, int]]:
-    """(start, length) of every sequence, whatever the tensors hold."""
-    lengths = [min(max(0, n), capacity) for n in seq_lens.tolist()]
-    starts = [0] * len(lengths) if seq_starts is None else seq_starts.tolist()
+def _lengths(
+    seqs: Sequences, block_size: int, added: list[int] | None = None
+) -> list[tuple[int, int]]:
+    """(start, length) of every sequence, whatever the tensors hold; with ``added`` tokens."""
+    capacity = seqs.spec.max_blocks * block_size
+    lengths = [min(max(0, n), capacity) for n in seqs.seq_lens.tolist()]
+    if added is not None:
+        lengths = [min(n + new, capacity) for n, new in zip(lengths, added, strict=True)]
+    starts = [0] * len(lengths) if seqs.seq_starts is None else seqs.seq_starts.tolist()
     return [(max(0, start), length) for start, length in zip(starts, lengths, strict=True)]
-
-
-def _gather(
-    k_data: Tensor,
-    k_params: Tensor,
-    k_mean: Tensor | None,
-    v_data: Tensor,
-    v_params: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    seq_starts: Tensor | None,
-    mean_group: int,
-    k_rotation: int,
-    v_rotation: int,
-    tokens: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    slabs = _Slabs(
-        k_data, k_params, k_mean, v_data, v_params, mean_group, k_rotation, v_rotation
-    )  # fmt: skip
-    batch, heads, device = block_table.shape[0], k_data.shape[1], k_data.device
-    key, value = (
-        torch.zeros(batch, tokens, heads, x.shape[3], dtype=dtype, device=device)
-        for x in (k_data, v_data)
-    )
-    capacity = block_table.shape[1] * slabs.block_size
-    for b, (start, length) in enumerate(_lengths(seq_lens, seq_starts, capacity)):
-        for begin in range(start, min(length, tokens), KEYS):
-            at = torch.arange(begin, min(begin + KEYS, length, tokens), device=device)
-            for out, read, rotation in (
-                (key, slabs.keys, k_rotation),
-                (value, slabs.values, v_rotation),
-            ):
-                x, there = read(block_table[b], at)
-                out[b, at] = rotate(x.where(there[:, None, None], 0), rotation).to(dtype)
-    return key, value
 
 
 @dataclass(frozen=True, slots=True)
 class _Scores:
     """What happens to a score between the dot product and the softmax."""
 
-    softmax_scale: float
-    causal: bool
-    window: int
-    softcap: float
+    options: Options
     slopes: Tensor | None  # (kv_heads, heads / kv_heads, 1, 1)
 
 
-def _attention(
-    query: Tensor,
-    k_data: Tensor,
-    k_params: Tensor,
-    k_mean: Tensor | None,
-    v_data: Tensor,
-    v_params: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    cu_seqlens: Tensor | None,
-    seq_starts: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    mean_group: int,
-    k_rotation: int,
-    v_rotation: int,
-    max_tokens: int,
-    softmax_scale: float,
-    causal: bool,
-    sliding_window: int,
-    softcap: float,
-    split_size: int,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    slabs = _Slabs(
-        k_data, k_params, k_mean, v_data, v_params, mean_group, k_rotation, v_rotation
-    )  # fmt: skip
-    heads, kv_heads = query.shape[-2], k_data.shape[1]
-    share = (kv_heads, heads // kv_heads, 1, 1)
-    slopes = None if alibi_slopes is None else alibi_slopes.reshape(share)
-    rules = _Scores(softmax_scale, causal, sliding_window, softcap, slopes)
-    batch = block_table.shape[0]
-    packed = query.flatten(0, 1) if query.dim() == 4 else query
-    tokens = query.shape[1] if query.dim() == 4 else max_tokens
-    out = torch.zeros(*packed.shape[:-1], v_data.shape[3], dtype=query.dtype, device=query.device)
-    lse = torch.full(packed.shape[:-1], -torch.inf, dtype=torch.float32, device=query.device)
-    lengths = _lengths(seq_lens, seq_starts, block_table.shape[1] * slabs.block_size)
-    for b, (first, count) in enumerate(_call_rows(cu_seqlens, batch, packed.shape[0], tokens)):
-        start, length = lengths[b]
-        for begin, end in chunks(count, _QUERIES):
-            rows = slice(first + begin, first + end)
-            x = rotate(packed[rows].float(), k_rotation)
-            x = x.transpose(0, 1).unflatten(0, share[:2])  # (kv_heads, share, queries, dim)
-            top = torch.full((*x.shape[:-1], 1), -torch.inf, dtype=torch.float32, device=x.device)
-            if sinks is not None:
-                top = sinks.reshape(share).expand_as(top)
-            span = (start, length, length - count + begin)
-            acc, log_sum = _attend(slabs, block_table[b], x, top, sinks is not None, span, rules)
-            out[rows] = rotate(acc, v_rotation).flatten(0, 1).transpose(0, 1).to(query.dtype)
-            lse[rows] = log_sum.flatten(0, 1)[..., 0].transpose(0, 1)
-    out = out.reshape(*query.shape[:-1], v_data.shape[3])
-    return out, lse.reshape(query.shape[:-1]) if return_lse else lse.new_empty(0)
+class _Call(Prepared):
+    """Append, then attend."""
+
+    backend, regime = "reference", "torch"
+
+    def __init__(self, problem: Problem) -> None:
+        self._options, self._outputs = problem.options, Outputs(problem)
+        self.details = {}
+
+    def launch(
+        self,
+        query: Tensor,
+        view: CacheView,
+        seqs: Sequences,
+        key: Tensor | None,
+        value: Tensor | None,
+        sinks: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        out, lse = self._outputs.of(query, out, lse)
+        lengths = seqs.seq_lens.clone() if key is not None and seqs.advance else None
+        added = None
+        if key is not None and value is not None:
+            added = _append(key, value, view, seqs, None)
+        try:
+            spans = _lengths(seqs, view.block_size, None if seqs.advance else added)
+            self._read(query, view, seqs, sinks, alibi_slopes, out, lse, spans)
+        except BaseException:
+            if lengths is not None:
+                seqs.seq_lens.copy_(lengths)
+            raise
+        return out if lse is None else (out, lse)
+
+    def _read(
+        self,
+        query: Tensor,
+        view: CacheView,
+        seqs: Sequences,
+        sinks: Tensor | None,
+        alibi_slopes: Tensor | None,
+        out: Tensor,
+        lse: Tensor | None,
+        spans: list[tuple[int, int]],
+    ) -> None:
+        memory = _Memory(view)
+        heads, kv_heads = query.shape[-2], view.num_kv_heads
+        share = (kv_heads, heads // kv_heads, 1, 1)
+        slopes = None if alibi_slopes is None else alibi_slopes.reshape(share)
+        rules = _Scores(self._options, slopes)
+        is_packed = query.dim() == 3
+        total = query.shape[0] if is_packed else query.shape[0] * query.shape[1]
+        for b, (first, count) in enumerate(_call_rows(seqs, total, query)):
+            start, length = spans[b]
+            for begin, end in chunks(count, _QUERIES):
+                if is_packed:
+                    rows: Any = slice(first + begin, first + end)
+                else:
+                    rows = b, slice(begin, end)
+                x = rotate(query[rows].float(), memory.k_rotation)
+                x = x.transpose(0, 1).unflatten(0, share[:2])  # (kv_heads, share, queries, dim)
+                top = x.new_full((*x.shape[:-1], 1), -torch.inf)
+                if sinks is not None:
+                    top = sinks.reshape(share).expand_as(top)
+                span = (start, length, length - count + begin)
+                acc, log_sum = _attend(
+                    memory, seqs.block_table[b], x, top, sinks is not None, span, rules
+                )
+                acc = rotate(acc, memory.v_rotation)
+                out[rows] = acc.flatten(0, 1).transpose(0, 1).to(query.dtype)
+                if lse is not None:
+                    lse[rows] = log_sum.flatten(0, 1)[..., 0].transpose(0, 1)
 
 
 def _attend(
-    slabs: _Slabs,
+    memory: _Memory,
     table: Tensor,
     query: Tensor,
     top: Tensor,
@@ -332,26 +287,26 @@ def _attend(
     (first token, end, position of the first query).
     """
     first, end, position = span
-    n, v_dim = query.shape[2], slabs.v_data.shape[3]
+    n, v_dim, options = query.shape[2], memory.view.v.head_dim, rules.options
     at = torch.arange(position, position + n, device=query.device)[:, None]
-    if rules.causal:
+    if options.causal:
         end = min(end, position + n)
-    if rules.window:
-        first = max(first, position - rules.window + 1)
+    if options.sliding_window:
+        first = max(first, position - options.sliding_window + 1)
     total = torch.ones_like(top) if has_sink else torch.zeros_like(top)
     acc = torch.zeros(*query.shape[:3], v_dim, dtype=torch.float32, device=query.device)
     for begin in range(first, end, KEYS):
         tokens = torch.arange(begin, min(begin + KEYS, end), device=query.device)
-        key, there = slabs.keys(table, tokens)
-        value, _ = slabs.values(table, tokens)
+        key, there = memory.keys(table, tokens)
+        value, _ = memory.values(table, tokens)
         visible = there.expand(n, -1)
-        if rules.causal:
+        if options.causal:
             visible = visible & (tokens <= at)
-        if rules.window:
-            visible = visible & (tokens > at - rules.window)
-        score = query @ key.permute(1, 2, 0)[:, None] * rules.softmax_scale
-        if rules.softcap:
-            score = rules.softcap * (score / rules.softcap).tanh()
+        if options.sliding_window:
+            visible = visible & (tokens > at - options.sliding_window)
+        score = query @ key.permute(1, 2, 0)[:, None] * options.softmax_scale
+        if options.softcap:
+            score = options.softcap * (score / options.softcap).tanh()
         if rules.slopes is not None:
             score = score - rules.slopes * (at - tokens).abs()
         score = score.where(visible, -torch.inf)
@@ -369,20 +324,51 @@ def _attend(
     return (acc / total).where(total != 0, 0), top + total.log()
 
 
-def _refuses(op: str, args: Sequence[Any]) -> str | None:
-    return None
+class _Reference(Backend):
+    name = "reference"
+
+    def refuses(self, device: torch.device, *head_dims: int) -> str | None:
+        return None
+
+    def prepare(self, problem: Problem) -> Prepared:
+        return _Call(problem)
+
+    def append(
+        self,
+        key: Tensor,
+        value: Tensor,
+        view: CacheView,
+        seqs: Sequences | None,
+        slot_mapping: Tensor | None,
+    ) -> None:
+        _append(key, value, view, seqs, slot_mapping)
+
+    def gather(self, view: CacheView, seqs: Sequences, key: Tensor, value: Tensor) -> None:
+        memory, tokens = _Memory(view), key.shape[1]
+        for b, (start, length) in enumerate(_lengths(seqs, memory.block_size)):
+            for out, read, rotation in (
+                (key, memory.keys, memory.k_rotation),
+                (value, memory.values, memory.v_rotation),
+            ):
+                out[b].zero_()
+                for begin in range(start, min(length, tokens), KEYS):
+                    end = min(begin + KEYS, length, tokens)
+                    at = torch.arange(begin, end, device=out.device)
+                    x, there = read(seqs.block_table[b], at)
+                    x = rotate(x.where(there[:, None, None], 0), rotation)
+                    out[b, begin:end] = x.to(out.dtype)
+
+    def quantize(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return quantize(*args)
+
+    def dequantize(self, *args: Any) -> Tensor:
+        return dequantize(*args)
+
+    def qk_matmul(self, *args: Any) -> Tensor:
+        return qk_matmul(*args)
+
+    def pv_matmul(self, *args: Any) -> Tensor:
+        return pv_matmul(*args)
 
 
-BACKEND = Backend(
-    name="reference",
-    implementations={
-        "quantize": quantize,
-        "dequantize": dequantize,
-        "qk_matmul": qk_matmul,
-        "pv_matmul": pv_matmul,
-        "append_": _append,
-        "gather": _gather,
-        "attention": _attention,
-    },
-    refuses=_refuses,
-)
+REFERENCE = _Reference()

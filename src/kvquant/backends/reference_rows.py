@@ -1,28 +1,22 @@
-"""The reference's arithmetic: plain tensors with (scale, zero), and the format of a cached row.
-
-Written to be read beside ``csrc/formats/int8.h``: a row is quantised in the same float32 steps, so
-that codes are the same bit for bit on every backend.
-"""
+"""The reference's arithmetic: plain tensors with (scale, zero), and the rotation of rows."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..formats.int8 import MAX_ABS, MIN_SCALE
+
 __all__ = [
     "KEYS",
-    "MAX_ABS",
     "chunks",
     "dequantize",
-    "encode",
     "pv_matmul",
     "qk_matmul",
     "quantize",
     "rotate",
 ]
 
-MAX_ABS = 65504.0  # larger inputs count as infinite, as in float16
-_MIN_SCALE = 2.0**-24  # the smallest positive float16
 KEYS = 1024  # tokens dequantised at a time
 
 
@@ -52,7 +46,7 @@ def quantize(
     if len(over) == 2:
         finite = finite.all(dim=2, keepdim=True)
     scale = (high - low) / torch.full_like(low, qmax - qmin)
-    scale = scale.maximum(torch.maximum(low.abs(), high.abs()) * 2.0**-20).clamp_min(_MIN_SCALE)
+    scale = scale.maximum(torch.maximum(low.abs(), high.abs()) * 2.0**-20).clamp_min(MIN_SCALE)
     scale = scale.where(finite, torch.nan)
     zero = qmin - low / scale
     codes = (rows * (torch.ones_like(scale) / scale) + zero).round().clamp(qmin, qmax)
@@ -116,24 +110,3 @@ def rotate(x: Tensor, length: int) -> Tensor:
     if length.bit_length() % 2 == 0:  # 2, 8, 32, ..: one factor of sqrt(2) is left
         norm *= 2 * torch.tensor(0.70710678, dtype=torch.float32).item()
     return x.reshape(shape) * norm
-
-
-def _half_down(x: Tensor) -> Tensor:
-    """The largest float16 <= x: -inf or the largest finite one beyond the range."""
-    half = x.half()
-    bits = half.view(torch.int16)
-    lower = torch.where(bits < 0, bits + 1, bits - 1).view(torch.float16)
-    return torch.where(half.float() > x, lower, half)
-
-
-def encode(y: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows ``(.., dim)`` in the stored basis to codes and (scale, offset) ``(.., 2)``."""
-    low, high = (x.clamp(-MAX_ABS, MAX_ABS) for x in y.aminmax(dim=-1, keepdim=True))
-    offset = _half_down(low)
-    span = high - offset.float()
-    step = (span / torch.full_like(span, 255.0)).clamp_min(_MIN_SCALE)
-    scale = -_half_down(-step)
-    shift, factor = offset.float(), scale.float()
-    codes = ((y - shift) * (torch.ones_like(factor) / factor)).round().clamp(0, 255)
-    params = torch.cat([scale, offset], -1).where(finite, torch.nan)
-    return codes.where(finite, 0).to(torch.uint8), params

@@ -1,22 +1,23 @@
-"""Blocks of tokens: who holds which (on the host, with reference counts), and their storage."""
+"""Blocks of tokens on the host: how often each is held, and which a sequence holds."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from typing import Any, TypeAlias
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import zip_longest
+from threading import RLock
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..errors import CacheFullError
-from ..formats import CacheFormat
-from ..storage import LayerStorage
 
-__all__ = ["BlockAllocator", "LayerPool", "Tables", "ceil_to", "index_tensor", "step_up"]
+__all__ = ["BlockIds", "BlockMap", "BlockPool", "Change", "ceil_to", "index_tensor", "step_up"]
 
-Pairs: TypeAlias = list[tuple[int, int]]
+BlockIds: TypeAlias = tuple[tuple[int, ...], ...]
 
 
 def ceil_to(count: int, multiple: int) -> int:
@@ -29,27 +30,42 @@ def step_up(now: int, least: int, unit: int) -> int:
     return max(least, now + max(unit, now // 8))
 
 
-class BlockAllocator:
-    """Reference counts of blocks ``0 .. num_blocks - 1`` and a heap of free ones. Host only.
+def index_tensor(
+    values: Sequence[int] | Sequence[Sequence[int]],
+    device: torch.device,
+    dtype: torch.dtype = torch.int64,
+) -> Tensor:
+    """Integers on ``device``, without waiting for it."""
+    index = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+    return index.to(device, non_blocking=True)
 
-    The lowest free block is taken first, so that blocks at the end become free again and can be
-    given up.
+
+class BlockPool:
+    """Blocks ``0 .. num_blocks - 1``, and how many sequences of its maps hold each.
+
+    What the maps hold is the state; counts, free blocks and tables on the device are derived from
+    it. So whatever breaks off a change, an error or an interrupt, the next one finds that it was
+    broken off and derives them again. The lowest free block is taken first, so that blocks at the
+    end become free again and can be given up.
 
     Args:
         num_blocks: Blocks at the start, all free.
         limit: Most blocks there may be; None: any number.
+
+    Attributes:
+        lock: Held by whoever changes the pool, or the memory that its maps share.
+        is_shared: More maps than one are in use, so that other caches may change the memory.
     """
 
     def __init__(self, num_blocks: int, limit: int | None) -> None:
         self.limit = limit
+        self.lock = RLock()
+        self.is_shared = False
+        self._maps: weakref.WeakSet[BlockMap] = weakref.WeakSet()
         self._counts = [0] * num_blocks
         self._free = list(range(num_blocks))
-        self._shared = 0
-
-    @property
-    def any_shared(self) -> bool:
-        """Whether a block is held more than once."""
-        return self._shared > 0
+        self._is_broken = False  # a change has begun and not ended
+        self._lost: list[None] = []  # not empty: a map is gone
 
     @property
     def num_blocks(self) -> int:
@@ -59,7 +75,50 @@ class BlockAllocator:
     @property
     def num_free(self) -> int:
         """Blocks that nobody holds."""
-        return len(self._free)
+        with self.changing():
+            return len(self._free)
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """The pool, for this thread alone and in order; not within itself."""
+        with self.lock:
+            if self._lost or self._is_broken:
+                self._is_broken = True
+                self._lost.clear()
+                self._derive()
+            yield
+            self._is_broken = False
+
+    def _derive(self) -> None:
+        maps = list(self._maps)
+        most = max((block for m in maps for ids in m.ids for block in ids), default=-1)
+        counts = [0] * max(len(self._counts), most + 1)
+        for m in maps:
+            for ids in m.ids:
+                for block in ids:
+                    counts[block] += 1
+        for m in maps:
+            m.write_table()
+        self._counts = counts
+        self._free = [block for block, count in enumerate(counts) if not count]
+        self.is_shared = len(maps) > 1
+
+    def add(self, blocks: BlockMap) -> None:
+        """Count what a new map holds, for as long as it lives."""
+        self._is_broken = True
+        # It may come in the middle of anything, so it does next to nothing.
+        weakref.finalize(blocks, self._lost.append, None).atexit = False
+        self._maps.add(blocks)
+        for block in (block for ids in blocks.ids for block in ids):
+            if not self._counts[block]:
+                self._free.remove(block)
+                heapq.heapify(self._free)
+            self._counts[block] += 1
+        self.is_shared = len(self._maps) > 1
+
+    def count(self, block: int) -> int:
+        """How often ``block`` is held."""
+        return self._counts[block]
 
     def size_for(self, wanted: int, name: str = "num_blocks") -> int:
         """How many blocks there must be for ``wanted`` free ones, within the limit.
@@ -69,7 +128,7 @@ class BlockAllocator:
         Raises:
             CacheFullError: The limit leaves no room.
         """
-        now, missing = self.num_blocks, wanted - len(self._free)
+        now, missing = len(self._counts), wanted - len(self._free)
         if missing <= 0:
             return now
         size = step_up(now, now + missing, 1)
@@ -84,226 +143,117 @@ class BlockAllocator:
 
     def grow(self, size: int) -> None:
         """Let there be ``size`` blocks, if there are fewer."""
-        self._free += range(self.num_blocks, size)  # larger than all others: still a heap
-        self._counts += [0] * (size - self.num_blocks)
+        self._is_broken = True
+        self._free += range(len(self._counts), size)  # larger than all others: still a heap
+        self._counts += [0] * (size - len(self._counts))
 
     def shrink(self, size: int) -> None:
         """Give up free blocks at the end, as long as ``size`` are left."""
-        now = self.num_blocks
+        now = len(self._counts)
         while now > size and not self._counts[now - 1]:
             now -= 1
-        if now < self.num_blocks:
-            del self._counts[now:]
+        if now < len(self._counts):
+            self._is_broken = True
+            self._counts = self._counts[:now]
             self._free = sorted(block for block in self._free if block < now)
 
     def take(self) -> int:
-        """A free block, now held once. There must be one."""
-        block = heapq.heappop(self._free)
-        self._counts[block] = 1
-        return block
+        """A free block, for a change that is to come. There must be one."""
+        self._is_broken = True
+        return heapq.heappop(self._free)
 
-    def share(self, blocks: Iterable[int]) -> None:
-        """Hold each of ``blocks`` once more."""
-        for block in blocks:
+    def recount(self, gained: Iterable[int], lost: Iterable[int]) -> None:
+        """A map holds other blocks; those that it gained were taken, or are held."""
+        for block in gained:
             self._counts[block] += 1
-            self._shared += 1
-
-    def release(self, blocks: Iterable[int]) -> None:
-        """Hold each of ``blocks`` once less; those that nobody holds are free again."""
-        for block in blocks:
+        for block in lost:
             self._counts[block] -= 1
-            if self._counts[block]:
-                self._shared -= 1
-            else:
+            if not self._counts[block]:
                 heapq.heappush(self._free, block)
 
-    def count(self, block: int) -> int:
-        """How often ``block`` is held."""
-        return self._counts[block]
+    def mark(self) -> None:
+        """A change begins that has to be derived again if it breaks off."""
+        self._is_broken = True
 
 
-class LayerPool:
-    """The storage of all layers, which may lie under several caches at a time.
-
-    Attributes:
-        layers: A `LayerStorage` each.
-        args: The same, as operations take it: (k_data, k_params, k_mean, v_data, v_params).
-    """
-
-    def __init__(self, layers: Iterable[LayerStorage]) -> None:
-        self.layers = list(layers)
-        self.args = [_as_args(storage) for storage in self.layers]
-
-    @classmethod
-    def allocate(
-        cls,
-        num_layers: int,
-        num_blocks: int,
-        kv_heads: int,
-        block_size: int,
-        k_dim: int,
-        v_dim: int,
-        format: CacheFormat,
-        device: torch.device,
-    ) -> LayerPool:
-        """Unwritten storage for every layer."""
-        return cls(
-            LayerStorage.allocate(
-                num_blocks, kv_heads, block_size, k_dim, v_dim, format=format, device=device
-            )
-            for _ in range(num_layers)
-        )
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks that every layer has."""
-        return min(storage.k_data.shape[0] for storage in self.layers)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all layers."""
-        return sum(storage.nbytes for storage in self.layers)
-
-    def resize(
-        self, layer: int, *, num_blocks: int | None = None, block_size: int | None = None
-    ) -> None:
-        """Move one layer to larger tensors: its old ones live until the copy is complete."""
-        old = self.layers[layer]
-        blocks, heads, size, k_dim = old.k_data.shape
-        new = LayerStorage.allocate(
-            num_blocks or blocks,
-            heads,
-            block_size or size,
-            k_dim,
-            old.v_data.shape[3],
-            format=old.format,
-            device=old.k_data.device,
-        )
-        for name, tensor in new.tensors.items():
-            part = old.tensors[name]
-            tensor[: part.shape[0], :, : part.shape[2]].copy_(part)
-        self.layers[layer], self.args[layer] = new, _as_args(new)
-
-    def selected(self, blocks: Sequence[int]) -> LayerPool:
-        """A copy that holds ``blocks``, in that order."""
-        return LayerPool(
-            _replaced(
-                storage,
-                {
-                    name: tensor.index_select(0, index_tensor(blocks, tensor.device))
-                    for name, tensor in storage.tensors.items()
-                },
-            )
-            for storage in self.layers
-        )
-
-    def copy_blocks(self, pairs: Pairs, rows: int | None = None) -> None:
-        """Copy blocks (from, to) in every layer, as far as the first ``rows`` of each.
-
-        No memory is asked for once the first block is written.
-        """
-        if not pairs:
-            return
-        device = self.layers[0].k_data.device
-        source, target = (index_tensor([pair[i] for pair in pairs], device) for i in (0, 1))
-        parts = [
-            (name, tensor if name == "k_mean" else tensor[:, :, :rows])
-            for storage in self.layers
-            for name, tensor in storage.tensors.items()
-        ]
-        between: dict[tuple[str, int], Tensor] = {}
-        for name, part in parts:
-            if (name, part.shape[2]) not in between:
-                between[name, part.shape[2]] = part.new_empty(len(pairs), *part.shape[1:])
-        for name, part in parts:
-            rows_between = between[name, part.shape[2]]
-            torch.index_select(part, 0, source, out=rows_between)
-            part.index_copy_(0, target, rows_between)
-
-
-class Tables:
-    """The blocks of each sequence of one cache: on the host, and as a tensor for the kernels.
+class BlockMap:
+    """The blocks of the sequences of one cache, in the order of their tokens.
 
     Attributes:
-        owned: Blocks of each sequence, in the order of its tokens.
-        device: int32 ``(batch, max_blocks)`` on the device; -1 where a sequence has no block. It is
-            written in place unless it has to become wider, so that captured graphs see changes.
+        ids: Blocks of each sequence: the state.
+        table: The same as int32 ``(batch, max_blocks)`` on the device, -1 where a sequence has no
+            block. It is written in place unless it has to become wider, so that captured graphs
+            see changes.
     """
 
-    def __init__(
-        self, owned: list[list[int]], width: int, allocator: BlockAllocator, device: torch.device
-    ) -> None:
-        self.owned = owned
-        self.allocator = allocator
-        self.device = self._on_device(owned, width, device)
+    def __init__(self, ids: BlockIds, width: int, pool: BlockPool, device: torch.device) -> None:
+        self.ids, self.pool = ids, pool
+        self.table = _table(ids, width, device)
+        pool.add(self)
 
     @property
     def width(self) -> int:
-        """Most blocks of a sequence, as the tensor stands."""
-        return self.device.shape[1]
+        """Most blocks of a sequence, as the table stands."""
+        return self.table.shape[1]
 
-    def plan(self, owned: list[list[int]], width: int | None = None) -> Callable[[], None]:
-        """Prepare other blocks of all sequences; what is returned puts them in, and cannot fail.
-
-        Counts of blocks are the caller's affair.
-        """
-        width, device = width or self.width, self.device.device
-        if len(owned) != len(self.owned) or width != self.width:
-            table = self._on_device(owned, width, device)
-
-            def put() -> None:
-                self.device = table
-                self.owned[:] = owned
-
-            return put
-        changed = {
-            b * width + i: new[i] if i < len(new) else -1
-            for b, (old, new) in enumerate(zip(self.owned, owned, strict=True))
-            if old != new
-            for i in range(max(len(old), len(new)))
-            if i >= len(old) or i >= len(new) or old[i] != new[i]
-        }
-        at = index_tensor(list(changed), device)
-        blocks = index_tensor(list(changed.values()), device, torch.int32)
-
-        def put_changes() -> None:
-            if changed:
-                self.device.view(-1).index_copy_(0, at, blocks)
-            self.owned[:] = owned
-
-        return put_changes
+    def write_table(self) -> None:
+        """Let the table say what ``ids`` do."""
+        width = max(self.width, *map(len, self.ids)) if self.ids else self.width
+        table = _table(self.ids, width, self.table.device)
+        if table.shape == self.table.shape:
+            self.table.copy_(table)
+        else:
+            self.table = table
 
     def release(self) -> None:
         """Give all blocks back: the cache is gone."""
-        for blocks in self.owned:
-            self.allocator.release(blocks)
-        self.owned.clear()
-
-    @staticmethod
-    def _on_device(owned: list[list[int]], width: int, device: torch.device) -> Tensor:
-        rows = [blocks + [-1] * (width - len(blocks)) for blocks in owned]
-        return index_tensor(rows, device, torch.int32)
+        with self.pool.changing():
+            self.pool.mark()
+            lost, self.ids = self.ids, ()
+            self.pool.recount((), (block for ids in lost for block in ids))
 
 
-def _as_args(storage: LayerStorage) -> tuple[Tensor | None, ...]:
-    return (
-        storage.k_data,
-        storage.k_params,
-        storage.k_mean,
-        storage.v_data,
-        storage.v_params,
-    )
+class Change:
+    """Other blocks for a map's sequences, all memory for it taken: `commit` asks for none.
+
+    Made and committed within `BlockPool.changing`.
+    """
+
+    def __init__(self, blocks: BlockMap, ids: BlockIds, width: int | None = None) -> None:
+        self._map, self._ids = blocks, ids
+        now, device = blocks.width, blocks.table.device
+        width = max(width or now, now)
+        self._gained: list[int] = []
+        self._lost: list[int] = []
+        changed = {}
+        for b, (old, new) in enumerate(zip_longest(blocks.ids, ids, fillvalue=())):
+            same = min(len(old), len(new))
+            if old[:same] != new[:same]:
+                same = next(i for i in range(same) if old[i] != new[i])
+            self._gained += new[same:]
+            self._lost += old[same:]
+            for i in range(same, max(len(old), len(new))):
+                changed[b * width + i] = new[i] if i < len(new) else -1
+        self._table = None
+        if len(ids) != len(blocks.ids) or width != now:
+            self._table = _table(ids, width, device)
+            return
+        self._at = index_tensor(list(changed), device)
+        self._entries = index_tensor(list(changed.values()), device, torch.int32)
+
+    def commit(self) -> None:
+        """Put them in."""
+        blocks = self._map
+        blocks.pool.mark()
+        if self._table is not None:
+            blocks.table = self._table
+        elif self._at.numel():
+            blocks.table.view(-1).index_copy_(0, self._at, self._entries)
+        blocks.ids = self._ids
+        blocks.pool.recount(self._gained, self._lost)
 
 
-def _replaced(storage: LayerStorage, tensors: dict[str, Any]) -> LayerStorage:
-    return replace(storage, **tensors)
-
-
-def index_tensor(
-    values: Sequence[int] | Sequence[Sequence[int]],
-    device: torch.device,
-    dtype: torch.dtype = torch.int64,
-) -> Tensor:
-    """Integers on ``device``, without waiting for it."""
-    index = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
-    return index.to(device, non_blocking=True)
+def _table(ids: BlockIds, width: int, device: torch.device) -> Tensor:
+    rows = [[*blocks, *[-1] * (width - len(blocks))] for blocks in ids]
+    table = index_tensor(rows, device, torch.int32)
+    return table if rows else table.reshape(0, width)

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from .. import functional
-from ..arguments import check_flag, check_float_dtype, check_number, check_tensor
-from ..checks import check_index, check_packed, check_split_size, check_window
-from ..ops import call, forced, is_plain, prepare_step, refuse_splits
+from .. import backends, ops
+from ..arguments import (
+    INT32_MAX,
+    check_flag,
+    check_float_dtype,
+    check_integer,
+    check_tensor,
+    require,
+)
+from ..calls import check_append, check_out
+from ..checks import check_index, check_packed, check_rows
+from ..functional import gather
+from ..plan import planned
+from ..view import CacheView, Options, Sequences
 from . import files, serialize
-from .calls import check_call, look, ragged
 from .config import CacheConfig
-from .prompt import exact_attention
+from .lengths import is_capturing
 from .sequences import CacheSequences
 from .serialize import LayerPast
 from .state import CacheState
@@ -82,37 +93,24 @@ class QuantizedKVCache(CacheSequences):
             ValueError: Arguments that do not fit.
             CacheFullError: No room; nothing was written.
         """
-        layer = self._accept(layer, None, key, value, cu_seqlens)
-        if cu_seqlens is None:
-            check_packed("cu_seqlens", None, self.batch_size, 0, self.device, max_seqlen)
-            self._append_dense(layer, key, value)
-        else:
-            self._append_packed(
-                layer, key, value, *ragged(self._state, "cu_seqlens", cu_seqlens, key, max_seqlen)
-            )
-
-    def _append_dense(self, layer: int, key: Tensor, value: Tensor) -> None:
-        state, tokens = self._state, key.shape[1]
-        if state.room[layer] < tokens:
-            state.make_room(layer, [tokens] * key.shape[0])
-        call(
-            "append_", key, value, *state.pool.args[layer], state.tables.device, state.lens[layer],
-            None, state.seq_starts, None, *self._rotations, tokens, True,
-        )  # fmt: skip
-        state.high[layer] += tokens
-        state.room[layer] -= tokens
-
-    def _append_packed(
-        self, layer: int, key: Tensor, value: Tensor, cu: Tensor, counts: list[int], most: int
-    ) -> None:
-        state = self._state
-        if state.room[layer] < max(counts):
-            state.make_room(layer, counts)
-        call(
-            "append_", key, value, *state.pool.args[layer], state.tables.device, state.lens[layer],
-            cu, state.seq_starts, None, *self._rotations, most, True,
-        )  # fmt: skip
-        state.add(layer, counts)
+        layer, state = self._check_layer(layer), self._state
+        check_tensor("key", key)
+        seqs, counts = self._batch(layer, key, "cu_seqlens", cu_seqlens, max_seqlen)
+        check_append(key, value, state.view(layer), seqs)
+        with state.pool.lock if state.pool.is_shared else nullcontext():
+            view, seqs = self._with_room(layer, seqs, counts)
+            was_stale = state.lengths.stale
+            self._expect(layer, counts, cu_seqlens is not None)
+            try:
+                if ops.is_plain(key):
+                    backend = backends.select("append_", view.device, *view.spec[2:4])
+                    backend.append(key, value, view, seqs, None)
+                else:
+                    ops.append(key, value, view, seqs, None)
+            except Exception:
+                self._recover()
+                raise
+            state.lengths.stale = was_stale
 
     def attend(
         self,
@@ -130,6 +128,7 @@ class QuantizedKVCache(CacheSequences):
         sinks: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
         split_size: int | None = None,
+        out: Tensor | None = None,
         return_lse: bool = False,
         exact_prompt: bool = True,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -153,6 +152,7 @@ class QuantizedKVCache(CacheSequences):
             split_size: On CUDA, tokens of every split (a positive multiple of 256), so that a
                 sequence's result does not depend on the batch it is in; it can cost speed. See
                 `kvquant.attention`. What ``exact_prompt`` leaves to torch is torch's affair.
+            out: Where the output goes; by default a new tensor.
             return_lse: Also return the log-sum-exp of the scores.
             exact_prompt: The first tokens of an empty layer attend to the keys and values as they
                 are given, by torch, where no other option asks for more than that.
@@ -166,140 +166,150 @@ class QuantizedKVCache(CacheSequences):
             ValueError: Arguments that do not fit.
             CacheFullError: No room; nothing was written.
         """
-        flags: Any = causal, return_lse, exact_prompt
-        if not (type(flags[0]) is type(flags[1]) is type(flags[2]) is bool):
-            check_flag("causal", causal)
-            check_flag("return_lse", return_lse)
-            check_flag("exact_prompt", exact_prompt)
-        seen: tuple[Any, ...] = ()
+        state, known = self._state, self._known
+        asked = (
+            softmax_scale, sliding_window, type(sliding_window), softcap, split_size, return_lse,
+            sinks is None, alibi_slopes is None, backends.forced(),
+        )  # fmt: skip
         if (
-            cu_seqlens_q is None and max_seqlen_q is None and sinks is None
-            and alibi_slopes is None and not return_lse
+            known is not None
+            and type(layer) is int
+            and 0 <= layer < len(state.room)
+            and cu_seqlens_q is out is sinks is alibi_slopes is None
+            and max_seqlen_q is None
+            and causal is known[1].options.causal
+            and type(return_lse) is type(exact_prompt) is bool
+            and _equal(asked, known[0])
+        ):
+            plan, view, seqs = known[1], state.memory.views[layer], state.seqs(layer)
+            if not state.pool.is_shared and plan.fits(query, view, seqs, key, value):
+                if key is None:
+                    if ops.is_plain(query):
+                        return plan.launch(query, view, seqs, None, None)
+                elif (
+                    state.room[layer] >= (tokens := key.shape[1])
+                    and not (exact_prompt and tokens > 1 and not state.lengths.high[layer])
+                    and ops.is_plain(query)
+                ):
+                    lengths = state.lengths
+                    was_stale = lengths.stale
+                    state.room[layer] -= tokens
+                    lengths.stale = True  # until the call is over: an interrupt leaves it so
+                    lengths.high[layer] += tokens
+                    try:
+                        result = plan.launch(query, view, seqs, key, value)
+                    except Exception:
+                        self._recover()
+                        raise
+                    lengths.stale = was_stale
+                    return result
+        for name, flag in (
+            ("causal", causal), ("return_lse", return_lse), ("exact_prompt", exact_prompt)
         ):  # fmt: skip
-            seen = (look(query), look(key), look(value), softmax_scale, causal, sliding_window,
-                    softcap, split_size, forced())  # fmt: skip
-            known, state = self._step, self._state
-            if (
-                known is not None and type(layer) is int and 0 <= layer < len(state.lens)
-                and _equal(seen, known[0])
-            ):  # fmt: skip
-                tokens, room = query.shape[1], state.room[layer]
-                exact = exact_prompt and tokens > 1 and not state.high[layer]
-                if room >= tokens and not exact and is_plain(query):
-                    return self._take_step(known[1], layer, query, key, value)
+            check_flag(name, flag)
+        layer = self._check_layer(layer)
         check_tensor("query", query)
-        layer = self._accept(layer, query, key, value, cu_seqlens_q)
-        scale = self._scale
-        if softmax_scale is not None:
-            scale = check_number("softmax_scale", softmax_scale)
-        window = check_window(sliding_window)
-        cap = 0.0 if softcap is None else check_number("softcap", softcap, positive=True)
-        split = check_split_size(split_size)
-        if cu_seqlens_q is None:
-            check_packed("cu_seqlens_q", None, self.batch_size, 0, self.device, max_seqlen_q)
-        if sinks is not None or alibi_slopes is not None:
-            check_index("sinks", sinks, query.shape[-2], self.device, torch.float32)
-            check_index("alibi_slopes", alibi_slopes, query.shape[-2], self.device, torch.float32)
-        state, counts, tokens = self._state, None, query.shape[1]
-        if cu_seqlens_q is not None:
-            cu_seqlens_q, counts, tokens = ragged(
-                self._state, "cu_seqlens_q", cu_seqlens_q, query, max_seqlen_q
-            )
-        before = None
-        if key is not None and value is not None:
-            if split:
-                self._check_splits(layer, query, counts or [key.shape[1]] * key.shape[0], split)
-            if exact_prompt and not (
-                state.high[layer] or return_lse or window or cap or tokens < 2
-                or counts is not None or tokens != key.shape[1] or query.dtype != key.dtype
-                or sinks is not None or alibi_slopes is not None or state.seq_starts is not None
-            ):  # fmt: skip
-                out = exact_attention(query, key, value, scale, causal)
-                self._append_dense(layer, key, value)
-                return out
-            before = state.mark(layer)
-            if cu_seqlens_q is None or counts is None:
-                self._append_dense(layer, key, value)
-                added: int | Tensor = key.shape[1]
-            else:
-                self._append_packed(layer, key, value, cu_seqlens_q, counts, tokens)
-                added = cu_seqlens_q
-        try:
-            out, lse = call(
-                "attention", query, *state.pool.args[layer], state.tables.device,
-                state.lens[layer], cu_seqlens_q, state.seq_starts, sinks, alibi_slopes,
-                *self._rotations, tokens, scale, causal, window, cap, split, return_lse,
-            )  # fmt: skip
-        except BaseException:
-            if before is not None:
-                state.undo(layer, before, added, tokens)
-            raise
-        repeats = seen and self._accepted is not None
-        if repeats and key is not None and value is not None and tokens == key.shape[1]:
-            step = prepare_step(
-                state.pool.args[layer], query, key, value, self._rotations, scale, causal, window,
-                cap, split,
-            )  # fmt: skip
-            self._step = None if step is None else (seen, step)
-        return (out, lse) if return_lse else out
-
-    def _take_step(
-        self,
-        step: Callable[..., Tensor],
-        layer: int,
-        query: Tensor,
-        key: Tensor | None,
-        value: Tensor | None,
-    ) -> Tensor:
-        """Append and attend as the last call did, with other tensors that look like its own."""
-        state, tokens = self._state, query.shape[1]
-        before = state.mark(layer)
-        state.high[layer] += tokens
-        state.room[layer] -= tokens
-        try:
-            return step(
-                layer, state.pool.args[layer], state.tables.device, state.lens[layer],
-                state.seq_starts, query, key, value,
-            )  # fmt: skip
-        except BaseException:
-            state.undo(layer, before, 0, tokens)
-            raise
-
-    # ------------------------------------------------------------------------------------- checks
-
-    def _check_splits(self, layer: int, query: Tensor, counts: list[int], split_size: int) -> None:
-        """Make room for new tokens, then see whether attention can merge the splits of it all."""
-        state = self._state
-        if state.room[layer] < max(counts):
-            state.make_room(layer, counts)
-        capacity = state.tables.device.shape[1] * state.pool.layers[layer].block_size
-        refuse_splits((query, *state.pool.args[layer]), split_size, capacity)
-
-    def _accept(
-        self,
-        layer: int,
-        query: Tensor | None,
-        key: Tensor | None,
-        value: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> int:
-        """Check a call's tensors, unless they look like the last accepted ones; the layer."""
-        if type(layer) is not int or not 0 <= layer < len(self._state.lens):
-            layer = self._check_layer(layer)
-        seen = (cu_seqlens is None, look(query), look(key), look(value))
-        if seen == self._accepted:
-            return layer
-        check_call(
-            self._state.config,
-            self._state.pool.layers[layer],
-            query,
-            key,
-            value,
-            packed=cu_seqlens is not None,
+        options = Options.of(
+            state.config.head_dim, softmax_scale, causal, sliding_window, softcap, split_size
         )
-        grad = any(x is not None and x.requires_grad for x in (query, key, value))
-        self._accepted = None if grad else seen
-        return layer
+        seqs, counts = self._batch(layer, query, "cu_seqlens_q", cu_seqlens_q, max_seqlen_q)
+        if key is not None and cu_seqlens_q is None:
+            check_tensor("key", key)
+            counts = [key.shape[1] if key.dim() > 1 else 0] * self.batch_size
+        vectors = {"sinks": sinks, "alibi_slopes": alibi_slopes}
+        wanted = {name: x is not None for name, x in vectors.items()} | {
+            "lse": return_lse,
+            "exact": exact_prompt and key is not None and not state.lengths.high[layer],
+        }
+        plan = planned(query, state.view(layer), seqs, key, value, options, **wanted)
+        for name, x in vectors.items():
+            check_index(name, x, query.shape[-2], self.device, torch.float32)
+        check_out(out, None, query, state.config.v_head_dim)
+        with state.pool.lock if state.pool.is_shared else nullcontext():
+            was_stale = state.lengths.stale
+            view = state.view(layer)
+            if key is not None:
+                view, seqs = self._with_room(layer, seqs, counts)
+                plan = planned(query, view, seqs, key, value, options, **wanted)
+                self._expect(layer, counts, cu_seqlens_q is not None)
+            try:
+                result = plan.run(query, view, seqs, key, value, out=out, **vectors)
+            except Exception:
+                self._recover()
+                raise
+            state.lengths.stale = was_stale
+        if cu_seqlens_q is None and plan.backend != "torch":
+            self._known = asked, plan
+        return result
+
+    def _batch(
+        self, layer: int, rows: Tensor, name: str, cu: Tensor | None, most: int | None
+    ) -> tuple[Sequences, list[int]]:
+        """A call's batch, and bounds of the rows of each sequence."""
+        state, batch = self._state, self.batch_size
+        if cu is None:
+            check_packed(name, None, batch, 0, self.device, most)
+            return state.seqs(layer), [rows.shape[1] if rows.dim() > 1 else 0] * batch
+        check_rows("query" if name.endswith("q") else "key", rows, 3)
+        check_tensor(name, cu)
+        total = rows.shape[0]
+        check_index(name, cu, batch + 1, cu.device if cu.device.type == "cpu" else self.device)
+        label = name.replace("cu_seqlens", "max_seqlen")
+        if most is not None:
+            most = check_integer(label, most, 0, INT32_MAX)
+        if cu.device.type == "cpu":
+            edges = cu.tolist()
+            counts = [end - begin for begin, end in pairwise(edges)]
+            require(
+                min(counts) >= 0 and edges[0] >= 0 and edges[-1] <= total,
+                f"{name}: expected offsets into {total} rows that never fall, got {edges}",
+            )
+            require(
+                most is None or max(counts) <= most,
+                f"{label}: {most}, but a sequence has {max(counts)} rows",
+            )
+            cu, most = cu.to(self.device, non_blocking=True), max(counts)
+        else:
+            state.lengths.stale = True
+            most = total if most is None else min(most, total)
+            counts = [most] * batch
+        plain = state.seqs(layer)
+        return Sequences(
+            plain.block_table, plain.seq_lens, plain.seq_starts, cu, max(1, most), advance=True
+        ), counts
+
+    def _with_room(
+        self, layer: int, seqs: Sequences, counts: list[int]
+    ) -> tuple[CacheView, Sequences]:
+        """See to room for new tokens; a call's memory and batch as they are then."""
+        state = self._state
+        if state.room[layer] < max(counts) or state.pool.is_shared:
+            state.make_room(layer, counts)
+        plain = state.seqs(layer)
+        if seqs.cu_seqlens_q is None:
+            seqs = plain
+        elif seqs.block_table is not plain.block_table:
+            seqs = Sequences(
+                plain.block_table, plain.seq_lens, plain.seq_starts, seqs.cu_seqlens_q,
+                seqs.max_seqlen_q, advance=True,
+            )  # fmt: skip
+        return state.view(layer), seqs
+
+    def _expect(self, layer: int, counts: list[int], is_ragged: bool) -> None:
+        """Raise a layer's bounds ahead of an append."""
+        state, most = self._state, max(counts)
+        state.room[layer] -= most
+        state.lengths.stale = True
+        if is_ragged:
+            state.lengths.raise_bounds(layer, counts)
+            state.refresh_room(layer)
+        else:
+            state.lengths.high[layer] += most
+
+    def _recover(self) -> None:
+        """After a call that failed below: what is stored, the device knows."""
+        if not is_capturing(self.device):
+            self._state.sync_lengths()
 
     # ------------------------------------------------------------------------------- what is stored
 
@@ -314,18 +324,19 @@ class QuantizedKVCache(CacheSequences):
             key ``(batch, tokens, kv_heads, head_dim)`` and value, zero where a sequence has no
             token or padding.
         """
-        storage, state = self.storage(layer), self._state
+        layer, state = self._check_layer(layer), self._state
         dtype = self.dtype if dtype is None else dtype
         check_float_dtype("dtype", dtype)
         state.settle()
-        return functional.gather(
-            storage,
-            block_table=state.tables.device,
-            seq_lens=state.lens[layer],
-            seq_starts=state.seq_starts,
-            tokens=state.high[layer],
-            dtype=dtype,
-        )
+        with state.pool.lock:
+            return gather(
+                state.view(layer),
+                block_table=state.blocks.table,
+                seq_lens=state.lengths.lens[layer],
+                seq_starts=state.seq_starts,
+                tokens=state.lengths.high[layer],
+                dtype=dtype,
+            )
 
     def layer_past(self, layer: int) -> LayerPast:
         """A layer as Qwen's original code has it: ``x ~ scale * (q - zero)``.
@@ -362,7 +373,8 @@ class QuantizedKVCache(CacheSequences):
             TypeError: Another structure, a dtype that is not supported.
             ValueError: Shapes that do not belong together, or scales beyond float16.
         """
-        return serialize.from_layer_past(cls, past, max_seq_len, block_size, dtype)
+        check_float_dtype("dtype", dtype)
+        return cls._of(serialize.from_layer_past(past, max_seq_len, block_size), dtype)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that is stored, sequence by sequence, the same whatever the blocks.
@@ -395,7 +407,7 @@ class QuantizedKVCache(CacheSequences):
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = self._state
-        return _unpickle, (type(self), state.config, self.dtype, self.state_dict())
+        return _restore, (type(self), state.config, self.dtype, self.state_dict())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to a safetensors file.
@@ -437,13 +449,13 @@ class QuantizedKVCache(CacheSequences):
                 hold together.
         """
         sizes = {"max_seq_len": max_seq_len, "block_size": block_size, "num_blocks": num_blocks}
-        return files.load(cls, path, device, sizes)
+        return cls._of(*files.load(path, device, sizes))
 
 
-def _unpickle(
+def _restore(
     cls: type[QuantizedKVCache], config: CacheConfig, dtype: torch.dtype, state: dict[str, Tensor]
 ) -> QuantizedKVCache:
-    return serialize.restore(cls, config, dtype, state, allocate=True)
+    return cls._of(serialize.restore(config, state, allocate=True), dtype)
 
 
 def _equal(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:

@@ -19,9 +19,9 @@ class CacheConfig:
 
     num_layers: int
     batch_size: int
-    kv_heads: int
-    k_dim: int
-    v_dim: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
     max_seq_len: int | None
     block_size: int | None
     num_blocks: int | None
@@ -30,18 +30,12 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         check_format(self.format)
-        for field, name in (
-            ("num_layers", "num_layers"),
-            ("batch_size", "batch_size"),
-            ("kv_heads", "num_kv_heads"),
-            ("max_seq_len", "max_seq_len"),
-            ("num_blocks", "num_blocks"),
-        ):
-            size = getattr(self, field)
-            if size is not None or field not in ("max_seq_len", "num_blocks"):
-                object.__setattr__(self, field, check_integer(name, size, 1, INT32_MAX))
-        for field, name in (("k_dim", "head_dim"), ("v_dim", "v_head_dim")):
-            object.__setattr__(self, field, check_head_dim(name, getattr(self, field)))
+        for name in ("num_layers", "batch_size", "num_kv_heads", "max_seq_len", "num_blocks"):
+            size = getattr(self, name)
+            if size is not None or name not in ("max_seq_len", "num_blocks"):
+                object.__setattr__(self, name, check_integer(name, size, 1, INT32_MAX))
+        for name in ("head_dim", "v_head_dim"):
+            object.__setattr__(self, name, check_head_dim(name, getattr(self, name)))
         if self.block_size is not None:
             size = check_integer("block_size", self.block_size)
             require(

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,25 +20,14 @@ from .config import CacheConfig
 from .serialize import VERSION, blocks_for, check_state, restore, state_dict
 from .state import CacheState
 
-if TYPE_CHECKING:
-    from .cache import QuantizedKVCache
-
-    Cache = TypeVar("Cache", bound=QuantizedKVCache)
-
 __all__ = ["load", "save"]
 
 _MAGIC = "kvquant"
 _DTYPES = {str(x).removeprefix("torch."): x for x in FLOATS}
-_SIZES = {  # in the header: in CacheConfig
-    "num_layers": "num_layers",
-    "batch_size": "batch_size",
-    "num_kv_heads": "kv_heads",
-    "head_dim": "k_dim",
-    "v_head_dim": "v_dim",
-    "max_seq_len": "max_seq_len",
-    "block_size": "block_size",
-    "num_blocks": "num_blocks",
-}
+_SIZES = (  # in the header, as in CacheConfig
+    "num_layers", "batch_size", "num_kv_heads", "head_dim", "v_head_dim", "max_seq_len",
+    "block_size", "num_blocks",
+)  # fmt: skip
 _FORMAT = ("bits", "key_rotation", "key_mean", "value_rotation")
 # A cache may take this many times the bytes of its file, and some: blocks of 256 tokens with one
 # in each are the natural worst case.
@@ -70,8 +59,9 @@ def save(state: CacheState, dtype: torch.dtype, path: str | os.PathLike[str]) ->
     config = state.config
     header = {
         "version": VERSION,
-        "format": {field: getattr(config.format, field) for field in _FORMAT},
-        **{field: getattr(config, attribute) for field, attribute in _SIZES.items()},
+        "format": {"bits": config.format.rows[0].bits}
+        | {field: getattr(config.format, field) for field in _FORMAT[1:]},
+        **{field: getattr(config, field) for field in _SIZES},
         "dtype": str(dtype).removeprefix("torch."),
     }
     tensors = {key: x.cpu() for key, x in state_dict(state).items()}
@@ -111,11 +101,10 @@ class _Tensors(Mapping[str, Tensor]):
 
 
 def load(
-    cls: type[Cache],
     path: str | os.PathLike[str],
     device: torch.device | str | int | None,
     sizes: Mapping[str, int | None],
-) -> Cache:
+) -> tuple[CacheState, torch.dtype]:
     """See `QuantizedKVCache.load`; ``sizes``: what takes the place of the header's."""
     name = _name_of(path)
     chosen = {key: check_integer(key, x, 1) for key, x in sizes.items() if x is not None}
@@ -131,7 +120,7 @@ def load(
             _check_fit(config, tensors, chosen)
             _check_memory(config, tensors["seq_lens"], os.path.getsize(name))
             at_once = "max_seq_len" in chosen or "num_blocks" in chosen
-            return restore(cls, config, dtype, tensors, allocate=at_once)
+            return restore(config, tensors, allocate=at_once), dtype
     except package.SafetensorError as error:
         raise ValueError(f"{name}: cut off, or no safetensors file ({error})") from error
     except CacheFullError as error:
@@ -155,7 +144,7 @@ def _read_header(
         )
         fields, dtype = header.pop("format"), _DTYPES[header.pop("dtype")]
         require(isinstance(fields, dict), "format is no object")
-        for found, wanted in ((header.keys(), _SIZES.keys()), (fields.keys(), {*_FORMAT})):
+        for found, wanted in ((header.keys(), {*_SIZES}), (fields.keys(), {*_FORMAT})):
             missing, unknown = sorted(wanted - found), sorted(found - wanted)
             require(not (missing or unknown), f"missing {missing}, unknown {unknown}")
     except (KeyError, RecursionError, TypeError, ValueError) as error:
@@ -163,7 +152,9 @@ def _read_header(
     size, blocks = header["block_size"], header["num_blocks"]
     if "block_size" in chosen and isinstance(size, int) and isinstance(blocks, int):
         header["num_blocks"] = ceil_to(blocks * size, chosen["block_size"]) // chosen["block_size"]
-    sizes = {_SIZES[key]: chosen.get(key, x) for key, x in header.items()}
+    sizes = {key: chosen.get(key, x) for key, x in header.items()}
+    bits = check_integer("bits", fields.pop("bits"))
+    require(bits == 8, f"bits: expected 8, got {bits}")
     return CacheConfig(format=CacheFormat(**fields), device=device, **sizes), dtype
 
 
@@ -187,9 +178,9 @@ def _check_memory(config: CacheConfig, lengths: Tensor, file_bytes: int) -> None
     if size is None:
         return
     rows = sum(ceil_to(n, size) for n in lengths.amax(0).tolist())
-    means = config.format.mean_slots(size) * 2 * config.k_dim * rows // size
-    row_bytes = config.format.row_bytes(config.k_dim, config.v_dim)
-    wanted = config.num_layers * config.kv_heads * (rows * row_bytes + means)
+    means = config.format.mean_slots(size) * 2 * config.head_dim * rows // size
+    row_bytes = config.format.row_bytes(config.head_dim, config.v_head_dim)
+    wanted = config.num_layers * config.num_kv_heads * (rows * row_bytes + means)
     require(
         wanted <= _MOST_TIMES * file_bytes + _MOST_MORE,
         f"block_size: blocks of {size} tokens would take {wanted} bytes for a file of "

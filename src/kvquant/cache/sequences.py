@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from ..arguments import (
 )
 from ..checks import check_index
 from ..formats import CacheFormat
-from ..storage import LayerStorage
+from ..plan import Plan
+from ..view import CacheView, Sequences
 from .config import CacheConfig
 from .state import CacheState
 
@@ -26,7 +27,7 @@ __all__ = ["CacheSequences"]
 
 
 class CacheSequences:
-    """The part of `kvquant.QuantizedKVCache` that is not about a layer's tokens."""
+    """The part of `kvquant.QuantizedKVCache` that is not about new tokens."""
 
     def __init__(
         self,
@@ -47,9 +48,9 @@ class CacheSequences:
         config = CacheConfig(
             num_layers=num_layers,
             batch_size=batch_size,
-            kv_heads=num_kv_heads,
-            k_dim=head_dim,
-            v_dim=head_dim if v_head_dim is None else v_head_dim,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            v_head_dim=head_dim if v_head_dim is None else v_head_dim,
             max_seq_len=max_seq_len,
             block_size=block_size,
             num_blocks=num_blocks,
@@ -60,21 +61,12 @@ class CacheSequences:
         self._adopt(CacheState.empty(config))
 
     def _adopt(self, state: CacheState) -> None:
-        """Take what ``state`` holds, and what calls need of it at every step."""
-        config = state.config
-        fmt = config.format
+        """Take what ``state`` holds."""
         old: CacheState | None = getattr(self, "_state", None)
         self._state = state
-        if old is not None:  # at once: a traceback somewhere may keep it alive
-            old.tables.release()
-        self._rotations = (
-            fmt.mean_group,
-            fmt.k_rotation(config.k_dim),
-            fmt.v_rotation(config.v_dim),
-        )
-        self._scale = config.k_dim**-0.5
-        self._accepted: tuple[Any, ...] | None = None
-        self._step: tuple[tuple[Any, ...], Callable[..., Tensor]] | None = None
+        self._known: tuple[tuple[Any, ...], Plan] | None = None  # the last plan, and its options
+        if old is not None:
+            old.release()
 
     # ------------------------------------------------------------------------------- what there is
 
@@ -91,7 +83,17 @@ class CacheSequences:
     @property
     def num_kv_heads(self) -> int:
         """Heads of keys and values."""
-        return self._state.config.kv_heads
+        return self._state.config.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a key."""
+        return self._state.config.head_dim
+
+    @property
+    def v_head_dim(self) -> int:
+        """Channels of a value."""
+        return self._state.config.v_head_dim
 
     @property
     def format(self) -> CacheFormat:
@@ -116,20 +118,20 @@ class CacheSequences:
     @property
     def max_length(self) -> int:
         """An upper bound of all lengths, known without asking the device."""
-        return max(self._state.high)
+        return max(self._state.lengths.high)
 
     def max_length_of(self, layer: int) -> int:
         """An upper bound of a layer's lengths: the layers' differ in the middle of a step."""
-        return self._state.high[self._check_layer(layer)]
+        return self._state.lengths.high[self._check_layer(layer)]
 
     @property
     def seq_lens(self) -> Tensor:
         """Tokens of each sequence in layer 0: int32 ``(batch,)`` on the device."""
-        return self._state.lens[0]
+        return self._state.lengths.lens[0]
 
     def seq_lens_of(self, layer: int) -> Tensor:
         """Tokens of each sequence in a layer: int32 ``(batch,)`` on the device."""
-        return self._state.lens[self._check_layer(layer)]
+        return self._state.lengths.lens[self._check_layer(layer)]
 
     @property
     def seq_starts(self) -> Tensor | None:
@@ -139,24 +141,28 @@ class CacheSequences:
     @property
     def block_table(self) -> Tensor:
         """Blocks of each sequence: int32 ``(batch, max_blocks)``; one if contiguous."""
-        return self._state.tables.device
+        return self._state.blocks.table
 
-    def storage(self, layer: int) -> LayerStorage:
-        """A layer's tensors, until the cache grows: for the functions of `kvquant`."""
-        return self._state.pool.layers[self._check_layer(layer)]
+    def layer(self, layer: int) -> tuple[CacheView, Sequences]:
+        """A layer's memory and batch, until the cache grows: what `Plan.run` takes.
+
+        A run that appends advances the lengths on the device only: call `sync_lengths` after it.
+        """
+        number = self._check_layer(layer)
+        return self._state.view(number), self._state.seqs(number)
 
     @property
     def nbytes(self) -> int:
         """Bytes of storage, tables and lengths; forks of a paged cache share the storage."""
         state = self._state
-        return state.pool.nbytes + state.tables.device.nbytes + state.seq_lens.nbytes
+        return state.memory.nbytes + state.blocks.table.nbytes + state.lengths.seq_lens.nbytes
 
     def __repr__(self) -> str:
         config = self._state.config
         kind = "contiguous" if self.block_size is None else f"blocks of {self.block_size}"
         return (
             f"QuantizedKVCache({config.num_layers} layers, {config.batch_size} sequences, "
-            f"{config.kv_heads} heads of {config.k_dim}, {kind}, {self.max_length} of "
+            f"{config.num_kv_heads} heads of {config.head_dim}, {kind}, {self.max_length} of "
             f"{self.capacity or 'any'} tokens, {self.nbytes / 2**20:.1f} MiB on {config.device})"
         )
 
@@ -249,14 +255,15 @@ class CacheSequences:
 
         Paged: both share blocks until one writes to them, in one stream. Contiguous: a copy.
         """
-        return self._with(self._state.fork(list(range(self.batch_size))))
+        return self._of(self._state.fork(list(range(self.batch_size))), self.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self.fork()
 
-    def _with(self, state: CacheState) -> Self:
-        new = type(self).__new__(type(self))
-        new.dtype = self.dtype
+    @classmethod
+    def _of(cls, state: CacheState, dtype: torch.dtype) -> Self:
+        new = cls.__new__(cls)
+        new.dtype = dtype
         new._adopt(state)
         return new
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,14 +13,9 @@ from ..arguments import check_tensor, require
 from ..checks import check_affine
 from ..errors import CacheFullError
 from ..formats import CacheFormat
-from ..storage import LayerStorage
+from ..view import CacheView
 from .config import CacheConfig
 from .state import CacheState
-
-if TYPE_CHECKING:
-    from .cache import QuantizedKVCache
-
-    Cache = TypeVar("Cache", bound=QuantizedKVCache)
 
 AffineRows: TypeAlias = tuple[Tensor, Tensor, Tensor]
 LayerPast: TypeAlias = tuple[AffineRows, AffineRows]
@@ -49,33 +44,46 @@ def _mean_groups(config: CacheConfig, tokens: int) -> int:
     return -(-tokens // group) if group else 0
 
 
+# Names of a layer's tensors in a state dict: in its view, and what its bytes are.
+_PARTS = {
+    "k_data": ("k.codes", torch.uint8),
+    "k_params": ("k.params", torch.float16),
+    "v_data": ("v.codes", torch.uint8),
+    "v_params": ("v.params", torch.float16),
+    "k_mean": ("mean", torch.float16),
+}
+
+
 def _shapes(config: CacheConfig, tokens: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each of a layer's tensors in a state dict."""
-    lead = config.batch_size, config.kv_heads
-    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "k_data": ((*lead, tokens, config.k_dim), torch.uint8),
-        "k_params": ((*lead, tokens, 2), torch.float16),
-        "v_data": ((*lead, tokens, config.v_dim), torch.uint8),
-        "v_params": ((*lead, tokens, 2), torch.float16),
+    widths = {"k_mean": (_mean_groups(config, tokens), 2 * config.head_dim)}
+    for x, rows, dim in zip(
+        "kv", config.format.rows, (config.head_dim, config.v_head_dim), strict=True
+    ):
+        widths[f"{x}_data"] = tokens, rows.code_bytes(dim)
+        widths[f"{x}_params"] = tokens, rows.params_bytes(dim)
+    lead = config.batch_size, config.num_kv_heads
+    return {
+        name: ((*lead, widths[name][0], widths[name][1] // dtype.itemsize), dtype)
+        for name, (_, dtype) in _PARTS.items()
+        if name != "k_mean" or config.format.key_mean is not None
     }
-    if config.format.key_mean is not None:
-        shapes["k_mean"] = (*lead, _mean_groups(config, tokens), config.k_dim), torch.float16
-    return shapes
 
 
 def _pieces(
-    state: CacheState, storage: LayerStorage, name: str, sequence: int, tokens: int
+    state: CacheState, view: CacheView, name: str, sequence: int, tokens: int
 ) -> list[tuple[Tensor, int, int]]:
     """Views (heads, rows, width) of a sequence's rows, each with its (begin, end) in order."""
     if not tokens:
         return []
-    config, blocks = state.config, state.tables.owned[sequence]
-    size, count, every = storage.block_size, tokens, 1
+    config, blocks = state.config, state.blocks.ids[sequence]
+    size, count, every = view.block_size, tokens, 1
     if name == "k_mean":
         group = config.format.mean_group
         count, every = _mean_groups(config, tokens), max(1, group // size)
         size = max(1, -(-size // group))
-    tensor = storage.tensors[name]
+    at, dtype = _PARTS[name]
+    tensor = view.tensors[at].view(dtype)
     starts = range(0, count, size)
     return [
         (tensor[block, :, : min(size, count - start)], start, min(start + size, count))
@@ -85,12 +93,12 @@ def _pieces(
 
 def read_layer(state: CacheState, layer: int) -> dict[str, Tensor]:
     """A layer's tensors in the order of tokens, zero where a sequence has none."""
-    storage, lengths = state.pool.layers[layer], state.bounds(layer)
+    view, lengths = state.view(layer), state.lengths
     result = {}
-    for name, (shape, dtype) in _shapes(state.config, state.high[layer]).items():
+    for name, (shape, dtype) in _shapes(state.config, lengths.high[layer]).items():
         rows = torch.zeros(shape, dtype=dtype, device=state.config.device)
-        for b, length in enumerate(lengths):
-            for part, begin, end in _pieces(state, storage, name, b, length):
+        for b, length in enumerate(lengths.bounds(layer)):
+            for part, begin, end in _pieces(state, view, name, b, length):
                 rows[b, :, begin:end] = part
         result[name] = rows
     return result
@@ -99,7 +107,8 @@ def read_layer(state: CacheState, layer: int) -> dict[str, Tensor]:
 def state_dict(state: CacheState) -> dict[str, Tensor]:
     """See `QuantizedKVCache.state_dict`."""
     state.settle()
-    result = {"format": _format_tensor(state.config.format), "seq_lens": state.seq_lens.clone()}
+    lens = state.lengths.seq_lens.clone()
+    result = {"format": _format_tensor(state.config.format), "seq_lens": lens}
     if state.seq_starts is not None:
         result["seq_starts"] = state.seq_starts.clone()
     for layer in range(state.config.num_layers):
@@ -110,7 +119,8 @@ def state_dict(state: CacheState) -> dict[str, Tensor]:
 
 def _format_tensor(format: CacheFormat) -> Tensor:
     fields = (
-        format.bits, int(format.key_rotation), format.mean_group, int(format.value_rotation)
+        format.rows[0].bits, int(format.key_rotation), format.mean_group,
+        int(format.value_rotation),
     )  # fmt: skip
     return torch.tensor([VERSION, *fields], dtype=torch.int64)
 
@@ -191,16 +201,17 @@ def fill(state: CacheState, tensors: Mapping[str, Tensor], name: str = "state") 
     for layer, of_layer in enumerate(lengths):
         state.make_room(layer, of_layer, name)
     for layer, of_layer in enumerate(lengths):
-        storage = state.pool.layers[layer]
+        view = state.view(layer)
         for part_name in _shapes(state.config, 0):
             rows = tensors[f"layers.{layer}.{part_name}"].detach()
             for b, length in enumerate(of_layer):
-                for part, begin, end in _pieces(state, storage, part_name, b, length):
+                for part, begin, end in _pieces(state, view, part_name, b, length):
                     part.copy_(rows[b, :, begin:end])
-    state.seq_lens.copy_(tensors["seq_lens"])
+    state.lengths.seq_lens.copy_(tensors["seq_lens"])
     starts = tensors.get("seq_starts")
     state.set_starts(None if starts is None else starts.to(state.config.device))
-    state.set_bounds(lengths)
+    state.lengths.set_bounds(lengths)
+    state.refresh_room()
 
 
 def blocks_for(config: CacheConfig, tensors: Mapping[str, Tensor]) -> int:
@@ -209,23 +220,13 @@ def blocks_for(config: CacheConfig, tensors: Mapping[str, Tensor]) -> int:
     return sum(-(-n // size) for n in tensors["seq_lens"].amax(0).tolist())
 
 
-def restore(
-    cls: type[Cache],
-    config: CacheConfig,
-    dtype: torch.dtype,
-    tensors: Mapping[str, Tensor],
-    *,
-    allocate: bool,
-) -> Cache:
-    """A cache that holds a checked state dict; its capacity allocated, or left to growth."""
+def restore(config: CacheConfig, tensors: Mapping[str, Tensor], *, allocate: bool) -> CacheState:
+    """A state that holds a checked state dict; its capacity allocated, or left to growth."""
     if config.num_blocks is not None:  # sequences that shared blocks each have their own now
         config = replace(config, num_blocks=max(config.num_blocks, blocks_for(config, tensors)))
     state = CacheState.empty(config, allocate=allocate)
     fill(state, tensors)
-    cache = cls.__new__(cls)
-    cache.dtype = dtype
-    cache._adopt(state)
-    return cache
+    return state
 
 
 # -------------------------------------------------------------------------------------- Qwen's form
@@ -238,7 +239,7 @@ def layer_past(state: CacheState, layer: int) -> LayerPast:
         "layer: (q, scale, zero) exist only for a cache with CacheFormat.plain()",
     )
     state.settle()
-    lengths = state.bounds(layer)
+    lengths = state.lengths.bounds(layer)
     require(len(set(lengths)) == 1, f"layer: expected sequences of one length, got {lengths}")
     rows = read_layer(state, layer)
     return _affine(rows["k_data"], rows["k_params"]), _affine(rows["v_data"], rows["v_params"])
@@ -250,12 +251,8 @@ def _affine(q: Tensor, params: Tensor) -> AffineRows:
 
 
 def from_layer_past(
-    cls: type[Cache],
-    past: Sequence[LayerPast],
-    max_seq_len: int | None,
-    block_size: int | None,
-    dtype: torch.dtype,
-) -> Cache:
+    past: Sequence[LayerPast], max_seq_len: int | None, block_size: int | None
+) -> CacheState:
     """See `QuantizedKVCache.from_layer_past`."""
     require(
         isinstance(past, Sequence) and not isinstance(past, str),
@@ -295,20 +292,15 @@ def from_layer_past(
             tensors[f"layers.{layer}.{letter}_params"] = half[..., 0, :].expand(b, h, s, 2)
     b, h, s, k_dim = first_key.shape
     tensors["seq_lens"] = torch.full((len(past), b), s, dtype=torch.int32)
-    cache = cls(
-        len(past),
-        b,
-        h,
-        k_dim,
-        v_head_dim=first_value.shape[3],
-        max_seq_len=max_seq_len,
-        block_size=block_size,
-        format=CacheFormat.plain(),
-        dtype=dtype,
-        device=first_key.device,
-    )
-    fill(cache._state, tensors, "past")
-    return cache
+    state = CacheState.empty(
+        CacheConfig(
+            num_layers=len(past), batch_size=b, num_kv_heads=h, head_dim=k_dim,
+            v_head_dim=first_value.shape[3], max_seq_len=max_seq_len, block_size=block_size,
+            num_blocks=None, format=CacheFormat.plain(), device=first_key.device,
+        )
+    )  # fmt: skip
+    fill(state, tensors, "past")
+    return state
 
 
 def _is_layer_past(pair: Any) -> bool:

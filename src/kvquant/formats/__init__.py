@@ -1,29 +1,31 @@
-"""What a cached row looks like: bits, rotation, running mean, and the bytes they take."""
+"""What a cached row looks like: its codes, rotation, running mean, and the bytes they take."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..arguments import check_flag, check_integer
+from .int8 import Int8
+from .row import RowFormat, rotation_length
 
-__all__ = ["CacheFormat", "check_format", "rotation_length"]
+__all__ = ["ROW_FORMATS", "CacheFormat", "RowFormat", "check_format", "rotation_length"]
 
-
-def rotation_length(head_dim: int) -> int:
-    """Length of the Hadamard blocks: the largest power of two that divides ``head_dim``."""
-    return head_dim & -head_dim
+ROW_FORMATS: dict[str, type[RowFormat]] = {Int8.name: Int8}  # one row a format
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheFormat:
     """How rows of keys and values are stored.
 
-    A row ``x`` of ``head_dim`` channels is kept as uint8 codes ``q`` and two float16 numbers::
+    In 8 bits, a row ``x`` of ``head_dim`` channels is kept as uint8 codes ``q`` and two float16
+    numbers::
 
         x ~ R.T @ (scale * q + offset + mean)
 
     Args:
-        bits: Bits of a code. 8 is implemented.
+        key: Row format of the keys. "int8" is implemented.
+        value: Row format of the values, likewise.
         key_rotation: Rotate keys by an orthonormal Hadamard matrix along ``head_dim``
             (QuaRot, SpinQuant), block-diagonal where ``head_dim`` is no power of two.
         key_mean: Tokens of a sequence that share one running key mean (a power of two from 16 to
@@ -39,14 +41,15 @@ class CacheFormat:
         ValueError: An option outside the range above.
     """
 
-    bits: int = 8
+    key: str = "int8"
+    value: str = "int8"
     key_rotation: bool = True
     key_mean: int | None = 256
     value_rotation: bool = False
 
     def __post_init__(self) -> None:
-        if check_integer("bits", self.bits) != 8:
-            raise ValueError(f"bits: expected 8, got {self.bits!r}")
+        for name in ("key", "value"):
+            check_row_format(name, getattr(self, name))
         check_flag("key_rotation", self.key_rotation)
         check_flag("value_rotation", self.value_rotation)
         if self.key_mean is not None:
@@ -64,29 +67,36 @@ class CacheFormat:
 
     @property
     def is_plain(self) -> bool:
-        """Whether ``x = scale * q + offset`` holds without a rotation or a mean."""
-        return not (self.key_rotation or self.value_rotation) and self.key_mean is None
+        """Whether ``x = scale * q + offset`` holds in 8 bits, without a rotation or a mean."""
+        return self == CacheFormat.plain()
 
     @property
     def mean_group(self) -> int:
         """Tokens that share a key mean, 0 without one: the kernels' encoding."""
         return self.key_mean or 0
 
-    def k_rotation(self, head_dim: int) -> int:
-        """Length of the keys' Hadamard blocks, 1 without a rotation."""
-        return rotation_length(head_dim) if self.key_rotation else 1
+    @property
+    def rows(self) -> tuple[RowFormat, RowFormat]:
+        """The row formats of the keys and of the values."""
+        return ROW_FORMATS[self.key](self.key_rotation), ROW_FORMATS[self.value](
+            self.value_rotation
+        )
 
-    def v_rotation(self, head_dim: int) -> int:
-        """Length of the values' Hadamard blocks, 1 without a rotation."""
-        return rotation_length(head_dim) if self.value_rotation else 1
-
-    def row_bytes(self, k_dim: int, v_dim: int) -> int:
+    def row_bytes(self, head_dim: int, v_head_dim: int) -> int:
         """Bytes of one token of one head, key and value, means apart."""
-        return k_dim + 4 + v_dim + 4
+        return sum(
+            rows.code_bytes(dim) + rows.params_bytes(dim)
+            for rows, dim in zip(self.rows, (head_dim, v_head_dim), strict=True)
+        )
 
     def mean_slots(self, block_size: int) -> int:
         """Mean vectors a block of ``block_size`` tokens holds, 0 without a mean."""
         return -(-block_size // self.key_mean) if self.key_mean else 0
+
+    def slab_bytes(self, head_dim: int, v_head_dim: int, block_size: int) -> int:
+        """Bytes of a block and head with its means, as `CacheView.slab` lays them out."""
+        means = 2 * head_dim * self.mean_slots(block_size)
+        return block_size * self.row_bytes(head_dim, v_head_dim) + means
 
 
 def check_format(format: CacheFormat) -> CacheFormat:
@@ -94,3 +104,11 @@ def check_format(format: CacheFormat) -> CacheFormat:
     if not isinstance(format, CacheFormat):
         raise TypeError(f"format: expected a CacheFormat, got {format!r}")
     return format
+
+
+def check_row_format(name: str, x: Any) -> None:
+    """The name of a row format."""
+    if not isinstance(x, str):
+        raise TypeError(f"{name}: expected the name of a row format, got {x!r}")
+    if x not in ROW_FORMATS:
+        raise ValueError(f"{name}: expected one of {', '.join(ROW_FORMATS)}, got {x!r}")

@@ -64,7 +64,10 @@ def kvquant_attention(
     Raises:
         ValueError: ``output_attentions=True``: there are no weights to give out.
     """
-    handles = [x for x in (key, value) if isinstance(x, QuantizedHandle)]
+    if type(key) is type(value) is QuantizedHandle:
+        handles = [key, value]
+    else:
+        handles = [x for x in (key, value) if isinstance(x, QuantizedHandle)]
     if kwargs.get("output_attentions"):
         if handles:
             handles[0].snapshot.layer.drop_call()
@@ -83,13 +86,14 @@ def kvquant_attention(
         if isinstance(attention_mask, CausalMask):
             causal, window = True, attention_mask.window
             _check_length(attention_mask, snapshot)
-            dropped = _dropped(attention_mask, snapshot, query.shape[2])
-            if dropped and query.shape[2] == 1:
-                window = snapshot.length - dropped
-            elif dropped:
-                token = torch.arange(snapshot.length, device=query.device)
-                attention_mask = attention_mask.dense() & (token >= dropped)
-                reason = "tokens that a sliding cache drops, though the model's mask shows them"
+            if window is None and layer.sliding_window is not None:
+                dropped = _dropped(snapshot, query.shape[2])
+                if dropped and query.shape[2] == 1:
+                    window = snapshot.length - dropped
+                elif dropped:
+                    token = torch.arange(snapshot.length, device=query.device)
+                    attention_mask = attention_mask.dense() & (token >= dropped)
+                    reason = "tokens that a sliding cache drops, though the model's mask shows them"
         elif attention_mask is not None:
             reason = "a mask that is not causal with a window and left padding"
         if dropout:
@@ -138,24 +142,21 @@ def kvquant_attention(
 
 def _check_length(mask: CausalMask, snapshot: Snapshot) -> None:
     """Refuse a mask that cannot fit the keys: layers differ where an earlier call failed."""
-    if mask.shape[3] != snapshot.length:
+    if mask.kv_length != snapshot.length:
         snapshot.layer.drop_call()
         raise ValueError(
-            f"cache: the mask is of {mask.shape[3]} tokens, but a layer holds {snapshot.length}: "
+            f"cache: the mask is of {mask.kv_length} tokens, but a layer holds {snapshot.length}: "
             "an earlier call failed half way. crop() or reset() the cache"
         )
 
 
-def _dropped(mask: CausalMask, snapshot: Snapshot, tokens: int) -> int:
+def _dropped(snapshot: Snapshot, tokens: int) -> int:
     """Tokens that transformers' own sliding cache would have dropped though no mask hides them.
 
     Some models (Moshi) have a window in their config, which makes their cache slide, and masks
     without one.
     """
-    window = snapshot.layer.sliding_window
-    if window is None or mask.window is not None:
-        return 0
-    return max(0, snapshot.length - tokens - window + 1)
+    return max(0, snapshot.length - tokens - (snapshot.layer.sliding_window or 0) + 1)
 
 
 def _history_mask(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .cache import KVQuantLayer
+from .protocol import CacheLayer
 
 __all__ = ["Batch", "KVLength"]
 
@@ -31,7 +30,7 @@ class Batch:
     """
 
     def __init__(self, check_positions: bool) -> None:
-        self.layers: list[KVQuantLayer] = []
+        self.layers: list[CacheLayer] = []
         self.starts: Tensor | None = None
         self.regular = True
         self.masked = False
@@ -80,7 +79,7 @@ class Batch:
             self._next = self.starts, True
         return bool(regular)
 
-    def take(self, layer: KVQuantLayer) -> None:
+    def take(self, layer: CacheLayer) -> None:
         """Note that ``layer`` has taken a call's tokens: what the masks said holds now."""
         if self.waits:
             self.waits, layer.leads = False, True
@@ -89,7 +88,7 @@ class Batch:
         if self._next is not None:
             (self.starts, self.regular), self._next = self._next, None
 
-    def follow(self, layer: KVQuantLayer, positions: Any, tokens: int) -> None:
+    def follow(self, layer: CacheLayer, positions: Any, tokens: int) -> None:
         """Refuse tokens whose positions go back behind the last ones: of another text.
 
         A decode step is not looked at: on an accelerator that would wait for the device. Positions

@@ -127,11 +127,11 @@ class KVQuantLayer(CacheLayerMixin):
         if self.leads or self.batch.waits:
             self.batch.take(self)
         self.length += new
-        rows = key_states, value_states
-        if key_states.dtype != value_states.dtype:  # torch.autocast
-            dtype = torch.promote_types(key_states.dtype, value_states.dtype)
-            rows = key_states.to(dtype), value_states.to(dtype)
-        self._pending = self._rows(rows[0]), self._rows(rows[1])
+        key, value = key_states, value_states
+        if key.dtype is not value.dtype:  # torch.autocast
+            dtype = torch.promote_types(key.dtype, value.dtype)
+            key, value = key.to(dtype), value.to(dtype)
+        self._pending = self._rows(key), self._rows(value)
         batch, heads, k_dim, v_dim, _ = shape
         shapes = (batch, heads, k_dim), (batch, heads, v_dim)
         return handles(self, self.length, *shapes, key_states, value_states)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .protocol import CacheLayer
 from .support import NAME
-
-if TYPE_CHECKING:
-    from .cache import KVQuantLayer
 
 __all__ = ["QuantizedHandle", "Snapshot", "handles", "warn_once"]
 
@@ -38,7 +36,7 @@ class Snapshot:
 
     __slots__ = ("_dense", "layer", "length")
 
-    def __init__(self, layer: KVQuantLayer, length: int) -> None:
+    def __init__(self, layer: CacheLayer, length: int) -> None:
         self.layer = layer
         self.length = length
         self._dense: tuple[Tensor, Tensor] | None = None
@@ -114,7 +112,7 @@ def _reason(*calls: Any) -> str:
 
 
 def handles(
-    layer: KVQuantLayer,
+    layer: CacheLayer,
     length: int,
     key_shape: tuple[int, int, int],
     value_shape: tuple[int, int, int],

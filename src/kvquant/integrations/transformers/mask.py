@@ -33,6 +33,7 @@ class CausalMask(Tensor):
     """
 
     window: int | None
+    kv_length: int
     _write: Callable[[], Tensor]
     _written: Tensor | None
 
@@ -48,7 +49,8 @@ class CausalMask(Tensor):
         mask: CausalMask = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=torch.bool, device=device, requires_grad=False
         )
-        mask.window, mask._write, mask._written = window, write, None
+        mask.window, mask.kv_length = window, shape[3]
+        mask._write, mask._written = write, None
         return mask
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

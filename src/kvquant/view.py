@@ -1,0 +1,457 @@
+"""What a call is made of: memory, one step's batch, and numbers.
+
+Each is checked when it is made, wherever its tensors come from; everything below trusts it. The
+dataclasses are the one list of fields: torch's schemas are made from them, and the extension's
+structs are compared with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .arguments import (
+    INT32_MAX,
+    check_device,
+    check_flag,
+    check_head_dim,
+    check_integer,
+    check_number,
+    check_tensor,
+    require,
+)
+from .checks import check_index, check_split_size, check_table, check_window
+from .formats import CacheFormat, RowFormat, check_format
+
+__all__ = ["CacheView", "Options", "RowsView", "SeqsSpec", "Sequences", "ViewSpec"]
+
+
+class ViewSpec(NamedTuple):
+    """The numbers of a view that a choice of kernels may depend on."""
+
+    num_kv_heads: int
+    block_size: int
+    head_dim: int
+    v_head_dim: int
+    k_format: RowFormat
+    v_format: RowFormat
+    mean_group: int
+    is_empty: bool
+    device: torch.device
+
+
+class SeqsSpec(NamedTuple):
+    """Likewise of a step's batch."""
+
+    batch: int
+    max_blocks: int
+    is_packed: bool
+    is_padded: bool
+    max_seqlen_q: int
+    advance: bool
+
+
+_Spec = TypeVar("_Spec", ViewSpec, SeqsSpec)
+_specs: dict[Any, Any] = {}
+_MOST_SPECS = 1 << 12
+
+
+def _interned(spec: _Spec) -> _Spec:
+    """The same object for equal specs, which are compared at each step; not while tracing."""
+    if torch.compiler.is_compiling():
+        return spec
+    if len(_specs) > _MOST_SPECS:
+        _specs.clear()
+    try:
+        found: _Spec = _specs.setdefault(spec, spec)
+    except TypeError:  # of symbolic sizes
+        return spec
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class RowsView:
+    """The stored keys, or values, of one layer, as bytes that only their format can read.
+
+    Attributes:
+        codes: uint8 ``(num_blocks, num_kv_heads, block_size, code_bytes)``.
+        params: uint8 ``(num_blocks, num_kv_heads, block_size, params_bytes)``.
+        head_dim: Channels of a row.
+        format: What the bytes mean.
+    """
+
+    codes: Tensor
+    params: Tensor
+    head_dim: int
+    format: RowFormat
+
+
+@dataclass(frozen=True, eq=False)
+class CacheView:
+    """One layer's memory in blocks of tokens, whoever owns it.
+
+    The rows of one (block, head) are contiguous and 16-byte aligned; blocks and heads may lie
+    anywhere in a larger buffer. A contiguous cache is one block a sequence.
+
+    Attributes:
+        k: The keys.
+        v: The values.
+        mean: uint8 ``(num_blocks, num_kv_heads, ceil(block_size / mean_group), 2 * head_dim)``:
+            float16 key means as bytes; None without.
+        mean_group: Tokens that share a key mean; 0: none.
+
+    Raises:
+        TypeError: A part of another type or dtype.
+        ValueError: Shapes, strides or devices that do not belong together.
+    """
+
+    k: RowsView
+    v: RowsView
+    mean: Tensor | None
+    mean_group: int
+    spec: ViewSpec = field(init=False, repr=False)
+    _twin: Any = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, rows in (("k", self.k), ("v", self.v)):
+            if not isinstance(rows, RowsView):
+                raise TypeError(f"{name}: expected a RowsView, got {type(rows).__name__}")
+            if not isinstance(rows.format, RowFormat):
+                raise TypeError(f"{name}.format: expected a RowFormat, got {rows.format!r}")
+            dim = check_head_dim(f"{name}.head_dim", rows.head_dim)
+            object.__setattr__(rows, "head_dim", dim)
+        group = check_integer("mean_group", self.mean_group, 0, 2**30)
+        require(
+            group == 0 or (group >= 16 and group & (group - 1) == 0),
+            f"mean_group: expected 0 or a power of two from 16 to 2**30, got {group}",
+        )
+        object.__setattr__(self, "mean_group", group)
+        require(
+            (self.mean is None) == (group == 0),
+            f"mean: expected {'none' if group == 0 else 'a tensor'} with a mean_group of {group}",
+        )
+        check_tensor("k.codes", self.k.codes)
+        codes = self.k.codes
+        require(codes.dim() == 4, f"k.codes: expected 4 dimensions, got shape {[*codes.shape]}")
+        blocks, heads, size, _ = codes.shape
+        require(heads > 0, f"k.codes: expected a head at least, got shape {[*codes.shape]}")
+        widths = {"mean": (self.format.mean_slots(size), 2 * self.k.head_dim)}
+        for name, rows in (("k", self.k), ("v", self.v)):
+            widths[f"{name}.codes"] = size, rows.format.code_bytes(rows.head_dim)
+            widths[f"{name}.params"] = size, rows.format.params_bytes(rows.head_dim)
+        for name, x in self.tensors.items():
+            check_tensor(name, x)
+            if x.dtype != torch.uint8:
+                raise TypeError(f"{name}: expected {torch.uint8}, got {x.dtype}")
+            expected = (blocks, heads, *widths[name])
+            require(
+                x.shape == expected,
+                f"{name}: expected shape {list(expected)}, got {list(x.shape)}",
+            )
+            require(
+                x.device == codes.device,
+                f"{name}: on {x.device}, but k.codes on {codes.device}",
+            )
+            apart = (*x.stride()[:2], x.storage_offset())
+            require(
+                not x.numel()
+                or (x.stride()[2:] == (x.shape[3], 1) and not any(n % 16 for n in apart)),
+                f"{name}: the rows of a block and head must be contiguous and 16-byte aligned, "
+                f"got strides {list(x.stride())} behind byte {x.storage_offset()}",
+            )
+        spec = ViewSpec(
+            heads, size, self.k.head_dim, self.v.head_dim, self.k.format, self.v.format, group,
+            not (blocks and size), codes.device,
+        )  # fmt: skip
+        object.__setattr__(self, "spec", _interned(spec))
+        object.__setattr__(self, "_twin", None)
+
+    @classmethod
+    def allocate(
+        cls,
+        num_blocks: int,
+        num_kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        v_head_dim: int | None = None,
+        *,
+        format: CacheFormat | None = None,
+        device: torch.device | str | int | None = None,
+    ) -> CacheView:
+        """Unwritten memory for ``num_blocks`` blocks of ``block_size`` tokens.
+
+        Args:
+            num_blocks: Blocks.
+            num_kv_heads: Heads of keys and values.
+            block_size: Tokens of a block, a multiple of 16 (0: no rows yet).
+            head_dim: Channels of a key, a multiple of 16.
+            v_head_dim: Channels of a value; ``head_dim`` by default.
+            format: What the rows mean; ``CacheFormat()`` by default.
+            device: Where; torch's default device by default.
+
+        Raises:
+            TypeError: An argument of another type.
+            ValueError: A size out of range, a device that is not here.
+        """
+        fmt = CacheFormat() if format is None else check_format(format)
+        lead = (
+            check_integer("num_blocks", num_blocks, 0, INT32_MAX),
+            check_integer("num_kv_heads", num_kv_heads, 1, INT32_MAX),
+        )
+        size = check_integer("block_size", block_size, 0, INT32_MAX)
+        require(size % 16 == 0, f"block_size: {size} is not a multiple of 16")
+        dims = (
+            check_head_dim("head_dim", head_dim),
+            check_head_dim("v_head_dim", head_dim if v_head_dim is None else v_head_dim),
+        )
+        require(
+            lead[1] * size * max(dims) < 2**60,
+            f"block_size: {size} tokens of {lead[1]} heads are more than a tensor can hold",
+        )
+        device = check_device("device", device)
+
+        def part(length: int, width: int) -> Tensor:
+            return torch.empty(*lead, length, width, dtype=torch.uint8, device=device)
+
+        k, v = (
+            RowsView(part(size, of.code_bytes(dim)), part(size, of.params_bytes(dim)), dim, of)
+            for of, dim in zip(fmt.rows, dims, strict=True)
+        )
+        mean = part(fmt.mean_slots(size), 2 * dims[0]) if fmt.mean_group else None
+        return cls(k, v, mean, fmt.mean_group)
+
+    @classmethod
+    def slab(
+        cls,
+        buffer: Tensor,
+        head_dim: int,
+        *,
+        block_size: int,
+        v_head_dim: int | None = None,
+        format: CacheFormat | None = None,
+    ) -> CacheView:
+        """A layer in an engine's buffer, where each (block, head) has one slab for all its parts.
+
+        A slab holds, one behind the other: the key codes of ``block_size`` tokens, the value
+        codes, the keys' parameters, the values' parameters, the key means.
+
+        Args:
+            buffer: uint8 ``(num_blocks, num_kv_heads, at least CacheFormat.slab_bytes(..))``; any
+                strides that are multiples of 16 but in the last dimension, which is contiguous.
+            head_dim: Channels of a key, a multiple of 16.
+            block_size: Tokens of a block, a multiple of 16.
+            v_head_dim: Channels of a value; ``head_dim`` by default.
+            format: What the rows mean; ``CacheFormat()`` by default.
+
+        Raises:
+            TypeError: An argument of another type or dtype.
+            ValueError: Slabs that are too short, a size or stride out of range.
+        """
+        fmt = CacheFormat() if format is None else check_format(format)
+        size = check_integer("block_size", block_size, 16, INT32_MAX)
+        require(size % 16 == 0, f"block_size: {size} is not a multiple of 16")
+        dims = (
+            check_head_dim("head_dim", head_dim),
+            check_head_dim("v_head_dim", head_dim if v_head_dim is None else v_head_dim),
+        )
+        check_tensor("buffer", buffer)
+        if buffer.dtype != torch.uint8:
+            raise TypeError(f"buffer: expected {torch.uint8}, got {buffer.dtype}")
+        needed = fmt.slab_bytes(*dims, size)
+        require(
+            buffer.dim() == 3 and buffer.shape[2] >= needed and buffer.stride(2) == 1,
+            f"buffer: expected (num_blocks, num_kv_heads, at least {needed}) with a contiguous "
+            f"last dimension, got shape {list(buffer.shape)}, strides {list(buffer.stride())}",
+        )
+        apart = (*buffer.stride()[:2], buffer.storage_offset())
+        require(
+            not buffer.numel() or not any(n % 16 for n in apart),
+            f"buffer: expected slabs at multiples of 16 bytes, got strides "
+            f"{list(buffer.stride())} behind byte {buffer.storage_offset()}",
+        )
+        begin = 0
+
+        def part(length: int, width: int) -> Tensor:
+            nonlocal begin
+            end = begin + length * width
+            x: Tensor = buffer[:, :, begin:end].unflatten(2, (length, width))
+            begin = end
+            return x
+
+        codes = [part(size, of.code_bytes(dim)) for of, dim in zip(fmt.rows, dims, strict=True)]
+        params = [part(size, of.params_bytes(dim)) for of, dim in zip(fmt.rows, dims, strict=True)]
+        k, v = (RowsView(*of) for of in zip(codes, params, dims, fmt.rows, strict=True))
+        mean = part(fmt.mean_slots(size), 2 * dims[0]) if fmt.mean_group else None
+        return cls(k, v, mean, fmt.mean_group)
+
+    def replaced(self, tensors: Mapping[str, Tensor]) -> CacheView:
+        """The same view of other ``tensors``, by name."""
+        k, v = (
+            RowsView(tensors[f"{name}.codes"], tensors[f"{name}.params"], of.head_dim, of.format)
+            for name, of in (("k", self.k), ("v", self.v))
+        )
+        return CacheView(k, v, tensors.get("mean"), self.mean_group)
+
+    @property
+    def format(self) -> CacheFormat:
+        """What the rows mean."""
+        return CacheFormat(
+            key=self.k.format.name,
+            value=self.v.format.name,
+            key_rotation=self.k.format.rotated,
+            key_mean=self.mean_group or None,
+            value_rotation=self.v.format.rotated,
+        )
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, without an absent mean."""
+        named = {
+            "k.codes": self.k.codes,
+            "k.params": self.k.params,
+            "v.codes": self.v.codes,
+            "v.params": self.v.params,
+        }
+        return named if self.mean is None else {**named, "mean": self.mean}
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks."""
+        return self.k.codes.shape[0]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.k.codes.shape[1]
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self.k.codes.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.k.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CacheView, (self.k, self.v, self.mean, self.mean_group)
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """One step's batch: whose tokens lie where. A cache has one a layer, an engine one a step.
+
+    Sequence ``b``'s token ``t`` is row ``t % block_size`` of block
+    ``block_table[b, t // block_size]``. What the tensors hold is read on the device alone: a block
+    that is none, or a length past the table, leads nowhere, and rows without a place are dropped.
+
+    Attributes:
+        block_table: int32 ``(batch, max_blocks)``, contiguous rows.
+        seq_lens: int32 ``(batch,)``: tokens stored before the call.
+        seq_starts: int32 ``(batch,)``: tokens before it are padding and never seen.
+        cu_seqlens_q: int32 ``(batch + 1,)``: where each sequence's packed rows begin.
+        max_seqlen_q: With ``cu_seqlens_q``, a bound on the rows of one sequence; 0: their total.
+        advance: The call adds its tokens to ``seq_lens``.
+
+    Raises:
+        TypeError: An argument of another type or dtype.
+        ValueError: Shapes or devices that do not belong together.
+    """
+
+    block_table: Tensor
+    seq_lens: Tensor
+    seq_starts: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    max_seqlen_q: int = 0
+    advance: bool = False
+    spec: SeqsSpec = field(init=False, repr=False)
+    _twin: Any = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        batch = check_table(self.block_table)
+        device = self.block_table.device
+        if self.seq_lens is None:
+            raise TypeError("seq_lens: expected a tensor, got None")
+        check_index("seq_lens", self.seq_lens, batch, device)
+        check_index("seq_starts", self.seq_starts, batch, device)
+        check_index("cu_seqlens_q", self.cu_seqlens_q, batch + 1, device)
+        most = check_integer("max_seqlen_q", self.max_seqlen_q, 0, INT32_MAX)
+        if most and self.cu_seqlens_q is None:
+            raise ValueError(f"max_seqlen_q: only with cu_seqlens_q, got {most}")
+        object.__setattr__(self, "max_seqlen_q", most)
+        check_flag("advance", self.advance)
+        spec = SeqsSpec(
+            batch, self.block_table.shape[1], self.cu_seqlens_q is not None,
+            self.seq_starts is not None, most, self.advance,
+        )  # fmt: skip
+        object.__setattr__(self, "spec", _interned(spec))
+        object.__setattr__(self, "_twin", None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.block_table.device
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        parts = (self.block_table, self.seq_lens, self.seq_starts, self.cu_seqlens_q)
+        return Sequences, (*parts, self.max_seqlen_q, self.advance)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The numbers of an attention call, as kernels have them.
+
+    Attributes:
+        softmax_scale: What scores are multiplied by.
+        causal: A query sees no token behind its own position.
+        sliding_window: A query at ``i`` sees tokens ``j > i - sliding_window``; 0: all.
+        softcap: Scores become ``softcap * tanh(score / softcap)``; 0: they stay.
+        split_size: Tokens of every split, a multiple of 256; 0: as the sizes ask for.
+
+    Raises:
+        TypeError: A number of another type.
+        ValueError: One out of range.
+    """
+
+    softmax_scale: float
+    causal: bool = True
+    sliding_window: int = 0
+    softcap: float = 0.0
+    split_size: int = 0
+
+    def __post_init__(self) -> None:
+        check_number("softmax_scale", self.softmax_scale)
+        check_flag("causal", self.causal)
+        check_integer("sliding_window", self.sliding_window, 0, INT32_MAX)
+        if self.softcap:
+            check_number("softcap", self.softcap, positive=True)
+        if self.split_size:
+            check_split_size(self.split_size)
+
+    @classmethod
+    def of(
+        cls,
+        head_dim: int,
+        softmax_scale: float | None = None,
+        causal: bool = True,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        split_size: int | None = None,
+    ) -> Options:
+        """From a caller's keywords, where None stands for what a call without them does."""
+        scale = head_dim**-0.5
+        if softmax_scale is not None:
+            scale = check_number("softmax_scale", softmax_scale)
+        window = check_window(sliding_window)
+        cap = 0.0 if softcap is None else check_number("softcap", softcap, positive=True)
+        return cls(scale, causal, window, cap, check_split_size(split_size))

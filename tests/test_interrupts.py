@@ -1,0 +1,117 @@
+"""An interrupt at any Python line of a call leaves a cache that can be used."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+import kvquant
+from kvquant import QuantizedKVCache
+from modelled import LAYERS, Rows, append_dense, make, rows
+
+PACKAGE = str(Path(kvquant.__file__).parent)
+
+
+class Interrupt:
+    """Within it, the n-th line of the package that is reached raises KeyboardInterrupt."""
+
+    def __init__(self, line: int) -> None:
+        self.left = line
+
+    def __enter__(self) -> Interrupt:
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        sys.settrace(None)
+
+    def _trace(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self._trace
+
+
+def append(cache: QuantizedKVCache, tokens: int) -> None:
+    cache.append(0, *rows(cache.batch_size, tokens))
+
+
+def attend(cache: QuantizedKVCache, tokens: int) -> None:
+    query = torch.randn(cache.batch_size, tokens, 4, 32)
+    cache.attend(0, query, *rows(cache.batch_size, tokens), exact_prompt=False)
+
+
+CALLS: dict[str, tuple[Callable[[QuantizedKVCache, int], object], int]] = {
+    "append": (append, 3),
+    "attend": (attend, 1),
+    "growth in append": (append, 300),
+    "growth in attend": (attend, 300),
+    "fork": (lambda cache, _: cache.fork(), 0),
+    "reserve": (lambda cache, _: cache.reserve(380), 0),
+}
+
+
+def check_call(kind: str, name: str, line: int, *, forked: bool, repeated: bool) -> bool:
+    """Whether line ``line`` was reached; the cache and its fork hold what they should, and go on.
+
+    ``repeated``: the call has been made before, so that it takes the way of a decode step.
+    """
+    torch.manual_seed(0)
+    call, tokens = CALLS[name]
+    cache, model = make(kind, batch=2, dtype=torch.float32), Rows(2)
+    append_dense([cache], model, 21)
+    if repeated:
+        for layer in range(LAYERS):
+            query, (key, value) = torch.randn(2, tokens or 1, 4, 32), rows(2, tokens or 1)
+            cache.attend(layer, query, key, value)
+            model.append(layer, list(zip(key, value, strict=True)))
+    fork, before = (cache.fork(), model.fork()) if forked else (None, None)
+    state = torch.get_rng_state()
+    reached = False
+    with Interrupt(line):
+        try:
+            call(cache, tokens)
+        except KeyboardInterrupt:
+            reached = True
+    torch.set_rng_state(state)
+    assert cache.max_length_of(0) >= max(cache.seq_lens_of(0).tolist())
+    if cache.seq_lens_of(0).tolist() != model.lengths:  # the call had come as far as its kernels
+        if "attend" in name:
+            torch.randn(2, tokens, 4, 32)
+        new = rows(2, tokens)
+        model.append(0, list(zip(*new, strict=True)))
+    for layer in range(LAYERS):  # the layers of a step are of one length again
+        missing = len(model.layers[0][0][0]) - len(model.layers[layer][0][0])
+        if missing:
+            new = rows(2, missing)
+            cache.append(layer, *new)
+            model.append(layer, list(zip(*new, strict=True)))
+    append_dense([cache], model, 17)
+    if fork is not None:
+        append_dense([fork], before, 5)
+        before.check(fork)
+    model.check(cache)
+    return reached
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    ("kind", "forked"),
+    [("growing", False), ("paged16", True), ("paged-growing", False), ("paged-growing", True)],
+    ids=["contiguous", "paged", "growing", "forked"],
+)
+def test_an_interrupt_at_any_line(kind, name, forked):
+    for repeated in (False, True) if name == "attend" else (False,):
+        line = 1
+        while check_call(kind, name, line, forked=forked, repeated=repeated):
+            line += 1
+        assert line > 5
