@@ -66,7 +66,7 @@ APPEND = [
     ({"value": rows(2, 3, 2, 80, dtype=FP16)}, ValueError, "value: expected key's dtype and shape"),
     ({"value": last_dim_strided(2, 3, 2, 80)}, ValueError, "value: the last dimension must be"),
     ({"key": rows(2, 3, 4, 64), "value": rows(2, 3, 4, 80)}, ValueError, "key: 4 heads, but the"),
-    ({"key": rows(1, 3, 2, 64), "value": rows(1, 3, 2, 80)}, ValueError, "key: batch 1, expec"),
+    ({"key": rows(1, 3, 2, 64), "value": rows(1, 3, 2, 80)}, ValueError, "key: batch 1, e"),
     ({"view": {}}, TypeError, "view: expected a CacheView, got dict"),
     ({"block_table": None}, ValueError, "block_table, seq_lens: needed"),
     ({"seq_lens": None}, ValueError, "block_table, seq_lens: needed"),
