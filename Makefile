@@ -30,8 +30,6 @@ state := $(if $(VENV),$(VENV),build)/.state
 requirements = $(shell sed -n '/^$(1) = \[/,/^\]/p' pyproject.toml | grep -o '"[^"]*"')
 cxx := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-kernel_tests := $(wildcard tests/test_append.py tests/test_attention.py tests/test_gather.py \
-  tests/test_invariants.py tests/test_matmul.py tests/test_means.py tests/test_quantize.py)
 other_isas := from kvquant.backends import build_info; print(*build_info()["cpu_isas"][1:])
 
 .PHONY: help
@@ -46,7 +44,7 @@ demo: $(state)/package $(state)/demo  ## a small language model on an 8-bit cach
 test: $(state)/package $(state)/test  ## every test that this machine can run, kernels for each instruction set
 	$(py) -m pytest -n auto $(ARGS)
 	$(if $(ARGS),,for isa in $$($(py) -c '$(other_isas)'); do \
-	  echo "CPU kernels, $$isa"; KVQUANT_CPU_ISA=$$isa $(py) -m pytest -n auto $(kernel_tests); \
+	  echo "CPU kernels, $$isa"; KVQUANT_CPU_ISA=$$isa $(py) -m pytest -n auto tests/kernels; \
 	done)
 
 .PHONY: lint

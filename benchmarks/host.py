@@ -112,7 +112,12 @@ def kernels(device: str) -> dict[str, tuple[Call, Call]]:
             call = graph.replay
         lens = cache.seq_lens
 
-        def crop(cache: Any = cache, tokens: int = tokens, lens: Tensor = lens) -> None:
+        def crop(
+            cache: Any = cache,
+            tokens: int = tokens,
+            lens: Tensor = lens,
+            captured: tuple[Tensor, ...] = (query, key, value),  # the graph reads them
+        ) -> None:
             if cache.device.type == "cuda":
                 lens.fill_(tokens)
             else:

@@ -43,5 +43,5 @@ for isa in ${KVQUANT_CPU_ISA:-$isas}; do
   LD_PRELOAD=$libraries "${run[@]}" tools/sanitize.py --device cpu | tail -n 1
   # --capture=sys: a report goes past Python, which may not live to show it
   LD_PRELOAD=$libraries "${run[@]}" -m pytest -q -p no:cacheprovider --capture=sys -k 'not cuda' \
-    tests/test_{threads,append,attention,gather,matmul,quantize}.py "$@"
+    tests/kernels/test_{threads,append,attention,gather,matmul,quantize}.py "$@"
 done

@@ -117,6 +117,7 @@ class CacheView:
     _twin: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        widths = {}
         for name, rows in (("k", self.k), ("v", self.v)):
             if not isinstance(rows, RowsView):
                 raise TypeError(f"{name}: expected a RowsView, got {type(rows).__name__}")
@@ -124,45 +125,46 @@ class CacheView:
                 raise TypeError(f"{name}.format: expected a RowFormat, got {rows.format!r}")
             dim = check_head_dim(f"{name}.head_dim", rows.head_dim)
             object.__setattr__(rows, "head_dim", dim)
+            widths[f"{name}.codes"] = rows.format.code_bytes(dim)
+            widths[f"{name}.params"] = rows.format.params_bytes(dim)
+        widths["mean"] = 2 * self.k.head_dim
         group = check_integer("mean_group", self.mean_group, 0, 2**30)
-        require(
-            group == 0 or (group >= 16 and group & (group - 1) == 0),
-            f"mean_group: expected 0 or a power of two from 16 to 2**30, got {group}",
-        )
         object.__setattr__(self, "mean_group", group)
-        require(
-            (self.mean is None) == (group == 0),
-            f"mean: expected {'none' if group == 0 else 'a tensor'} with a mean_group of {group}",
-        )
+        if group and (group < 16 or group & (group - 1)):
+            raise ValueError(
+                f"mean_group: expected 0 or a power of two from 16 to 2**30, got {group}"
+            )
+        if (self.mean is None) != (group == 0):
+            raise ValueError(
+                f"mean: expected {'none' if group == 0 else 'a tensor'} with a mean_group of "
+                f"{group}"
+            )
         check_tensor("k.codes", self.k.codes)
         codes = self.k.codes
-        require(codes.dim() == 4, f"k.codes: expected 4 dimensions, got shape {[*codes.shape]}")
+        if codes.dim() != 4 or not codes.shape[1]:
+            raise ValueError(
+                f"k.codes: expected 4 dimensions and a head at least, got shape {[*codes.shape]}"
+            )
         blocks, heads, size, _ = codes.shape
-        require(heads > 0, f"k.codes: expected a head at least, got shape {[*codes.shape]}")
-        widths = {"mean": (self.format.mean_slots(size), 2 * self.k.head_dim)}
-        for name, rows in (("k", self.k), ("v", self.v)):
-            widths[f"{name}.codes"] = size, rows.format.code_bytes(rows.head_dim)
-            widths[f"{name}.params"] = size, rows.format.params_bytes(rows.head_dim)
         for name, x in self.tensors.items():
             check_tensor(name, x)
             if x.dtype != torch.uint8:
                 raise TypeError(f"{name}: expected {torch.uint8}, got {x.dtype}")
-            expected = (blocks, heads, *widths[name])
-            require(
-                x.shape == expected,
-                f"{name}: expected shape {list(expected)}, got {list(x.shape)}",
-            )
-            require(
-                x.device == codes.device,
-                f"{name}: on {x.device}, but k.codes on {codes.device}",
-            )
-            apart = (*x.stride()[:2], x.storage_offset())
-            require(
-                not x.numel()
-                or (x.stride()[2:] == (x.shape[3], 1) and not any(n % 16 for n in apart)),
-                f"{name}: the rows of a block and head must be contiguous and 16-byte aligned, "
-                f"got strides {list(x.stride())} behind byte {x.storage_offset()}",
-            )
+            rows_of = -(-size // group) if name == "mean" else size
+            if x.shape != (blocks, heads, rows_of, widths[name]):
+                raise ValueError(
+                    f"{name}: expected shape {[blocks, heads, rows_of, widths[name]]}, got "
+                    f"{list(x.shape)}"
+                )
+            if x.device != codes.device:
+                raise ValueError(f"{name}: on {x.device}, but k.codes on {codes.device}")
+            strides, offset = x.stride(), x.storage_offset()
+            is_apart = strides[0] % 16 or strides[1] % 16 or offset % 16
+            if (strides[2:] != (widths[name], 1) or is_apart) and x.numel():
+                raise ValueError(
+                    f"{name}: the rows of a block and head must be contiguous and 16-byte aligned, "
+                    f"got strides {list(strides)} behind byte {offset}"
+                )
         spec = ViewSpec(
             heads, size, self.k.head_dim, self.v.head_dim, self.k.format, self.v.format, group,
             not (blocks and size), codes.device,

@@ -169,7 +169,8 @@ struct RowTile {
     position = length - tokens;
     const int low = position_of(0), high = position_of(count - 1);
     begin = first_seen(p, low) / kTile * kTile;
-    end = max(begin, seen_end(p, high));
+    end = seen_end(p, high);
+    if (end <= begin) begin = end = 0;  // nothing is seen: nothing may be read at the start either
     all_begin = first_seen(p, high);
     all_end = seen_end(p, low);
   }

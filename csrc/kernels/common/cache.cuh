@@ -40,9 +40,8 @@ __device__ __forceinline__ int stored_tokens(const CacheView& cache, const Seque
   const int capacity = int(min(int64_t(seqs.max_blocks) * cache.block_size, int64_t(1) << 30));
   return min(max(0, min(seq_len, capacity) + more), capacity);
 }
-// Below 2^30 by a tile: a split, of 2^30 tokens at most, may begin there.
 __device__ __forceinline__ int first_token(const Sequences& seqs, int sequence) {
-  return seqs.seq_starts ? min(max(0, seqs.seq_starts[sequence]), (1 << 30) - 16) : 0;
+  return seqs.seq_starts ? min(max(0, seqs.seq_starts[sequence]), 1 << 30) : 0;
 }
 
 // The call's rows of a sequence: the first one, and how many.

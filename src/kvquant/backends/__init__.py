@@ -38,6 +38,8 @@ BACKENDS: dict[str, Backend] = {"cpu": CPU, "cuda": CUDA}  # the reference serve
 _PACKAGE = __name__.removesuffix(".backends")  # a vendored copy has names of its own
 _forced: ContextVar[str] = ContextVar(f"{_PACKAGE}_backend")
 _reported: set[tuple[str, str]] = set()
+_prepared: dict[tuple[Problem, str], Prepared] = {}
+_MOST = 1 << 12
 _logger = logging.getLogger(_PACKAGE)
 
 _default = os.environ.get("KVQUANT_BACKEND", "auto")
@@ -89,11 +91,21 @@ def select(op: str, device: torch.device, *head_dims: int) -> Backend:
 
 
 def prepare(problem: Problem) -> Prepared:
-    """The backend's kernels for an attention call.
+    """The backend's kernels for an attention call; remembered.
 
     Raises:
         ValueError: An option that no kernel can honour.
     """
+    at = problem, forced()
+    found = _prepared.get(at)
+    if found is None:
+        if len(_prepared) >= _MOST:
+            _prepared.clear()
+        found = _prepared[at] = _prepare(problem)
+    return found
+
+
+def _prepare(problem: Problem) -> Prepared:
     view = problem.view
     backend, reason = choose(problem.query.device, view.head_dim, view.v_head_dim)
     prepared = backend.prepare(problem)

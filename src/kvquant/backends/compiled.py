@@ -142,8 +142,14 @@ class CompiledCall(Prepared):
         lse: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         queue, kept = self._backend.queue(query), self._kept
-        if self._is_usual and out is None and kept is not None and kept[0] == queue:
-            out = self._outputs.new_out(query)
+        if (
+            self._is_usual
+            and kept is not None
+            and kept[0] == queue
+            and (out is None or out.is_contiguous())
+        ):
+            if out is None:
+                out = self._outputs.new_out(query)
             if self._native.run(
                 view._twin or view_twin(view),
                 seqs._twin or seqs_twin(seqs),

@@ -24,8 +24,8 @@ def refuses(problem: Problem) -> str | None:
         return "one token, packed rows, or padding"
     if problem.lse or problem.sinks or problem.alibi_slopes:
         return "log-sum-exp, sinks or ALiBi"
-    if options.sliding_window or options.softcap:
-        return "a window or softcap"
+    if options.sliding_window or options.softcap or options.softmax_scale <= 0:
+        return "a window, a softcap, or a scale that is not positive"
     return None
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvquant import QuantizedKVCache, attention, use_backend
+from kvquant import QuantizedKVCache, attention, backends, use_backend
 from kvquant.backends.compiled import numbers_of
 from kvquant.backends.cpu import CPU
 from modelled import Unchanged, append_dense, make
@@ -185,6 +185,7 @@ def merging_few(monkeypatch):
 
     monkeypatch.setattr(CPU, "prepare", bounded)
     monkeypatch.setattr(sys.modules["kvquant.plan"], "_plans", {})
+    monkeypatch.setattr(backends, "_prepared", {})
 
 
 def check_refused_with_new_keys(device: str) -> None:

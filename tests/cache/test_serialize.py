@@ -26,7 +26,7 @@ from modelled import (
 from support import same_bits
 
 files = pytest.importorskip("safetensors.torch")
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 FORMATS = {
     "default": CacheFormat(),
