@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,7 @@ def _check(extension: Any) -> None:
 module: Any  # None where the extension cannot be imported
 error: str | None
 try:
-    from .. import _C as module  # type: ignore[attr-defined, no-redef]
-
+    module = import_module(f"{__name__.removesuffix('.backends.native')}._C")
     _check(module)
 except ImportError as exception:
     module, error = None, f"{type(exception).__name__}: {exception}"
