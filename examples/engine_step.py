@@ -43,7 +43,7 @@ def main() -> None:
             out = torch.empty_like(query)
             plan = kvquant.plan(query, view, seqs, key, value)  # remembered: a look-up
             plan.run(query, view, seqs, key, value, out=out)
-        lengths = [n + new for n, new in zip(lengths, counts)]
+        lengths = [n + new for n, new in zip(lengths, counts, strict=False)]
     print(plan)
     print(f"lengths {lengths}, the last output's mean magnitude {out.abs().mean():.3f}")
 
