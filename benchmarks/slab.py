@@ -21,7 +21,7 @@ from benchmarks.caches import RandomCache
 from benchmarks.common import Report
 
 STEPS = 8  # of a chunk
-SIZES = {"cuda": (128, 8192), "cpu": (8, 2048)}  # sequences, tokens
+SIZES = {"cuda": (256, 8192), "cpu": (8, 2048)}  # sequences, tokens
 
 
 def slab_of(view: kvquant.CacheView) -> kvquant.CacheView:
