@@ -290,15 +290,6 @@ class CacheView:
         mean = part(fmt.mean_slots(size), 2 * dims[0]) if fmt.mean_group else None
         return cls(k, v, mean, fmt.mean_group)
 
-    @classmethod
-    def known(
-        cls, k: RowsView, v: RowsView, mean: Tensor | None, spec: ViewSpec, twin: Any
-    ) -> CacheView:
-        """A view of parts that were checked before, with what came of it."""
-        view = object.__new__(cls)
-        view.__dict__.update(k=k, v=v, mean=mean, mean_group=spec.mean_group, spec=spec, _twin=twin)
-        return view
-
     def replaced(self, tensors: Mapping[str, Tensor]) -> CacheView:
         """The same view of other ``tensors``, by name."""
         k, v = (
@@ -407,25 +398,6 @@ class Sequences:
         )  # fmt: skip
         object.__setattr__(self, "spec", _interned(spec))
         object.__setattr__(self, "_twin", None)
-
-    @classmethod
-    def known(
-        cls,
-        block_table: Tensor,
-        seq_lens: Tensor,
-        seq_starts: Tensor | None,
-        cu_seqlens_q: Tensor | None,
-        spec: SeqsSpec,
-        twin: Any,
-    ) -> Sequences:
-        """A batch of tensors that were checked before, with what came of it."""
-        seqs = object.__new__(cls)
-        seqs.__dict__.update(
-            block_table=block_table, seq_lens=seq_lens, seq_starts=seq_starts,
-            cu_seqlens_q=cu_seqlens_q, max_seqlen_q=spec.max_seqlen_q, advance=spec.advance,
-            spec=spec, _twin=twin,
-        )  # fmt: skip
-        return seqs
 
     @property
     def device(self) -> torch.device:

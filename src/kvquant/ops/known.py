@@ -5,7 +5,7 @@ every step, with rows elsewhere and all else in its place.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ __all__ = ["Known", "find", "key_of", "remember"]
 _ROWS = 7  # the first arguments of attend_: what may lie anywhere
 _MOST = 1 << 12
 _known: dict[Any, Known] = {}
+_T = TypeVar("_T", CacheView, Sequences)
 
 
 class Known(NamedTuple):
@@ -35,13 +36,20 @@ class Known(NamedTuple):
             RowsView(values[f"{x}_codes"], values[f"{x}_params"], values[f"{x}_head_dim"], rows)
             for x, rows in (("k", self.view.k_format), ("v", self.view.v_format))
         )
-        return (
-            CacheView.known(k, v, values["mean"], self.view, self.view_twin),
-            Sequences.known(
-                values["block_table"], values["seq_lens"], values["seq_starts"],
-                values["cu_seqlens_q"], self.seqs, self.seqs_twin,
-            ),
+        view = _made(
+            CacheView, k=k, v=v, mean=values["mean"], mean_group=self.view.mean_group,
+            spec=self.view, _twin=self.view_twin,
         )  # fmt: skip
+        names = ("block_table", "seq_lens", "seq_starts", "cu_seqlens_q", "max_seqlen_q", "advance")
+        batch = {name: values[name] for name in names}
+        return view, _made(Sequences, **batch, spec=self.seqs, _twin=self.seqs_twin)
+
+
+def _made(cls: type[_T], **fields: Any) -> _T:
+    """An object whose parts were checked before."""
+    x = object.__new__(cls)
+    x.__dict__.update(fields)
+    return x
 
 
 def key_of(flat: Sequence[Any]) -> Any:
