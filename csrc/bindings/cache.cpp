@@ -93,7 +93,7 @@ py::dict describe(const Choice& choice) {
   found["blocks"] = s.blocks;
   found["stages"] = s.stages;
   found["head_dim"] = s.head_dim;
-  found["alone"] = s.alone;
+  found["one_block_per_sm"] = s.one_block_per_sm;
   return found;
 }
 
@@ -215,15 +215,15 @@ uint64_t capture_id([[maybe_unused]] uintptr_t stream) {
 }
 
 // Addresses of partial results and of counters for the launches that a stream captures.
-py::tuple lend_scratch(int device, uintptr_t stream, size_t floats, size_t counters) {
+py::tuple graph_workspace(int device, uintptr_t stream, size_t floats, size_t counters) {
   cuda::Scratch scratch{};
   Status status;
   {
     py::gil_scoped_release release;
     status = KVQUANT_CUDA_OR_REFUSE(
-        cuda::lend_scratch({device, pointer<void>(stream)}, floats, counters, scratch));
+        cuda::graph_workspace({device, pointer<void>(stream)}, floats, counters, scratch));
   }
-  check(status, "lend_scratch");
+  check(status, "graph_workspace");
   return py::make_tuple(uintptr_t(scratch.partial), uintptr_t(scratch.counters));
 }
 
@@ -257,7 +257,7 @@ void define_cache(py::module_& m) {
   m.def("choose",
         [](const py::dict& problem) { return describe(choose_for(filled<Problem>(problem))); });
   m.def("capture_id", &capture_id);
-  m.def("lend_scratch", &lend_scratch);
+  m.def("graph_workspace", &graph_workspace);
   m.def("fields", &field_names);
 }
 

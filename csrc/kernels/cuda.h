@@ -1,5 +1,5 @@
 // The CUDA kernels' launchers. Each guards the device, launches on the stream, checks the launch;
-// none allocates or synchronises but lend_scratch.
+// none allocates or synchronises but graph_workspace.
 #pragma once
 
 #include <cstddef>
@@ -32,7 +32,7 @@ struct Scratch {
   float* partial;  // as AttentionParams has them
   int32_t* counters;
 };
-Status lend_scratch(Launch launch, size_t floats, size_t counters, Scratch& scratch);
+Status graph_workspace(Launch launch, size_t floats, size_t counters, Scratch& scratch);
 int device_count(const char** error);  // 0 and the reason where there is no driver or GPU
 int runtime_version();
 int driver_version();

@@ -285,7 +285,7 @@ def test_scratch_is_lent_for_the_life_of_a_graph(cuda):
     def lend() -> list[tuple[int, int]]:
         torch.zeros(1, device=cuda)  # a graph must not be empty
         stream = torch.cuda.current_stream().cuda_stream
-        return [_C.lend_scratch(0, stream, 100, 10) for _ in range(2)]
+        return [_C.graph_workspace(0, stream, 100, 10) for _ in range(2)]
 
     first, (a, b) = captured(cuda, lend)
     assert a == b

@@ -102,7 +102,7 @@ def test_splits_of_a_given_size_depend_on_the_capacity_alone(
 
 @pytest.fixture(scope="module")
 def instance(choose):
-    names = ("alone", "head_dim", "query_rows", "warps", "blocks", "stages")
+    names = ("one_block_per_sm", "head_dim", "query_rows", "warps", "blocks", "stages")
 
     def of(*sizes):
         found = choose(*sizes, SMS)

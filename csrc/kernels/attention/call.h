@@ -26,12 +26,12 @@ struct Divisor {
 };
 
 struct AttentionCall : AttentionParams {
-  Divisor share;       // query heads of a KV head
-  Divisor divided_by;  // most splits of a sequence
-  int row_tiles;       // of a sequence and KV head
-  int min_split;       // tokens
-  int stages;          // of a warp's ring
-  // The call's own rows, where the launch appends them (data null: they are stored). seq_lens are
+  Divisor gqa_group_size;  // query heads of a KV head
+  Divisor divided_by;      // most splits of a sequence
+  int row_tiles;           // of a sequence and KV head
+  int min_split;           // tokens
+  int stages;              // of a warp's ring
+  // The call's new rows, where the launch appends them (data null: they are stored). seq_lens are
   // then without them, and the launch adds them to `advance` if it is not null.
   Rows key, value;
   int32_t* advance;

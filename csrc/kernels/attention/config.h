@@ -16,8 +16,8 @@ constexpr int kMaxSplit = 4096;
 constexpr int kMaxStages = 2;    // of a warp's ring
 constexpr int kBlockCost = 256;  // tokens' worth of a block's other work
 // Tokens of a multiprocessor up to which one block serves it best, and the same where twice as many
-// blocks would mean many splits to merge.
-constexpr int kMostAlone = 1024, kMostAloneInSplits = 2560;
+// blocks would mean many splits to combine.
+constexpr int kMostOnOneBlock = 1024, kMostOnOneBlockInSplits = 2560;
 constexpr int kManySplits = 8;
 
 // What an instance is made of, chosen by the registers that it needs for accumulators and for the
@@ -38,11 +38,12 @@ struct InstanceShape {
 
 // rows: query rows of a block, 8, 16 or 32. float32 weights are taken twice, as fp16 and what fp16
 // left of them.
-constexpr InstanceShape instance_shape(int head_dim, int rows, bool float32, bool alone) {
+constexpr InstanceShape instance_shape(int head_dim, int rows, bool float32,
+                                       bool one_block_per_sm) {
   const bool few_registers = rows == 8 && !float32;  // for accumulators
   if (few_registers && head_dim <= 128) {
     const int tiles = head_dim <= 64 ? 2 : 1;
-    return {tiles, 8, alone ? 1 : 2, 0};
+    return {tiles, 8, one_block_per_sm ? 1 : 2, 0};
   }
   if (head_dim > 128) return {1, 4, 2, few_registers ? 0 : kMaxStages};
   if (head_dim == 128 && rows == 32) return {1, 4, 2, kMaxStages};
@@ -61,7 +62,7 @@ struct AttentionShape {
   int64_t units;  // of (sequence, KV head, row tile)
   // A block has its multiprocessor for itself: all run at once, and less is on its way than where
   // two share one, which is shared out more evenly among multiprocessors.
-  bool alone;
+  bool one_block_per_sm;
   int64_t slots;  // blocks that the device runs at once
   // Units of one row tile alone fill the device: splits then are as long for every sequence.
   bool fills;
@@ -72,7 +73,7 @@ struct AttentionPlan {
   int64_t partial_floats, counters;
 };
 
-// Floats that a block leaves for the merge: its rows' accumulators, maxima and sums.
+// Floats that a block leaves to be combined: its rows' accumulators, maxima and sums.
 constexpr int partial_floats(int head_dim, int rows) { return rows * (head_dim + 2); }
 
 // Tokens of a split, if `span` tokens are cut into `splits` pieces of whole steps.
@@ -81,7 +82,7 @@ constexpr int split_length(int span, int splits, int step) {
 }
 
 // The splits that finish soonest: waves of blocks, each as long as its tokens and what a block
-// costs besides (prologue and merge).
+// costs besides (prologue and combining).
 inline int choose_splits(const AttentionShape& shape, int capacity) {
   const int most = int(std::min<int64_t>(
       {kMaxSplits, (capacity + kMinSplit - 1) / kMinSplit, 8 * shape.slots / shape.units + 1}));
@@ -112,10 +113,10 @@ inline AttentionShape shape_attention(int batch, int tokens, int q_heads, int kv
   shape.units = std::max<int64_t>(1, int64_t(batch) * kv_heads * shape.row_tiles);
   const bool one_tile = shape.row_tiles == 1;
   const bool many_splits = shape.units * kManySplits <= multiprocessors;
-  const int64_t most = many_splits ? kMostAloneInSplits : kMostAlone;
-  shape.alone = one_tile && shape.units <= multiprocessors &&
-                shape.units * capacity <= multiprocessors * most;
-  shape.instance = instance_shape(shape.head_dim, shape.rows, float32, shape.alone);
+  const int64_t most = many_splits ? kMostOnOneBlockInSplits : kMostOnOneBlock;
+  shape.one_block_per_sm = one_tile && shape.units <= multiprocessors &&
+                           shape.units * capacity <= multiprocessors * most;
+  shape.instance = instance_shape(shape.head_dim, shape.rows, float32, shape.one_block_per_sm);
   shape.slots = int64_t(multiprocessors) * shape.instance.blocks;
   shape.fills = one_tile && shape.units >= shape.slots;
   return shape;

@@ -1,22 +1,22 @@
-// Attention on the 8-bit cache: a block's walk over one split of the tokens.
+// Attention on the 8-bit cache: a block's main loop over one split of the tokens.
 //
 // A block takes up to 32 query rows (query tokens x heads of one KV head) and one split of the
-// tokens; its warps take 16 tokens each in turn. Splits are merged by the last one's block, in
+// tokens; its warps take 16 tokens each in turn. Splits are combined by the last one's block, in
 // their order, so that a call's result is the same bit for bit every time. A decode step's own keys
 // and values are appended by the blocks that attend to them.
 #pragma once
 
-#include "kernels/attention/merge.cuh"
+#include "kernels/attention/combine.cuh"
 
 namespace kvquant::cuda {
 
 // Softcap, ALiBi and the mask on a tile's scores. Returns the largest scale of this lane's values:
 // nobody's tokens may hold anything and do not count.
 template <class Traits>
-__device__ __forceinline__ float shape_scores(const AttentionCall& p,
-                                              const AttentionShared<Traits>& shared, int token,
-                                              int g, int t, const uint4& v_params,
-                                              float (&score)[Traits::kRowSets][4]) {
+__device__ __forceinline__ float mask_scores(const AttentionCall& p,
+                                             const AttentionShared<Traits>& shared, int token,
+                                             int g, int t, const uint4& v_params,
+                                             float (&score)[Traits::kRowSets][4]) {
   const float cap = p.softcap * kLog2e;
 #pragma unroll
   for (int r = 0; r < Traits::kRowSets; ++r) {
@@ -44,10 +44,10 @@ __device__ __forceinline__ float shape_scores(const AttentionCall& p,
 // A warp's way through tokens up to `end`: every kWarps-th piece of one or two tiles, the next ones
 // on their way while one is worked on.
 template <class Traits>
-struct Walk {
+struct MainLoop {
   const AttentionCall& p;
   const Paging& paging;
-  Pieces<Traits> pieces;
+  LoadPipeline<Traits> pipeline;
   const int32_t* table;  // of the sequence
   // Tiles from clean_begin on and up to clean_end need no look at single scores.
   int clean_begin, clean_end;
@@ -55,13 +55,13 @@ struct Walk {
   int warp, token;
   int block[Traits::kTiles];  // of the piece that was asked for last, -1: none
 
-  __device__ __forceinline__ Walk(const AttentionCall& p, const Paging& paging, int warp)
-      : p(p), paging(paging), pieces(p.cache), warp(warp) {}
+  __device__ __forceinline__ MainLoop(const AttentionCall& p, const Paging& paging, int warp)
+      : p(p), paging(paging), pipeline(p.cache), warp(warp) {}
 
   // Works out what needs no lengths.
   __device__ __forceinline__ void find(const RowTile& rows, unsigned char* rings) {
     table = p.seqs.block_table + rows.sequence * p.seqs.block_table_stride;
-    pieces.find(rows.head, rings, p.stages);
+    pipeline.find(rows.head, rings, p.stages);
   }
   // From `begin` on: asks for the first pieces, as many as have room.
   __device__ __forceinline__ void start(const RowTile& rows, int first_block, int begin, int end) {
@@ -69,11 +69,11 @@ struct Walk {
     token = begin + warp * kTile * Traits::kTiles;
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) block[u] = first_block;
-    for (int i = 0; i < pieces.stages(); ++i) {
+    for (int i = 0; i < pipeline.stages(); ++i) {
       const int at = token + i * Traits::kStep;
       find_blocks(at, block);
-      ask_keys(at, block);
-      ask_values(at, block);
+      load_keys(at, block);
+      load_values(at, block);
     }
     clean_begin = p.softcap == 0.f && !p.alibi_slopes ? rows.all_begin : 1 << 30;
     clean_end = rows.all_end - kTile;
@@ -88,58 +88,58 @@ struct Walk {
                                table[min((at + u * kTile) >> paging.shift, p.seqs.max_blocks - 1)]);
     }
   }
-  __device__ __forceinline__ void ask_keys(int at, const int (&blocks)[Traits::kTiles]) {
+  __device__ __forceinline__ void load_keys(int at, const int (&blocks)[Traits::kTiles]) {
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) {
       if (at + u * kTile >= end) break;
-      pieces.ask_keys(u, blocks[u], (at + u * kTile) & paging.mask);
+      pipeline.load_keys(u, blocks[u], (at + u * kTile) & paging.mask);
     }
   }
-  __device__ __forceinline__ void ask_values(int at, const int (&blocks)[Traits::kTiles]) {
+  __device__ __forceinline__ void load_values(int at, const int (&blocks)[Traits::kTiles]) {
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) {
       if (at + u * kTile >= end) break;
-      pieces.ask_values(u, blocks[u], (at + u * kTile) & paging.mask);
+      pipeline.load_values(u, blocks[u], (at + u * kTile) & paging.mask);
     }
-    pieces.close();
+    pipeline.commit_stage();
   }
-  // Takes the pieces before `until`. shared.dots are of groups from first_group on.
+  // Takes the pieces before `until`. shared.mean_scores are of groups from first_group on.
   __device__ __forceinline__ void run(const AttentionShared<Traits>& shared,
                                       const Query<Traits>& query, int first_group, int until,
                                       Accumulator<Traits>& acc) {
     const int g = query.g, t = query.t;
-    const float* const dots = &shared.dots[0][g] - first_group * Traits::kRows;
+    const float* const mean_scores = &shared.mean_scores[0][g] - first_group * Traits::kRows;
     while (token < until) {
-      const int next = token + pieces.stages() * Traits::kStep;
+      const int next = token + pipeline.stages() * Traits::kStep;
       int next_block[Traits::kTiles];
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) next_block[u] = block[u];
       find_blocks(next, next_block);
-      pieces.wait();
+      pipeline.wait_stage();
       float score[Traits::kTiles][Traits::kRowSets][4], v_scale = 0.f;
       uint4 v_params[Traits::kTiles];
       bool clean[Traits::kTiles];
-      const int own = shared.own.begin;
+      const int new_tokens = shared.new_tokens.begin;
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) {
         const int at = token + u * kTile;
         float dot[Traits::kRowSets];
 #pragma unroll
         for (int r = 0; r < Traits::kRowSets; ++r) {
-          dot[r] = dots[(at >> paging.group_shift) * Traits::kRows + 8 * r];
+          dot[r] = mean_scores[(at >> paging.group_shift) * Traits::kRows + 8 * r];
         }
-        if (at + kTile > own) pieces.take_own(u, at, shared.own);
-        const auto& tile = pieces.keys(u);
-        score_tile(tile, query, dot, score[u]);
+        if (at + kTile > new_tokens) pipeline.take_new(u, at, shared.new_tokens);
+        const auto& tile = pipeline.keys(u);
+        mma_qk(tile, query, dot, score[u]);
         v_params[u] = tile.v_params;
-        const bool usable = pieces.usable(u, block[u]);
+        const bool usable = pipeline.usable(u, block[u]);
         clean[u] = at >= clean_begin && at <= clean_end && usable;
         if (clean[u]) {
           const uint4& v = v_params[u];
           const uint32_t most = max_halves(max_halves(v.x, v.y), max_halves(v.z, v.w));
           v_scale = fmaxf(v_scale, half2_floats(most).x);
         } else if (at < end && usable) {
-          v_scale = fmaxf(v_scale, shape_scores(p, shared, at, g, t, v_params[u], score[u]));
+          v_scale = fmaxf(v_scale, mask_scores(p, shared, at, g, t, v_params[u], score[u]));
         } else {
 #pragma unroll
           for (int r = 0; r < Traits::kRowSets; ++r) {
@@ -148,7 +148,7 @@ struct Walk {
           }
         }
       }
-      ask_keys(next, next_block);
+      load_keys(next, next_block);
       float best[Traits::kRowSets];
 #pragma unroll
       for (int r = 0; r < Traits::kRowSets; ++r) {
@@ -161,18 +161,18 @@ struct Walk {
         best[r] = fmaxf(best[r], __shfl_xor_sync(kFullWarp, best[r], 1));
         best[r] = fmaxf(best[r], __shfl_xor_sync(kFullWarp, best[r], 2));
       }
-      follow(acc, best, v_scale, t);
+      rescale(acc, best, v_scale, t);
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) {
         uint32_t weight[Traits::kOutTiles][2];
         if (clean[u]) {
-          weigh<false>(acc, v_params[u], score[u], weight);
+          softmax_weights<false>(acc, v_params[u], score[u], weight);
         } else {
-          weigh<true>(acc, v_params[u], score[u], weight);
+          softmax_weights<true>(acc, v_params[u], score[u], weight);
         }
-        add_values(acc, pieces.values(u), weight);
+        mma_pv(acc, pipeline.values(u), weight);
       }
-      ask_values(next, next_block);
+      load_values(next, next_block);
       token += Traits::kStep;
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) block[u] = next_block[u];
@@ -205,15 +205,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
       load_early(p.seqs.block_table + rows.sequence * p.seqs.block_table_stride);
   const int asked_length = load_early(p.seqs.seq_lens + rows.sequence);
   const int warp = uniform(threadIdx.x / 32);
-  OwnInFlight<Traits> own(p, shared.own, rows.tokens, warp);
+  NewTokensInFlight<Traits> new_tokens(p, shared.new_tokens, rows.tokens, warp);
   shared.raw.ask(p, rows, warp);
   close_copies();
   const Paging paging(p.cache, p.seqs.max_blocks);
-  Walk<Traits> walk(p, paging, warp);
-  walk.find(rows, shared.rings);
+  MainLoop<Traits> loop(p, paging, warp);
+  loop.find(rows, shared.rings);
   rows.find_tokens(p, uniform(asked_length));
   const int first_block = checked_block(p.cache, uniform(asked_block));
-  own.ask_mean(rows.stored, p.seqs.max_blocks == 1 ? first_block : -1);
+  new_tokens.ask_mean(rows.stored, p.seqs.max_blocks == 1 ? first_block : -1);
   const int span = rows.end - rows.begin;
   int length = p.divided_by.divide(span + p.splits - 1);
   length = max(p.min_split, (length + Traits::kStep - 1) / Traits::kStep * Traits::kStep);
@@ -234,45 +234,45 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   }
   const int begin = rows.begin + split * length, end = min(rows.end, begin + length);
   const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
-  const int first_own = split == 0 ? rows.stored : max(rows.stored, begin);
-  const int end_own = end == rows.end ? rows.stored + rows.tokens : end;
-  const int group = p.cache.group ? p.cache.group : 1 << 30, last_group = (end_own - 1) & -group;
-  const bool has_own = p.key.data && first_own < end_own;
-  const bool begins = has_own && (last_group >= rows.stored || last_group > first_own);
-  if (begins) append_groups<Traits>(call, shared.groups, rows.stored, first_own, end_own);
+  const int first_new = split == 0 ? rows.stored : max(rows.stored, begin);
+  const int end_new = end == rows.end ? rows.stored + rows.tokens : end;
+  const int group = p.cache.group ? p.cache.group : 1 << 30, last_group = (end_new - 1) & -group;
+  const bool has_new = p.key.data && first_new < end_new;
+  const bool begins = has_new && (last_group >= rows.stored || last_group > first_new);
+  if (begins) append_groups<Traits>(call, shared.groups, rows.stored, first_new, end_new);
   // Tokens that are not in the cache yet.
-  const int own_begin = has_own && !begins ? first_own : 1 << 30;
-  const int own_end = has_own && !begins ? end_own : 1 << 30;
-  const int reach = dots_reach<Traits>(p.cache);
+  const int new_begin = has_new && !begins ? first_new : 1 << 30;
+  const int new_end = has_new && !begins ? end_new : 1 << 30;
+  const int reach = mean_scores_reach<Traits>(p.cache);
   GroupMeans<Traits> means(shared.means, warp);
   const auto ask_means = [&](int from) {
     means.ask(p, rows, paging, first_block, from >> paging.group_shift,
               (min(end, from + reach) - 1) >> paging.group_shift, g, t);
   };
   if (Traits::kHeld) ask_means(begin);
-  own.begin(own_begin, own_end);
-  walk.start(rows, first_block, begin, end);
+  new_tokens.begin(new_begin, new_end);
+  loop.start(rows, first_block, begin, end);
   if (!Traits::kHeld) ask_means(begin);
   const int from_last = Traits::kThreads - 1 - threadIdx.x;
   if (from_last == 0) {
     shared.rows = rows;
-    shared.own.begin = own_begin, shared.own.end = own_end;
+    shared.new_tokens.begin = new_begin, shared.new_tokens.end = new_end;
   }
   if (from_last < Traits::kRows) shared.views[from_last] = rows.view(p, from_last);
   // For the query and the first own row: means and tokens were asked for after them.
-  const int later = Traits::kHeld ? 1 : Pieces<Traits>::kGroups * walk.pieces.stages();
+  const int later = Traits::kHeld ? 1 : LoadPipeline<Traits>::kGroups * loop.pipeline.stages();
   wait_copies<kMaxStages + 1>(later + 1);
   prepare_query(p, shared.raw, warp, rows.count, shared.query, shared.scale);
-  own.quantize(later);
+  new_tokens.quantize(later);
   __syncthreads();
-  own.write();
+  new_tokens.write();
   const int read = p.advance && leads ? atomicAdd(readers(), 1) : 0;
   const Query<Traits> query(shared.query, shared.scale, g, t);
   Accumulator<Traits> acc;
   for (int from = begin;;) {
-    means.multiply(query, shared.dots);
+    means.multiply(query, shared.mean_scores);
     __syncthreads();
-    walk.run(shared, query, from >> paging.group_shift, min(end, from + reach), acc);
+    loop.run(shared, query, from >> paging.group_shift, min(end, from + reach), acc);
     from += reach;
     if (from >= end) break;
     ask_means(from);

@@ -8,7 +8,7 @@
 namespace kvquant::cuda {
 
 template <int kDim>
-cudaError_t launch_dim(const AttentionCall&, int rows, bool alone, cudaStream_t);
+cudaError_t launch_dim(const AttentionCall&, int rows, bool one_block_per_sm, cudaStream_t);
 
 namespace {
 
@@ -44,7 +44,7 @@ Status launch_shape(AttentionCall call, const AttentionShape& shape, Launch laun
   }
   const DeviceGuard guard(launch.device);
   if (guard.error() != cudaSuccess) return to_status(guard.error());
-  call.share = Divisor::of(call.q_heads / call.cache.kv_heads);
+  call.gqa_group_size = Divisor::of(call.q_heads / call.cache.kv_heads);
   call.divided_by = Divisor::of(call.splits);
   call.row_tiles = shape.row_tiles;
   const int capacity = capacity_of(call.seqs, call.cache);
@@ -55,13 +55,13 @@ Status launch_shape(AttentionCall call, const AttentionShape& shape, Launch laun
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   switch (shape.head_dim) {
     case 64:
-      return to_status(launch_dim<64>(call, shape.rows, shape.alone, stream));
+      return to_status(launch_dim<64>(call, shape.rows, shape.one_block_per_sm, stream));
     case 128:
-      return to_status(launch_dim<128>(call, shape.rows, shape.alone, stream));
+      return to_status(launch_dim<128>(call, shape.rows, shape.one_block_per_sm, stream));
     case 192:
-      return to_status(launch_dim<192>(call, shape.rows, shape.alone, stream));
+      return to_status(launch_dim<192>(call, shape.rows, shape.one_block_per_sm, stream));
     case 256:
-      return to_status(launch_dim<256>(call, shape.rows, shape.alone, stream));
+      return to_status(launch_dim<256>(call, shape.rows, shape.one_block_per_sm, stream));
   }
   return Status::unsupported("head_dim over 256");
 }

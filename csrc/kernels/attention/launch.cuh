@@ -74,32 +74,35 @@ cudaError_t with_rows(int rows, F&& f) {
   return f(std::integral_constant<int, kMost>{});
 }
 
-// The usual instance where it serves, else the one that knows all features.
-template <int kDim, int kRows, class T, bool kIsAlone>
+// The plain call's instance where it serves, else the one that knows all features.
+template <int kDim, int kRows, class T, bool kOneBlockPerSm>
 cudaError_t launch_features(const AttentionCall& call, cudaStream_t stream) {
-  using Usual = AttentionTraits<kDim, kRows, T, true, kIsAlone>;
+  using Usual = AttentionTraits<kDim, kRows, T, true, kOneBlockPerSm>;
   return Usual::serves(call)
              ? launch_instance<Usual>(call, stream)
-             : launch_instance<AttentionTraits<kDim, kRows, T, false, kIsAlone>>(call, stream);
+             : launch_instance<AttentionTraits<kDim, kRows, T, false, kOneBlockPerSm>>(call,
+                                                                                       stream);
 }
 
 template <int kDim, int kRows, class T>
-cudaError_t launch_rows(const AttentionCall& call, bool alone, cudaStream_t stream) {
+cudaError_t launch_rows(const AttentionCall& call, bool one_block_per_sm, cudaStream_t stream) {
   constexpr bool kFloat = std::is_same_v<T, float>;
   if constexpr (!(instance_shape(kDim, kRows, kFloat, true) ==
                   instance_shape(kDim, kRows, kFloat, false))) {
-    if (alone) return launch_features<kDim, kRows, T, true>(call, stream);
+    if (one_block_per_sm) return launch_features<kDim, kRows, T, true>(call, stream);
   }
   return launch_features<kDim, kRows, T, false>(call, stream);
 }
 
 template <int kDim>
-cudaError_t launch_dim(const AttentionCall& call, int rows, bool alone, cudaStream_t stream) {
-  if (call.dtype == Dtype::kFloat32) return launch_rows<kDim, 8, float>(call, alone, stream);
+cudaError_t launch_dim(const AttentionCall& call, int rows, bool one_block_per_sm,
+                       cudaStream_t stream) {
+  if (call.dtype == Dtype::kFloat32)
+    return launch_rows<kDim, 8, float>(call, one_block_per_sm, stream);
   return with_rows<max_rows(kDim)>(rows, [&](auto rows) {
     return call.dtype == Dtype::kFloat16
-               ? launch_rows<kDim, rows(), __half>(call, alone, stream)
-               : launch_rows<kDim, rows(), __nv_bfloat16>(call, alone, stream);
+               ? launch_rows<kDim, rows(), __half>(call, one_block_per_sm, stream)
+               : launch_rows<kDim, rows(), __nv_bfloat16>(call, one_block_per_sm, stream);
   });
 }
 

@@ -7,13 +7,13 @@ namespace kvquant::cuda {
 
 constexpr int kMeanGroups = 8;  // whose means a warp multiplies at once
 
-// Groups whose dots a block keeps at once.
+// Groups whose scores a block keeps at once.
 template <class Traits>
 constexpr int kGroups = Traits::kWarps * kMeanGroups;
 
-// Tokens that a block may take between two turns of finding dots, whatever they begin at.
+// Tokens that a block may take between two turns of finding mean scores, whatever they begin at.
 template <class Traits>
-__device__ __forceinline__ int dots_reach(const CacheView& cache) {
+__device__ __forceinline__ int mean_scores_reach(const CacheView& cache) {
   if (!cache.group) return 1 << 30;
   return max(Traits::kStep,
              (kGroups<Traits> - 2) * min(cache.group, 1 << 20) / Traits::kStep * Traits::kStep);
@@ -83,9 +83,9 @@ struct GroupMeans {
     return x[i];
   }
 
-  // This warp's dots[group - first][row].
+  // This warp's mean_scores[group - first][row].
   __device__ __forceinline__ void multiply(const Query<Traits>& query,
-                                           float (*dots)[Traits::kRows]) const {
+                                           float (*mean_scores)[Traits::kRows]) const {
     if (!any) return;
     if (kStaged) wait_copies<0>(0);
     // Two sums each: the tensor core's instructions need not wait for one another.
@@ -107,14 +107,14 @@ struct GroupMeans {
                   mean.z, mean.w);
       }
     }
-    float (*const mine)[Traits::kRows] = dots + first_of_warp() + 2 * query.t;
+    float (*const mine)[Traits::kRows] = mean_scores + first_of_warp() + 2 * query.t;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int r = 0; r < Traits::kRowSets; ++r) {
         float dot = 0.f;
 #pragma unroll
-        for (int n = 0; n < Traits::kLimbs; ++n) {
+        for (int n = 0; n < Traits::kQueryLimbs; ++n) {
           const int set = n * Traits::kRowSets + r;  // of eight rows
           const int at = set % 2 * 2 + i;
           dot = fmaf(256.f, dot, c[0][set / 2][at] + c[1][set / 2][at]);

@@ -128,18 +128,18 @@ struct alignas(16) RowView {
 struct RowTile {
   int64_t first_call_row;  // of the sequence in the caller's tensor
   int sequence, head;      // KV head
-  int first, count;        // rows of the sequence and KV head: row = query token * share + head
-  int tokens;              // query tokens of the sequence
-  Divisor share;           // query heads of a KV head
+  int first, count;  // rows of the sequence and KV head: row = query token * group size + head
+  int tokens;        // query tokens of the sequence
+  Divisor gqa_group_size;  // query heads of a KV head
   int stored;              // tokens before the call's own, where this launch appends them
   int position;            // of the sequence's first query token
   int start, length;       // stored tokens [start, length)
   int begin, end;          // tokens that some row sees; begin is a multiple of the tile
   int all_begin, all_end;  // tokens that every row sees
 
-  __device__ int token_of(int row) const { return share.divide(first + row); }
+  __device__ int token_of(int row) const { return gqa_group_size.divide(first + row); }
   __device__ int head_of(int row) const {
-    return (head - token_of(row)) * int(share.divisor) + first + row;
+    return (head - token_of(row)) * int(gqa_group_size.divisor) + first + row;
   }
   __device__ int position_of(int row) const { return position + token_of(row); }
   __device__ int first_seen(const AttentionCall& p, int at) const {
@@ -156,9 +156,9 @@ struct RowTile {
     const CallRows call = call_rows(p.seqs, sequence);
     first_call_row = call.first;
     tokens = call.count;
-    share = p.share;
+    gqa_group_size = p.gqa_group_size;
     first = tile * rows_per_tile;
-    count = min(rows_per_tile, tokens * int(share.divisor) - first);
+    count = min(rows_per_tile, tokens * int(gqa_group_size.divisor) - first);
     return count > 0;
   }
   // seq_len: the sequence's, as it is on the device.
@@ -182,16 +182,17 @@ struct RowTile {
   }
 };
 
-// The compile-time choices of one instance. A usual call has none of the rarer features and rows
+// The compile-time choices of one instance. A plain call has none of the rarer features and rows
 // that fill the instance; its code is half as long, which a short call waits for.
-template <int kHeadDim, int kRowCount, class T, bool kUsualCall, bool kIsAlone>
+template <int kHeadDim, int kRowCount, class T, bool kIsPlainCall, bool kOneBlockPerSm>
 struct AttentionTraits {
-  static constexpr bool kUsual = kUsualCall;
+  static constexpr bool kPlainCall = kIsPlainCall;
   using Element = T;  // of query and output
   // float32 weights are kept as fp16 and what fp16 left of them.
   static constexpr bool kSplit = std::is_same_v<T, float>;
-  static constexpr int kLimbs = kSplit ? 3 : 2;  // bytes of a query's integer
-  static constexpr InstanceShape kShape = instance_shape(kHeadDim, kRowCount, kSplit, kIsAlone);
+  static constexpr int kQueryLimbs = kSplit ? 3 : 2;  // bytes of a query's integer
+  static constexpr InstanceShape kShape =
+      instance_shape(kHeadDim, kRowCount, kSplit, kOneBlockPerSm);
   static constexpr int kDim = kHeadDim;
   static constexpr int kRows = kRowCount;  // query rows of a block
   static constexpr int kWarps = kShape.warps;
@@ -202,13 +203,13 @@ struct AttentionTraits {
   static constexpr int kRowSets = kRows / 8;           // softmax rows of a lane
   static constexpr int kRowsPerWarp = kRows / kWarps;  // to prepare
   // Of 16 rows of bytes: the highest ones of all rows come first.
-  static constexpr int kFragments = (kLimbs * kRows + 15) / 16;
+  static constexpr int kFragments = (kQueryLimbs * kRows + 15) / 16;
   static constexpr int kOutTiles = kSplit ? 2 : kRowSets;  // n-tiles of P V
   static constexpr int kPartialFloats = partial_floats(kHeadDim, kRowCount);
 
   static constexpr int kRotation = kDim & -kDim;  // the longest that fits rows
   static bool serves(const AttentionCall& call) {
-    return !kUsual ||
+    return !kPlainCall ||
            (is_aligned(call.query) && is_aligned(call.out) && is_aligned(call.key) &&
             is_aligned(call.value) && call.cache.k_dim == kDim && call.cache.v_dim == kDim &&
             (call.cache.k_rotation <= 1 || call.cache.k_rotation == kRotation) &&
@@ -225,7 +226,7 @@ struct AttentionTraits {
   }
   // The call, with what is known of it as constants.
   static __device__ __forceinline__ AttentionCall known(AttentionCall call) {
-    if constexpr (kUsual) {
+    if constexpr (kPlainCall) {
       call.cache.k_dim = call.cache.v_dim = kDim;
       call.cache.k_rotation = call.cache.k_rotation > 1 ? kRotation : 1;
       call.cache.v_rotation = 1;
@@ -274,7 +275,7 @@ struct RawQuery {
           query + row_offset(p.query, p.seqs, call, tile.sequence, tile.token_of(at)) +
           tile.head_of(at) * p.query.head_stride;
       WarpRow<Traits::kDim>::pieces([&](auto width, int, int c) {
-        if constexpr (Traits::kUsual) {
+        if constexpr (Traits::kPlainCall) {
           copy_async<width() * sizeof(Element)>(&rows[row][c], from + c);
         } else {
 #pragma unroll
@@ -317,7 +318,7 @@ __device__ __forceinline__ void prepare_query(const AttentionCall& p, const RawQ
     });
   }
   if (p.cache.k_rotation > 1) {
-    rotate_warp<Traits::kDim>(x, Traits::kUsual ? Traits::kRotation : p.cache.k_rotation);
+    rotate_warp<Traits::kDim>(x, Traits::kPlainCall ? Traits::kRotation : p.cache.k_rotation);
   }
 #pragma unroll
   for (int i = 0; i < kPerWarp; ++i) {
@@ -326,27 +327,28 @@ __device__ __forceinline__ void prepare_query(const AttentionCall& p, const RawQ
 #pragma unroll
     for (int k = 0; k < Row::kCount; ++k) most = max(most, __float_as_uint(x[i][k]) & 0x7fffffffu);
     most = warp_max_bits(most);
-    constexpr float kLargest = Traits::kLimbs == 3 ? 127.f * 65536.f : 127.f * 256.f;
+    constexpr float kLargest = Traits::kQueryLimbs == 3 ? 127.f * 65536.f : 127.f * 256.f;
     // Zeros of any sign, and rows so small that their unit is none, count as zeros.
     const float unit = __uint_as_float(most) * (1.f / kLargest);
     const float inverse = unit > 1e-37f ? 1.f / unit : 0.f;
     int sum = 0;
     Row::pieces([&](auto width, int k, int c) {
-      uint32_t bytes[Traits::kLimbs] = {};  // of each limb, the highest one first
+      uint32_t bytes[Traits::kQueryLimbs] = {};  // of each limb, the highest one first
 #pragma unroll
       for (int j = 0; j < width(); ++j) {
         int rest = __float2int_rn(x[i][k + j] * inverse);
         sum += rest;
 #pragma unroll
-        for (int n = 0; n < Traits::kLimbs; ++n) {
-          const int shift = 8 * (Traits::kLimbs - 1 - n), half = shift ? 0x8080 >> (16 - shift) : 0;
+        for (int n = 0; n < Traits::kQueryLimbs; ++n) {
+          const int shift = 8 * (Traits::kQueryLimbs - 1 - n),
+                    half = shift ? 0x8080 >> (16 - shift) : 0;
           const int limb = (rest + half) >> shift;
           rest -= limb << shift;
           bytes[n] |= uint32_t(limb & 0xff) << (8 * j);
         }
       }
 #pragma unroll
-      for (int n = 0; n < Traits::kLimbs; ++n) {
+      for (int n = 0; n < Traits::kQueryLimbs; ++n) {
         const int at = row + n * Traits::kRows;
         if constexpr (width() == 4) {
           shared.put(at, c, bytes[n]);

@@ -61,7 +61,7 @@ Schedule schedule_split_kv(const Problem& p) {
   schedule.blocks = shape.instance.blocks;
   schedule.stages = shape.instance.stages;
   schedule.head_dim = shape.head_dim;
-  schedule.alone = shape.alone;
+  schedule.one_block_per_sm = shape.one_block_per_sm;
   return schedule;
 }
 

@@ -19,7 +19,7 @@
 // core's adder truncates (relative error 3e-3 after 1k tokens of a warp).
 #pragma once
 
-#include "kernels/attention/pieces.cuh"
+#include "kernels/attention/pipeline.cuh"
 
 namespace kvquant::cuda {
 
@@ -51,10 +51,9 @@ struct Accumulator {
 
 // Scores of the tile's tokens: rows g + 8 r, tokens 4t .. 4t + 3, log2 units.
 template <class Traits>
-__device__ __forceinline__ void score_tile(const Tile<Traits::kDim>& tile,
-                                           const Query<Traits>& query,
-                                           const float (&dots)[Traits::kRowSets],
-                                           float (&score)[Traits::kRowSets][4]) {
+__device__ __forceinline__ void mma_qk(const Tile<Traits::kDim>& tile, const Query<Traits>& query,
+                                       const float (&mean_scores)[Traits::kRowSets],
+                                       float (&score)[Traits::kRowSets][4]) {
   int c[Traits::kFragments][2][4] = {};
 #pragma unroll
   for (int step = 0; step < Traits::kDim / 32; ++step) {
@@ -78,18 +77,18 @@ __device__ __forceinline__ void score_tile(const Tile<Traits::kDim>& tile,
         const int set = n * Traits::kRowSets + r;  // of eight rows
         return c[set / 2][i / 2][set % 2 * 2 + i % 2];
       };
-      float dot = float(256 * limb(Traits::kLimbs - 2) + limb(Traits::kLimbs - 1));
-      if constexpr (Traits::kLimbs == 3) dot = fmaf(65536.f, float(limb(0)), dot);
-      score[r][i] = gain * fmaf(affine.x, dot, fmaf(affine.y, sum, dots[r]));
+      float dot = float(256 * limb(Traits::kQueryLimbs - 2) + limb(Traits::kQueryLimbs - 1));
+      if constexpr (Traits::kQueryLimbs == 3) dot = fmaf(65536.f, float(limb(0)), dot);
+      score[r][i] = gain * fmaf(affine.x, dot, fmaf(affine.y, sum, mean_scores[r]));
     }
   }
 }
 
 // Lets bases follow where they must; rescales what was summed before.
 template <class Traits>
-__device__ __forceinline__ void follow(Accumulator<Traits>& acc,
-                                       const float (&best)[Traits::kRowSets], float v_scale,
-                                       int t) {
+__device__ __forceinline__ void rescale(Accumulator<Traits>& acc,
+                                        const float (&best)[Traits::kRowSets], float v_scale,
+                                        int t) {
   bool grows = v_scale > acc.scale_limit;
 #pragma unroll
   for (int r = 0; r < Traits::kRowSets; ++r) {
@@ -127,9 +126,9 @@ __device__ __forceinline__ void follow(Accumulator<Traits>& acc,
 // Weights of the tile's values in fp16, exp2(score - base) v_scale. kMasked: tokens that a row does
 // not see, whose score is -inf, may hold anything.
 template <bool kMasked, class Traits>
-__device__ __forceinline__ void weigh(Accumulator<Traits>& acc, const uint4& v_params,
-                                      const float (&score)[Traits::kRowSets][4],
-                                      uint32_t (&weight)[Traits::kOutTiles][2]) {
+__device__ __forceinline__ void softmax_weights(Accumulator<Traits>& acc, const uint4& v_params,
+                                                const float (&score)[Traits::kRowSets][4],
+                                                uint32_t (&weight)[Traits::kOutTiles][2]) {
 #pragma unroll
   for (int r = 0; r < Traits::kRowSets; ++r) {
     RowState& row = acc.rows[r];
@@ -157,8 +156,8 @@ __device__ __forceinline__ void weigh(Accumulator<Traits>& acc, const uint4& v_p
 
 // Adds the tile's weighted values.
 template <class Traits>
-__device__ __forceinline__ void add_values(Accumulator<Traits>& acc, const Tile<Traits::kDim>& tile,
-                                           const uint32_t (&weight)[Traits::kOutTiles][2]) {
+__device__ __forceinline__ void mma_pv(Accumulator<Traits>& acc, const Tile<Traits::kDim>& tile,
+                                       const uint32_t (&weight)[Traits::kOutTiles][2]) {
 #pragma unroll
   for (int w = 0; w < Traits::kDim / 32; ++w) {
     const uint32_t low01 = __byte_perm(tile.v[0][w], tile.v[1][w], 0x5140);

@@ -48,7 +48,7 @@ class _Cuda(Compiled):
         on any stream: it gets its own.
         """
         if native.module.capture_id(queue[1]):
-            return (*native.module.lend_scratch(*queue, floats, counters), None)
+            return (*native.module.graph_workspace(*queue, floats, counters), None)
         kept = self._workspaces.get(queue)
         if kept is None or kept[0].numel() < counters or kept[1].numel() < floats:
             kept = self._workspaces[queue] = (

@@ -1,9 +1,9 @@
-// A warp's tokens on their way to the tensor core. Held: rows go straight into registers, the next
-// tokens' where the last ones' were used up. Ring: rows wait in slots of shared memory that copies
-// fill without waiting; where accumulators leave few registers.
+// A warp's tokens on their way to the tensor core. RegisterPipeline: rows go straight into
+// registers, the next tokens' where the last ones' were used up. SmemPipeline: rows wait in slots
+// of shared memory that copies fill without waiting; where accumulators leave few registers.
 #pragma once
 
-#include "kernels/attention/own.cuh"
+#include "kernels/attention/new_tokens.cuh"
 
 namespace kvquant::cuda {
 
@@ -110,10 +110,10 @@ struct Stream {
 // Traits::kTiles tiles; the oldest one's keys and values are read, then its place is asked to take
 // a later one: first for keys, then for values. close() ends what is asked for a piece. Of block
 // -1, which is none, the first one is read, and usable() says so; `block` is the one that was asked
-// for last. A tile whose first token is `at` takes own rows where it has them.
+// for last. A tile whose first token is `at` takes new rows where it has them.
 
 template <class Traits>
-class Held {
+class RegisterPipeline {
   using Lane = LanePieces<Traits::kDim>;
   static constexpr bool kKept = Traits::kShape.has_room();
 
@@ -121,7 +121,7 @@ class Held {
   static constexpr int kSharedBytes = 0;  // of a stage of a warp
   static constexpr int kGroups = 0;       // of copies, a piece
 
-  __device__ __forceinline__ explicit Held(const CacheView& cache) : cache_(cache) {}
+  __device__ __forceinline__ explicit RegisterPipeline(const CacheView& cache) : cache_(cache) {}
   __device__ __forceinline__ void find(int head, unsigned char*, int) {
     pieces_ = {cache_.k_dim, cache_.v_dim, int(threadIdx.x & 31) >> 2, int(threadIdx.x & 3)};
     head_ = head;
@@ -132,39 +132,42 @@ class Held {
     k_params_ = stream(true, true).keep(), v_params_ = stream(false, true).keep();
   }
   __device__ __forceinline__ constexpr int stages() const { return 1; }
-  __device__ __forceinline__ void wait() {}
+  __device__ __forceinline__ void wait_stage() {}
   __device__ __forceinline__ bool usable(int, int block) const { return block >= 0; }
   __device__ __forceinline__ const Tile<Traits::kDim>& keys(int u) const { return tile_[u]; }
   __device__ __forceinline__ const Tile<Traits::kDim>& values(int u) const { return tile_[u]; }
-  __device__ __forceinline__ void ask_keys(int u, int block, int row) {
+  __device__ __forceinline__ void load_keys(int u, int block, int row) {
     block = max(block, 0);
     const Stream keys = kKept ? k_ : stream(true, false),
                  params = kKept ? k_params_ : stream(true, true);
     pieces_.template load_keys<false>(tile_[u], keys.at(block, row, pieces_.k_dim));
     tile_[u].k_params = load_keep(params.at(block, row, 4));
   }
-  __device__ __forceinline__ void ask_values(int u, int block, int row) {
+  __device__ __forceinline__ void load_values(int u, int block, int row) {
     block = max(block, 0);
     const Stream values = kKept ? v_ : stream(false, false),
                  params = kKept ? v_params_ : stream(false, true);
     pieces_.template load_values<false>(tile_[u], values.at(block, row, pieces_.v_dim));
     tile_[u].v_params = load_keep(params.at(block, row, 4));
   }
-  __device__ __forceinline__ void close() {}
-  __device__ __forceinline__ void take_own(int u, int at, const OwnRows<Traits>& own) {
-    const auto find = [&](int token) { return at + token < own.end ? at + token - own.begin : -1; };
+  __device__ __forceinline__ void commit_stage() {}
+  __device__ __forceinline__ void take_new(int u, int at, const NewTokens<Traits>& new_tokens) {
+    const auto find = [&](int token) {
+      return at + token < new_tokens.end ? at + token - new_tokens.begin : -1;
+    };
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int i = find(pieces_.key_token(j));
-      if (i >= 0) pieces_.template load_key<true>(tile_[u], j, own.keys[i] + pieces_.first_key());
+      if (i >= 0)
+        pieces_.template load_key<true>(tile_[u], j, new_tokens.keys[i] + pieces_.first_key());
     }
     uint32_t* const params[2] = {&tile_[u].k_params.x, &tile_[u].v_params.x};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int i = find(pieces_.value_token(j));
       if (i < 0) continue;
-      params[0][j] = own.params[0][i], params[1][j] = own.params[1][i];
-      pieces_.template load_value<true>(tile_[u], j, own.values[i] + pieces_.first_value());
+      params[0][j] = new_tokens.params[0][i], params[1][j] = new_tokens.params[1][i];
+      pieces_.template load_value<true>(tile_[u], j, new_tokens.values[i] + pieces_.first_value());
     }
   }
 
@@ -187,7 +190,7 @@ class Held {
 };
 
 template <class Traits>
-class Ring {
+class SmemPipeline {
   static constexpr int kDim = Traits::kDim;
   using Lane = LanePieces<kDim>;
   struct Slot {  // rows as they are in the cache
@@ -203,7 +206,7 @@ class Ring {
   static constexpr int kGroups = 1;  // of copies, a piece
   static_assert(Traits::kTiles == 1);
 
-  __device__ __forceinline__ explicit Ring(const CacheView& cache) : cache_(cache) {}
+  __device__ __forceinline__ explicit SmemPipeline(const CacheView& cache) : cache_(cache) {}
   __device__ __forceinline__ void find(int head, unsigned char* memory, int stages) {
     lane_ = threadIdx.x & 31;
     pieces_ = {cache_.k_dim, cache_.v_dim, lane_ >> 2, lane_ & 3};
@@ -216,7 +219,7 @@ class Ring {
   }
   __device__ __forceinline__ int stages() const { return stages_; }
   // For the oldest piece, which all lanes have copied.
-  __device__ __forceinline__ void wait() {
+  __device__ __forceinline__ void wait_stage() {
     wait_copies<kMaxStages - 1>(stages_ - 1);
     __syncwarp();
   }
@@ -238,8 +241,8 @@ class Ring {
     return tile;
   }
   // Nothing yet: copies would be seen by lanes that still read values.
-  __device__ __forceinline__ void ask_keys(int, int, int) {}
-  __device__ __forceinline__ void ask_values(int u, int block, int row) {
+  __device__ __forceinline__ void load_keys(int, int, int) {}
+  __device__ __forceinline__ void load_values(int u, int block, int row) {
     Slot& slot = first_[oldest_][u];
     lost_ = block < 0 ? lost_ | bit(u) : lost_ & ~bit(u);
     block = max(block, 0);
@@ -261,22 +264,23 @@ class Ring {
       if (at < 16 * pieces_.v_dim) copy_async<16>(slot.v + at, value + i * 512);
     }
   }
-  __device__ __forceinline__ void close() {
+  __device__ __forceinline__ void commit_stage() {
     close_copies();
     if (++oldest_ == stages_) oldest_ = 0;
   }
-  __device__ __forceinline__ void take_own(int u, int at, const OwnRows<Traits>& own) {
+  __device__ __forceinline__ void take_new(int u, int at, const NewTokens<Traits>& new_tokens) {
     Slot& slot = first_[oldest_][u];
     const auto copy = [&](uint8_t* to, const uint8_t* from, int bytes) {
       if (lane_ * 16 >= bytes) return;
       reinterpret_cast<uint4*>(to)[lane_] = reinterpret_cast<const uint4*>(from)[lane_];
     };
 #pragma unroll 1
-    for (int token = max(at, own.begin); token < min(at + kTile, own.end); ++token) {
-      const int i = token - own.begin, row = token - at;
-      copy(slot.k + row * pieces_.k_dim, own.keys[i], pieces_.k_dim);
-      copy(slot.v + row * pieces_.v_dim, own.values[i], pieces_.v_dim);
-      if (lane_ < 2) reinterpret_cast<uint32_t*>(slot.params[lane_])[row] = own.params[lane_][i];
+    for (int token = max(at, new_tokens.begin); token < min(at + kTile, new_tokens.end); ++token) {
+      const int i = token - new_tokens.begin, row = token - at;
+      copy(slot.k + row * pieces_.k_dim, new_tokens.keys[i], pieces_.k_dim);
+      copy(slot.v + row * pieces_.v_dim, new_tokens.values[i], pieces_.v_dim);
+      if (lane_ < 2)
+        reinterpret_cast<uint32_t*>(slot.params[lane_])[row] = new_tokens.params[lane_][i];
     }
     __syncwarp();
   }
@@ -291,7 +295,7 @@ class Ring {
   int stages_, oldest_ = 0;
   unsigned lost_ = 0;  // a bit a slot: it is of no block
 
-  // Of 16-byte pieces from `piece` on; as Held's.
+  // Of 16-byte pieces from `piece` on; as RegisterPipeline's.
   __device__ __forceinline__ Stream stream(const Slab& slab, int piece) const {
     int head = head_;
     if (!kKept) asm volatile("" : "+r"(head), "+r"(piece));
@@ -308,6 +312,7 @@ class Ring {
 };
 
 template <class Traits>
-using Pieces = std::conditional_t<(Traits::kShape.stages > 0), Ring<Traits>, Held<Traits>>;
+using LoadPipeline =
+    std::conditional_t<(Traits::kShape.stages > 0), SmemPipeline<Traits>, RegisterPipeline<Traits>>;
 
 }  // namespace kvquant::cuda

@@ -1,4 +1,4 @@
-// A decode step's own rows, which its attention appends: they are quantised while stored ones are
+// A decode step's new tokens, which its attention appends: they are quantized while stored ones are
 // on their way, go to the cache, and take the place of what has been read there.
 #pragma once
 
@@ -9,7 +9,7 @@ namespace kvquant::cuda {
 
 // The call's own keys or values, of this block's head, behind `stored` tokens.
 template <class Traits>
-__device__ __forceinline__ Source<typename Traits::Element> own_source(const AttentionCall& p,
+__device__ __forceinline__ Source<typename Traits::Element> new_source(const AttentionCall& p,
                                                                        bool is_key, int stored,
                                                                        int whole = -1) {
   const int sequence = blockIdx.z, head = blockIdx.y;
@@ -23,7 +23,7 @@ __device__ __forceinline__ Source<typename Traits::Element> own_source(const Att
 
 // Own tokens of a block as they are in the cache.
 template <class Traits>
-struct OwnRows {
+struct NewTokens {
   static constexpr int kMost = Traits::kRows;  // each has a query row at least
   int begin, end;                              // tokens
   alignas(16) uint8_t keys[kMost][Traits::kDim];
@@ -34,19 +34,19 @@ struct OwnRows {
   alignas(16) __half means[Traits::kWarps][Traits::kDim];
 };
 
-// This warp's own rows, one at a time, as WarpRow says: the keys and values of one token after the
+// This warp's new rows, one at a time, as WarpRow says: the keys and values of one token after the
 // other by warps in turn, from the last ones on, which may have no query row to prepare, but first
 // by those that have no means to multiply either.
 template <class Traits>
-class OwnInFlight {
+class NewTokensInFlight {
   using Element = typename Traits::Element;
   using Row = WarpRow<Traits::kDim>;
 
  public:
   // Asks for this warp's first row, before it is known which tokens are the block's, of `tokens`.
-  __device__ __forceinline__ OwnInFlight(const AttentionCall& p, OwnRows<Traits>& own, int tokens,
-                                         int warp)
-      : p_(p), own_(own), warp_(warp), any_(p.key.data && turn() < 2 * tokens) {
+  __device__ __forceinline__ NewTokensInFlight(const AttentionCall& p,
+                                               NewTokens<Traits>& new_tokens, int tokens, int warp)
+      : p_(p), new_tokens_(new_tokens), warp_(warp), any_(p.key.data && turn() < 2 * tokens) {
     if (any_) ask_row(turn(), turn() / 2);
   }
   // Asks for the mean of the group that the call's first token belongs to, behind `stored` others
@@ -59,7 +59,7 @@ class OwnInFlight {
           p_.cache.group && (stored & (p_.cache.group - 1));  // else it begins now
       const __half* const from = has_mean ? mean_slot(src, stored & -p_.cache.group) : nullptr;
       Row::pieces([&](auto width, int, int c) {
-        if (from && (Traits::kUsual || c < src.dim())) {
+        if (from && (Traits::kPlainCall || c < src.dim())) {
           copy_async<width() * sizeof(__half)>(mean() + c, from + c);
         } else {
 #pragma unroll
@@ -96,11 +96,12 @@ class OwnInFlight {
       });
       finite = __all_sync(kFullWarp, finite);
       const int rotation = is_key ? p_.cache.k_rotation : p_.cache.v_rotation;
-      if (rotation > 1) rotate_warp<Traits::kDim>(x, Traits::kUsual ? Traits::kRotation : rotation);
+      if (rotation > 1)
+        rotate_warp<Traits::kDim>(x, Traits::kPlainCall ? Traits::kRotation : rotation);
       wait_copies<kMaxStages>(later);  // for the mean
       float low = INFINITY, high = -INFINITY;
       Row::pieces([&](auto width, int i, int c) {
-        if (!Traits::kUsual && c >= dim) return;
+        if (!Traits::kPlainCall && c >= dim) return;
         const auto of_mean = at<width()>(mean() + c);
 #pragma unroll
         for (int j = 0; j < width(); ++j) {
@@ -122,7 +123,8 @@ class OwnInFlight {
         store_vector<width()>(codes(item) + c, bytes);
       });
       if (threadIdx.x % 32 == 0) {
-        own_.params[!is_key][item / 2] = uint32_t(affine.scale) | uint32_t(affine.offset) << 16;
+        new_tokens_.params[!is_key][item / 2] = uint32_t(affine.scale) | uint32_t(affine.offset)
+                                                                             << 16;
       }
     }
   }
@@ -136,26 +138,27 @@ class OwnInFlight {
       uint8_t* const cached =
           rows_of<uint8_t>(src.data(), to.x, src.head) + int64_t(to.y) * src.dim();
       Row::pieces([&](auto width, int, int c) {
-        if (!Traits::kUsual && c >= src.dim()) return;
+        if (!Traits::kPlainCall && c >= src.dim()) return;
         store_vector<width()>(cached + c, at<width()>(codes(item) + c).x);
       });
       if (threadIdx.x % 32 == 0) {
-        rows_of<uint32_t>(src.params(), to.x, src.head)[to.y] = own_.params[!is_key][item / 2];
+        rows_of<uint32_t>(src.params(), to.x, src.head)[to.y] =
+            new_tokens_.params[!is_key][item / 2];
       }
     }
   }
 
  private:
   const AttentionCall& p_;
-  OwnRows<Traits>& own_;
+  NewTokens<Traits>& new_tokens_;
   const int warp_;
   const bool any_;  // of the call's rows may be this warp's
   int stored_ = 0, whole_ = -1, begin_ = 0, count_ = 0;
 
-  __device__ __forceinline__ Element* incoming() const { return own_.incoming[warp_]; }
-  __device__ __forceinline__ __half* mean() const { return own_.means[warp_]; }
+  __device__ __forceinline__ Element* incoming() const { return new_tokens_.incoming[warp_]; }
+  __device__ __forceinline__ __half* mean() const { return new_tokens_.means[warp_]; }
   __device__ __forceinline__ uint8_t* codes(int item) const {
-    return item % 2 == 0 ? own_.keys[item / 2] : own_.values[item / 2];
+    return item % 2 == 0 ? new_tokens_.keys[item / 2] : new_tokens_.values[item / 2];
   }
   template <int kCount, class T>
   struct Neighbours {
@@ -171,14 +174,14 @@ class OwnInFlight {
     return (2 * Traits::kWarps - 3 - warp_) % Traits::kWarps;
   }
   __device__ __forceinline__ Source<Element> source(bool is_key) const {
-    return own_source<Traits>(p_, is_key, stored_, whole_);
+    return new_source<Traits>(p_, is_key, stored_, whole_);
   }
   // Of the call's row i.
   __device__ __forceinline__ void ask_row(int item, int i) {
     const auto src = source(item % 2 == 0);
     const Element* const row = src.row(i);
     Row::pieces([&](auto width, int i, int c) {
-      if constexpr (Traits::kUsual) {
+      if constexpr (Traits::kPlainCall) {
         copy_async<width() * sizeof(Element)>(incoming() + c, row + c);
       } else {
 #pragma unroll
@@ -200,8 +203,8 @@ struct GroupScratch {
 template <class Traits>
 __device__ __noinline__ void append_groups(const AttentionCall& p, GroupScratch& scratch,
                                            int stored, int from, int to) {
-  const auto key = own_source<Traits>(p, true, stored);
-  const auto value = own_source<Traits>(p, false, stored);
+  const auto key = new_source<Traits>(p, true, stored);
+  const auto value = new_source<Traits>(p, false, stored);
   const int group = p.cache.group ? p.cache.group : 1 << 30;
   for (int start = from & -group; start < to; start += group) {
     const int end = min(start + group, stored + key.call.count);

@@ -70,7 +70,7 @@ uint64_t capture_id(void* stream) {
   return error == cudaSuccess && status == cudaStreamCaptureStatusActive ? id : 0;
 }
 
-Status lend_scratch(Launch launch, size_t floats, size_t counters, Scratch& scratch) {
+Status graph_workspace(Launch launch, size_t floats, size_t counters, Scratch& scratch) {
   // Neither is ever destroyed: graphs may end after static objects do.
   static auto& mutex = *new std::mutex;
   static auto& loans = *new std::vector<std::unique_ptr<Loan>>;

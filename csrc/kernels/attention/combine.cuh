@@ -1,5 +1,5 @@
-// What becomes of a piece of work: the warps' results are merged, then the splits', in fixed order,
-// and the rows are written. A warp has a row, a lane the channels that WarpRow says.
+// What becomes of a piece of work: the warps' results are combined, then the splits', in fixed
+// order, and the rows are written. A warp has a row, a lane the channels that WarpRow says.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@ namespace kvquant::cuda {
 
 template <class Traits>
 struct AttentionShared {
-  static constexpr int kStageBytes = Traits::kWarps * Pieces<Traits>::kSharedBytes;
+  static constexpr int kStageBytes = Traits::kWarps * LoadPipeline<Traits>::kSharedBytes;
 
   // Bytes of a launch whose warps' rings have as many stages.
   static constexpr size_t bytes(int stages) {
@@ -23,13 +23,13 @@ struct AttentionShared {
   QueryShared<Traits> query;
   union {
     RawQuery<Traits> raw;  // until the query is prepared
-    float dots[kGroups<Traits>][Traits::kRows];
+    float mean_scores[kGroups<Traits>][Traits::kRows];
   };
   float4 row[Traits::kWarps][8];  // (base, sum, offsets) of a warp's eight rows
   RowScale scale[Traits::kRows];
   RowTile rows;
   RowView views[Traits::kRows];
-  OwnRows<Traits> own;
+  NewTokens<Traits> new_tokens;
   uint32_t parameters[Traits::kWarps];  // for their coming
   union {
     alignas(128) unsigned char rings[128];  // and beyond
@@ -49,20 +49,20 @@ struct RowResult {
 
 // Where channel c of a warp's row is: its warps' lanes meet different banks as they leave rows.
 template <int kDim>
-__device__ __forceinline__ int merge_place(int c) {
+__device__ __forceinline__ int combine_place(int c) {
   return c ^ (c >> (c < kDim / 128 * 128 ? 4 : 3) & 1) << 2;
 }
 
 // Leaves a warp's accumulators of rows 8 r and following, of which `count` are some, in shared
 // memory.
 template <int r, class Traits>
-__device__ __forceinline__ void leave_warp(AttentionShared<Traits>& shared,
+__device__ __forceinline__ void store_warp(AttentionShared<Traits>& shared,
                                            const Accumulator<Traits>& acc, int count, int g,
                                            int t) {
   const int warp = threadIdx.x / 32;
 #pragma unroll
   for (int w = 0; w < Traits::kDim / 32; ++w) {
-    const int c = merge_place<Traits::kDim>(value_channel<Traits::kDim>(w, g));
+    const int c = combine_place<Traits::kDim>(value_channel<Traits::kDim>(w, g));
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
       if (2 * t + q >= count) continue;
@@ -86,8 +86,8 @@ __device__ __forceinline__ void leave_warp(AttentionShared<Traits>& shared,
 
 // The sum of the warps' results, in their order. row: of the eight that they left.
 template <class Traits>
-__device__ __forceinline__ RowResult<Traits> merge_warps(const AttentionShared<Traits>& shared,
-                                                         int row) {
+__device__ __forceinline__ RowResult<Traits> combine_warps(const AttentionShared<Traits>& shared,
+                                                           int row) {
   RowResult<Traits> all{};
   float4 state[Traits::kWarps];
   all.max = kNoScore;
@@ -103,7 +103,7 @@ __device__ __forceinline__ RowResult<Traits> merge_warps(const AttentionShared<T
     WarpRow<Traits::kDim>::pieces([&](auto width, int i, int c) {
 #pragma unroll
       for (int j = 0; j < width(); ++j) {
-        const float x = shared.merge[w][row][merge_place<Traits::kDim>(c) + j];
+        const float x = shared.merge[w][row][combine_place<Traits::kDim>(c) + j];
         all.x[i + j] = fmaf(weight, x + state[w].z, all.x[i + j]);
       }
     });
@@ -125,8 +125,8 @@ struct Partial {
 };
 
 template <class Traits>
-__device__ __forceinline__ void leave_split(const Partial<Traits>& partial, int split, int row,
-                                            const RowResult<Traits>& result) {
+__device__ __forceinline__ void store_partial(const Partial<Traits>& partial, int split, int row,
+                                              const RowResult<Traits>& result) {
   WarpRow<Traits::kDim>::pieces([&](auto width, int i, int c) {
     leave_floats<width()>(partial.channels(split, row) + c, result.x + i);
   });
@@ -151,8 +151,8 @@ constexpr int kMostLooks = 1 << 23;
 // arrive, and leaves their places as they were. Blocks start in their order: those that are waited
 // for run, or have run.
 template <class Traits>
-__device__ __forceinline__ void add_splits(const Partial<Traits>& partial, int others, int row,
-                                           RowResult<Traits>& all) {
+__device__ __forceinline__ void combine_splits(const Partial<Traits>& partial, int others, int row,
+                                               RowResult<Traits>& all) {
   using Row = WarpRow<Traits::kDim>;
   constexpr int kChunk = kLookedAt<Traits>, kPart = kSummed<Traits>, kParts = kChunk / kPart;
   static_assert(32 % kChunk == 0);
@@ -254,7 +254,7 @@ __device__ __forceinline__ void write_result(const AttentionCall& p, const RowTi
     alignas(16) Element y[width()];
 #pragma unroll
     for (int j = 0; j < width(); ++j) y[j] = from_float<Element>(x[0][i + j]);
-    if constexpr (Traits::kUsual) {
+    if constexpr (Traits::kPlainCall) {
       store_vector<width()>(out + c, y);
     } else {
 #pragma unroll
@@ -276,23 +276,23 @@ __device__ __forceinline__ void finish(const AttentionCall& p, AttentionShared<T
   for (int r = 0; r < Traits::kRowSets; ++r) {
     if (r > 0 || Traits::kShape.stages > 0) __syncthreads();  // the place is read no more
     const int count = min(8, shared.rows.count - 8 * r);
-    if (r == 0) leave_warp<0>(shared, acc, count, g, t);
+    if (r == 0) store_warp<0>(shared, acc, count, g, t);
     if constexpr (Traits::kRowSets > 1) {
-      if (r == 1) leave_warp<1>(shared, acc, count, g, t);
+      if (r == 1) store_warp<1>(shared, acc, count, g, t);
     }
     if constexpr (Traits::kRowSets > 2) {
-      if (r == 2) leave_warp<2>(shared, acc, count, g, t);
-      if (r == 3) leave_warp<3>(shared, acc, count, g, t);
+      if (r == 2) store_warp<2>(shared, acc, count, g, t);
+      if (r == 3) store_warp<3>(shared, acc, count, g, t);
     }
     __syncthreads();
 #pragma unroll 1
     for (int i = warp; i < count; i += Traits::kWarps) {
       const int row = 8 * r + i;
-      RowResult<Traits> result = merge_warps(shared, i);
+      RowResult<Traits> result = combine_warps(shared, i);
       if (split < splits - 1) {
-        leave_split(partial, split, row, result);
+        store_partial(partial, split, row, result);
       } else {
-        add_splits(partial, splits - 1, row, result);
+        combine_splits(partial, splits - 1, row, result);
         write_result(p, shared.rows, row, result);
       }
     }
