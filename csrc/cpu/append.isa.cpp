@@ -32,7 +32,7 @@ struct Source {
         sequence(sequence),
         head(head),
         call(call_rows(p.seqs, sequence)),
-        length(p.seqs.seq_lens ? most(0, p.seqs.seq_lens[sequence]) : 0) {}
+        length(p.seqs.seq_lens ? checked_length(p.seqs.seq_lens[sequence]) : 0) {}
 
   void load(int i, float* x) const {
     load_row(rows.data, row_offset(rows, p.seqs, call, sequence, i) + head * rows.head_stride,

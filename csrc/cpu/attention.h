@@ -39,7 +39,7 @@ struct RowTile {
         count(
             int(most<int64_t>(0, least<int64_t>(kTileRows, int64_t(call.count) * share - first)))),
         start(first_token(p.seqs, sequence)),
-        length(stored_tokens(p.cache, p.seqs, sequence)),
+        length(stored_tokens(p.cache, p.seqs, p.seqs.seq_lens[sequence])),
         position(int64_t(length) - call.count),
         begin(0),
         end(0) {

@@ -201,7 +201,7 @@ Status attention(const AttentionParams& p, int threads) {
   const int tile_rows = int(least<int64_t>(kTileRows, int64_t(p.seqs.tokens) * share));
   int longest = 1, longest_splits = 1;
   for (int b = 0; b < batch; ++b) {
-    const int length = stored_tokens(cache, p.seqs, b);
+    const int length = stored_tokens(cache, p.seqs, p.seqs.seq_lens[b]);
     longest = most(longest, length);
     if (length) longest_splits = most(longest_splits, int(ceil_div(length, split_tokens(length))));
   }

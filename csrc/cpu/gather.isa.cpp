@@ -41,7 +41,7 @@ Status gather(const GatherParams& p, int threads) {
     const int64_t begin = item % chunks * kChunk;
     const int64_t end = least<int64_t>(p.seqs.tokens, begin + kChunk);
     const int first = first_token(p.seqs, sequence);
-    const int length = stored_tokens(cache, p.seqs, sequence);
+    const int length = stored_tokens(cache, p.seqs, p.seqs.seq_lens[sequence]);
     const Rows& rows = is_key ? p.key : p.value;
     alignas(64) float x[kMaxDim];
     for (int64_t token = begin; token < end; ++token) {

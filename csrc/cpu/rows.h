@@ -1,8 +1,8 @@
 // Where rows are, and rows of the caller's type as floats. For the *.isa.cpp files.
-//
-// The contents of tables and lengths are not trusted: a block out of range is reported as -1.
 #pragma once
 
+#include "common/paging.h"
+#include "common/rows.h"
 #include "cpu/threads.h"
 #include "cpu/vec.h"
 #include "formats/int8.h"
@@ -29,30 +29,11 @@ struct Place {
   int block;  // -1: nowhere
   int64_t row;
 };
-KVQUANT_INLINE int block_of(const CacheView& cache, const Sequences& seqs, int sequence,
-                            int64_t index) {
-  if (index < 0 || index >= seqs.max_blocks) return -1;
-  const int block = seqs.block_table[sequence * seqs.block_table_stride + index];
-  return block >= 0 && block < cache.num_blocks ? block : -1;
-}
 KVQUANT_INLINE Place place_of(const CacheView& cache, const Sequences& seqs, int sequence,
                               int64_t token) {
   if (token < 0) return {-1, 0};
   const int64_t index = token / cache.block_size;
   return {block_of(cache, seqs, sequence, index), token - index * cache.block_size};
-}
-template <class T>
-KVQUANT_INLINE T* rows_of(const Slab& slab, int block, int head) {
-  return reinterpret_cast<T*>(slab.data + block * slab.block_stride + head * slab.head_stride);
-}
-
-// The tokens stored for a sequence, whatever its length says.
-KVQUANT_INLINE int stored_tokens(const CacheView& cache, const Sequences& seqs, int sequence) {
-  const int64_t capacity = int64_t(seqs.max_blocks) * cache.block_size;
-  return int(most<int64_t>(0, least<int64_t>(seqs.seq_lens[sequence], capacity)));
-}
-KVQUANT_INLINE int first_token(const Sequences& seqs, int sequence) {
-  return seqs.seq_starts ? most(0, seqs.seq_starts[sequence]) : 0;
 }
 
 // The mean of the group that starts at `token`; null: nowhere, which counts as zero.
@@ -61,24 +42,6 @@ KVQUANT_INLINE uint16_t* mean_of(const CacheView& cache, const Sequences& seqs, 
   const Place at = place_of(cache, seqs, sequence, token);
   if (at.block < 0) return nullptr;
   return rows_of<uint16_t>(cache.k_mean, at.block, head) + at.row / cache.group * cache.k_dim;
-}
-
-// The call's rows of a sequence: the first one, and how many.
-struct CallRows {
-  int64_t first;
-  int count;
-};
-KVQUANT_INLINE CallRows call_rows(const Sequences& seqs, int sequence) {
-  if (!seqs.cu_seqlens) return {int64_t(sequence) * seqs.tokens, seqs.tokens};
-  const int begin = most(0, seqs.cu_seqlens[sequence]);
-  const int end = most(0, least(seqs.rows, seqs.cu_seqlens[sequence + 1]));
-  return {begin, most(0, least(seqs.tokens, end - begin))};
-}
-// Element offset of row i of a sequence in the caller's tensor.
-KVQUANT_INLINE int64_t row_offset(const Rows& rows, const Sequences& seqs, const CallRows& call,
-                                  int sequence, int i) {
-  return seqs.cu_seqlens ? (call.first + i) * rows.token_stride
-                         : sequence * rows.batch_stride + i * rows.token_stride;
 }
 
 // The caller's element types as types, so that the loop over a row is compiled for each.

@@ -46,14 +46,6 @@ static_assert(16 % kWidth == 0, "head_dims are multiples of 16");
 constexpr float kInfinity = __builtin_inff();
 constexpr float kQuietNaN = __builtin_nanf("");
 
-template <class T>
-KVQUANT_INLINE constexpr T least(T a, T b) {
-  return b < a ? b : a;
-}
-template <class T>
-KVQUANT_INLINE constexpr T most(T a, T b) {
-  return a < b ? b : a;
-}
 KVQUANT_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 KVQUANT_INLINE constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
 

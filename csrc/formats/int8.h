@@ -15,13 +15,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __CUDACC__
-#include <cuda_fp16.h>
-#define KVQUANT_HD __host__ __device__ __forceinline__
-#else
-// Always: an out-of-line copy compiled for AVX-512 could be the one that the linker keeps for all.
-#define KVQUANT_HD inline __attribute__((always_inline))
-#endif
+#include "common/host_device.h"
 
 namespace kvquant::int8 {
 

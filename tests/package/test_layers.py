@@ -20,7 +20,7 @@ def sources(folder: str) -> list[Path]:
     )
 
 
-@pytest.mark.parametrize("folder", ["formats", "kernels", "cpu"])
+@pytest.mark.parametrize("folder", ["common", "formats", "kernels", "cpu"])
 def test_no_torch_and_no_python_below_the_bindings(folder: str) -> None:
     assert sources(folder)
     foreign = {p.name: [i for i in includes(p) if FOREIGN.match(i)] for p in sources(folder)}

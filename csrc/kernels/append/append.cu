@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const AppendParams p) 
                       sequence,
                       int(blockIdx.y),
                       call_rows(p.seqs, sequence),
-                      p.seqs.seq_lens ? min(max(0, p.seqs.seq_lens[sequence]), 1 << 30) : 0,
+                      p.seqs.seq_lens ? checked_length(p.seqs.seq_lens[sequence]) : 0,
                       Paging(cache, p.seqs.max_blocks),
                       only_block(p, sequence)};
   const int chunk = cache.group ? cache.group : kChunk;
