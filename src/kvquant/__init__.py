@@ -1,4 +1,4 @@
-"""kvquant: an 8-bit KV cache for transformer inference that attention reads as it is."""
+"""kvquant: an 8-bit KV cache for transformer inference, with attention on the 8-bit data."""
 
 from .backends import use_backend
 from .cache.cache import QuantizedKVCache

@@ -1,4 +1,4 @@
-"""kvquant in Hugging Face transformers: an 8-bit cache that the attention reads as it is.
+"""kvquant in Hugging Face transformers: an 8-bit cache, with attention on the 8-bit data.
 
 Importing this module registers the attention implementation "kvquant"::
 
