@@ -24,7 +24,7 @@ from ..arguments import (
 from ..calls import check_append, check_out
 from ..checks import check_index, check_packed, check_rows
 from ..functional import gather
-from ..plan import planned
+from ..plan import Plan, planned
 from ..view import CacheView, Options, Sequences
 from . import files, serialize
 from .config import CacheConfig
@@ -34,6 +34,8 @@ from .serialize import LayerPast
 from .state import CacheState
 
 __all__ = ["QuantizedKVCache"]
+
+_MOST_KNOWN = 64  # options of calls, as layers with and without a window have them
 
 
 class QuantizedKVCache(CacheSequences):
@@ -166,22 +168,22 @@ class QuantizedKVCache(CacheSequences):
             ValueError: Arguments that do not fit.
             CacheFullError: No room; nothing was written.
         """
-        state, known = self._state, self._known
+        state = self._state
         asked = (
-            softmax_scale, sliding_window, type(sliding_window), softcap, split_size, return_lse,
-            sinks is None, alibi_slopes is None, backends.forced(),
+            key is None, softmax_scale, sliding_window, type(sliding_window), softcap, split_size,
+            return_lse, sinks is None, alibi_slopes is None, backends.forced(),
         )  # fmt: skip
+        plan = self._known_plan(asked)
         if (
-            known is not None
+            plan is not None
             and type(layer) is int
             and 0 <= layer < len(state.room)
             and cu_seqlens_q is out is sinks is alibi_slopes is None
             and max_seqlen_q is None
-            and causal is known[1].options.causal
+            and causal is plan.options.causal
             and type(return_lse) is type(exact_prompt) is bool
-            and _equal(asked, known[0])
         ):
-            plan, view, seqs = known[1], state.memory.views[layer], state.seqs(layer)
+            view, seqs = state.memory.views[layer], state.seqs(layer)
             if not state.pool.is_shared and plan.fits(query, view, seqs, key, value):
                 if key is None:
                     if ops.is_plain(query):
@@ -239,8 +241,17 @@ class QuantizedKVCache(CacheSequences):
                 raise
             state.lengths.stale = was_stale
         if cu_seqlens_q is None and plan.backend != "torch":
-            self._known = asked, plan
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[asked] = plan
         return result
+
+    def _known_plan(self, asked: tuple[Any, ...]) -> Plan | None:
+        """The last plan with these options; a tensor or a list in a number's place has none."""
+        try:
+            return self._known.get(asked)
+        except (RuntimeError, TypeError, ValueError):
+            return None
 
     def _batch(
         self, layer: int, rows: Tensor, name: str, cu: Tensor | None, most: int | None
@@ -456,11 +467,3 @@ def _restore(
     cls: type[QuantizedKVCache], config: CacheConfig, dtype: torch.dtype, state: dict[str, Tensor]
 ) -> QuantizedKVCache:
     return cls._of(serialize.restore(config, state, allocate=True), dtype)
-
-
-def _equal(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    """Whether two calls look alike; a tensor or an array in the place of a number never does."""
-    try:
-        return a == b
-    except (RuntimeError, ValueError):
-        return False

@@ -64,7 +64,7 @@ class CacheSequences:
         """Take what ``state`` holds."""
         old: CacheState | None = getattr(self, "_state", None)
         self._state = state
-        self._known: tuple[tuple[Any, ...], Plan] | None = None  # the last plan, and its options
+        self._known: dict[tuple[Any, ...], Plan] = {}  # the last plan, by a call's options
         if old is not None:
             old.release()
 
