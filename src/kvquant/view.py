@@ -53,6 +53,7 @@ class SeqsSpec(NamedTuple):
     is_padded: bool
     max_seqlen_q: int
     advance: bool
+    device: torch.device
 
 
 _Spec = TypeVar("_Spec", ViewSpec, SeqsSpec)
@@ -394,7 +395,7 @@ class Sequences:
         check_flag("advance", self.advance)
         spec = SeqsSpec(
             batch, self.block_table.shape[1], self.cu_seqlens_q is not None,
-            self.seq_starts is not None, most, self.advance,
+            self.seq_starts is not None, most, self.advance, device,
         )  # fmt: skip
         object.__setattr__(self, "spec", _interned(spec))
         object.__setattr__(self, "_twin", None)

@@ -132,7 +132,7 @@ class Tensors(Kind):
                 if size[dim] >= 0:
                     make = partial(x.new_zeros, size)
                     yield Wrong(f"size {change:+} in dimension {dim}", make, "size")
-        if self.strided and x.dim() and x.shape[-1] > 1:
+        if self.strided and x.numel() and x.shape[-1] > 1:
             yield Wrong("strided", lambda: torch.stack([x, x], -1)[..., 0])
         if not self.alone:
             yield Wrong("meta device", partial(x.to, "meta"), "meta")
@@ -270,7 +270,7 @@ class View(Kind):
         meta = partial(allocate, blocks, heads, size, k_dim, v_dim, device="meta")
         yield Wrong("on meta", meta, "meta")
         if self.sized:
-            for change in ((heads, size, k_dim + 16, v_dim), (heads + 1, size, k_dim, v_dim)):
+            for change in ((heads, size, k_dim + 16, v_dim), (4 * heads + 1, size, k_dim, v_dim)):
                 yield Wrong("of another shape", partial(allocate, blocks, *change), "size")
 
 

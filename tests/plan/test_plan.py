@@ -226,6 +226,9 @@ MISFITS = {
     "view": _case(lambda good, _: {"view": CacheView.allocate(9, 2, 32, 64)}),
     "view: expected": _case(lambda good, _: {"view": good["view"].k}),
     "seqs": _case(lambda good, cache: {"seqs": seqs_of(cache, advance=True)}),
+    "block_table: on meta": _case(
+        lambda good, cache: {"seqs": Sequences(cache.table.to("meta"), cache.lens.to("meta"))}
+    ),
     "seqs: expected": _case(lambda good, cache: {"seqs": cache.table}),
     "out": _case(lambda good, _: {"out": good["query"][:1].clone()}),
     "lse": _case(lambda good, _: {"lse": torch.zeros(3, 2, 4)}),
