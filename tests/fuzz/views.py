@@ -65,10 +65,11 @@ class Part(Tensors):
         if not isinstance(x, Tensor):
             return
         wide = torch.cat([x, x], 3)
-        if x.shape[2] > 1:
+        if x.shape[2] > 1 and x.numel():
             yield Wrong("rows apart", lambda: wide[..., : x.shape[3]])
         flat = x.new_zeros(x.numel() + 1)
-        yield Wrong("not aligned", lambda: flat[1:].view(x.shape))
+        if x.numel():
+            yield Wrong("not aligned", lambda: flat[1:].view(x.shape))
 
 
 _OTHERS = (torch.int8, torch.float16, torch.float32)
