@@ -13,7 +13,7 @@ __all__ = ["LABELS", "answers_table", "console", "plot", "quality_table", "summa
 LABELS = {
     "bf16": "bf16",
     "fp8": "fp8 (e4m3)",
-    "int8_plain": "int8, a pair a token",
+    "int8_plain": "int8, scale and offset per token",
     "kvquant": "kvquant",
 }
 
@@ -34,7 +34,7 @@ def quality_table(title: str, scores: dict[str, dict[str, float]], reference_ppl
     """Perplexity, KL and agreement of each cache."""
     table = Table(title=title, caption=f"fp32 cache: perplexity {reference_ppl:.4f}")
     table.add_column("cache")
-    for name in ("bits a number", "perplexity", "KL from fp32", "same top token"):
+    for name in ("bits per element", "perplexity", "KL from fp32", "same top token"):
         table.add_column(name, justify="right")
     bits = {"bf16": "16", "fp8": "8", "int8_plain": "8.5", "kvquant": "8.5"}
     for name, label in LABELS.items():
