@@ -10,7 +10,7 @@ from .backends import Problem, look_of
 from .checks import check_device_of, check_index, check_no_grad, check_pair, check_rows
 from .view import CacheView, Options, Sequences
 
-__all__ = ["check_append", "check_gather", "check_out", "problem_of"]
+__all__ = ["check_append", "check_gather", "check_memory", "check_out", "problem_of"]
 
 
 def check_memory(view: CacheView, seqs: Sequences | None = None, **rows: Tensor) -> None:

@@ -184,7 +184,7 @@ def attention(
         query: ``(batch, tokens, q_heads, head_dim)``, or packed ``(total, q_heads, head_dim)`` with
             ``cu_seqlens_q``; float16, bfloat16 or float32, any strides, last dimension contiguous.
         view: The layer; its heads divide q_heads.
-        key: New keys, as in `append_`, as many rows as queries.
+        key: New keys, as in `append_`; packed, as many rows as queries.
         value: New values.
         block_table: int32 ``(batch, max_blocks)``.
         seq_lens: int32 ``(batch,)``: stored tokens, the queries' own among them unless ``key`` is

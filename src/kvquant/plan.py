@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import backends, ops
-from .arguments import check_flag, check_integer, check_tensor
+from .arguments import check_flag, check_tensor
 from .backends import Prepared, Problem
 from .backends.base import is_contiguous
 from .backends.exact import refuses as refuses_exact
@@ -17,7 +17,7 @@ from .calls import check_out, problem_of
 from .checks import check_index
 from .view import CacheView, Options, Sequences
 
-__all__ = ["AttentionOptions", "Plan", "options_of", "plan"]
+__all__ = ["AttentionOptions", "Plan", "dispatch", "options_of", "plan", "planned"]
 
 _MOST = 1 << 12
 _plans: dict[tuple[Problem, str], Plan] = {}  # by numbers and the forced backend
@@ -260,7 +260,8 @@ def plan(
             ``seqs.cu_seqlens_q``; float16, bfloat16 or float32, last dimension contiguous.
         view: A layer's memory; its heads divide q_heads.
         seqs: The step's batch; ``seq_lens`` are without the new rows, if there are any.
-        key: New keys, ``(batch, tokens, kv_heads, head_dim)`` or packed, as many rows as queries.
+        key: New keys, ``(batch, tokens, kv_heads, head_dim)``, or packed with as many rows as
+            queries.
         value: New values, likewise.
         sinks: `Plan.run` will be given sinks.
         alibi_slopes: `Plan.run` will be given ALiBi slopes.
@@ -288,7 +289,6 @@ def plan(
 
 def options_of(head_dim: int, options: AttentionOptions | dict[str, Any]) -> Options:
     """The kernels' numbers of a caller's options."""
-    check_integer("head_dim", head_dim, 0)
     return Options.of(max(1, head_dim), **options)
 
 

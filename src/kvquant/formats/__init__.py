@@ -49,7 +49,7 @@ class CacheFormat:
 
     def __post_init__(self) -> None:
         for name in ("key", "value"):
-            check_row_format(name, getattr(self, name))
+            _check_row_format(name, getattr(self, name))
         check_flag("key_rotation", self.key_rotation)
         check_flag("value_rotation", self.value_rotation)
         if self.key_mean is not None:
@@ -106,7 +106,7 @@ def check_format(format: CacheFormat) -> CacheFormat:
     return format
 
 
-def check_row_format(name: str, x: Any) -> None:
+def _check_row_format(name: str, x: Any) -> None:
     """The name of a row format."""
     if not isinstance(x, str):
         raise TypeError(f"{name}: expected the name of a row format, got {x!r}")
