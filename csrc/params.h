@@ -4,9 +4,9 @@
 // out of bounds.
 //
 // The formula (x: a key or value row, R: block-diagonal orthonormal Hadamard rotation, or
-// identity):
+// identity; codes q and their scale and offset: of the row's format):
 //
-//   x^[b,h,t] = R^T (scale[b,h,t] * q[b,h,t] + offset[b,h,t] + mean[b,h,t / group])
+//   x^[b,h,t] = R^T (scale[b,h,t] * q[b,h,t] + offset[b,h,t] + mean[b,h,t / mean_group])
 #pragma once
 
 #include <cstdint>
@@ -15,21 +15,28 @@ namespace kvquant {
 
 enum class Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-// One layer's 8-bit rows. The rows of one (block, head) are contiguous and 16-byte aligned; blocks
-// and heads may lie anywhere (strides in bytes), so a foreign buffer can be served as it is.
+enum class RowFormat : int32_t { kInt8 = 0 };  // one a type of formats/formats.h
+
+// The rows of one (block, head) are contiguous and 16-byte aligned; blocks and heads may lie
+// anywhere (strides in bytes), so a foreign buffer can be served as it is.
 struct Slab {
   uint8_t* data;
   int64_t block_stride, head_stride;  // bytes
 };
+// One layer's keys, or its values. What the bytes mean, their format alone knows.
+struct RowsView {
+  Slab codes, params;  // [num_blocks, num_kv_heads, block_size, bytes of a row]
+  int32_t head_dim;    // a multiple of 16, at most 256
+  int32_t rotation;    // length of the Hadamard blocks; 1: identity
+  RowFormat format;
+};
 struct CacheView {
-  Slab k_data, v_data;      // uint8   [num_blocks, kv_heads, block_size, head_dim]
-  Slab k_params, v_params;  // float16 [num_blocks, kv_heads, block_size, 2]: (scale, offset)
-  Slab k_mean;  // float16 [num_blocks, kv_heads, ceil(block_size / group), k_dim]; null: no mean
-  int32_t num_blocks, kv_heads;
-  int32_t block_size;              // any length if a sequence has one block, else a power of two
-  int32_t k_dim, v_dim;            // multiples of 16, at most 256
-  int32_t group;                   // tokens that share a key mean: a power of two; 0: no mean
-  int32_t k_rotation, v_rotation;  // length of the Hadamard blocks; 1: identity
+  RowsView k, v;
+  // float16 [num_blocks, num_kv_heads, ceil(block_size / mean_group), k.head_dim]; null: no mean
+  Slab mean;
+  int32_t num_blocks, num_kv_heads;
+  int32_t block_size;  // any length if a sequence has one block, else a power of two
+  int32_t mean_group;  // tokens that share a key mean: a power of two; 0: no mean
 };
 
 // Which tokens: sequence b's token t is row t % block_size of block table[b, t / block_size].
@@ -37,11 +44,11 @@ struct Sequences {
   const int32_t* block_table;  // [batch, max_blocks]
   int64_t block_table_stride;  // elements between sequences
   int32_t batch, max_blocks;
-  const int32_t* seq_lens;    // [batch] tokens stored (append: before the call)
-  const int32_t* seq_starts;  // [batch] tokens before it are padding; null: 0
-  const int32_t* cu_seqlens;  // [batch + 1] the call's rows when packed; null: dense
-  int32_t rows;               // packed: rows there are; cu_seqlens beyond them are cut
-  int32_t tokens;             // the call's rows a sequence; packed: a bound on them
+  const int32_t* seq_lens;      // [batch] tokens stored (append: before the call)
+  const int32_t* seq_starts;    // [batch] tokens before it are padding; null: 0
+  const int32_t* cu_seqlens_q;  // [batch + 1] the call's rows when packed; null: dense
+  int32_t total_q;              // packed: rows there are; cu_seqlens_q beyond them are cut
+  int32_t max_seqlen_q;         // the call's rows a sequence; packed: a bound on them
 };
 
 // Rows of the caller: [batch, tokens, heads, dim] when dense, [total, heads, dim] when packed
@@ -61,7 +68,7 @@ struct AppendParams {
   Rows key, value;
   Dtype dtype;
   const int64_t* slot_mapping;  // [rows] block * block_size + row, -1: skip; null: by block table.
-                                // With one, block_table and seq_lens may be null if group == 0
+                                // With one, block_table and seq_lens may be null if mean_group == 0
   int32_t* advance;             // seq_lens, writable: the call adds its tokens to them; null: no
   int32_t* counter;             // CUDA with advance: one zero, left zero
 };
@@ -70,16 +77,16 @@ struct AppendParams {
 struct AttentionParams {
   CacheView cache;
   Sequences seqs;   // seq_lens with the queries' own tokens
-  Rows query, out;  // [.., q_heads, k_dim] and [.., q_heads, v_dim]
+  Rows query, out;  // [.., num_q_heads, k.head_dim] and [.., num_q_heads, v.head_dim]
   Dtype dtype;      // of both
   float* lse;       // like query without dim, contiguous, natural logarithm; null: not wanted
-  int32_t q_heads;
+  int32_t num_q_heads;
   float softmax_scale;
   bool causal;
   int32_t sliding_window;     // key j is seen from position i if j > i - sliding_window; 0: all
   float softcap;              // score = softcap * tanh(score / softcap); 0: none
-  const float* sinks;         // [q_heads] logits of a key with no value; null: none
-  const float* alibi_slopes;  // [q_heads] score -= slope * |i - j|; null: none
+  const float* sinks;         // [num_q_heads] logits of a key with no value; null: none
+  const float* alibi_slopes;  // [num_q_heads] score -= slope * |i - j|; null: none
   // CUDA: room for the splits' partial results, see kernels/attention/config.h; bytes of 255, left
   // so
   float* partial;
@@ -91,8 +98,8 @@ struct AttentionParams {
 // Dequantises tokens 0 .. tokens-1 of every sequence; those outside [seq_start, seq_len) are zero.
 struct GatherParams {
   CacheView cache;
-  Sequences seqs;   // tokens: rows of the output a sequence
-  Rows key, value;  // out, [batch, tokens, kv_heads, dim]
+  Sequences seqs;   // max_seqlen_q: rows of the output a sequence
+  Rows key, value;  // out, [batch, max_seqlen_q, num_kv_heads, dim]
   Dtype dtype;
 };
 

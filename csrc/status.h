@@ -8,9 +8,9 @@ struct Status {
   Code code = kOk;
   const char* what = nullptr;  // static string: the refused argument, or the device's error text
 
-  static Status ok() { return {}; }
-  static Status unsupported(const char* what) { return {kUnsupported, what}; }
-  static Status device(const char* what) { return {kDeviceError, what}; }
+  static constexpr Status ok() { return {}; }
+  static constexpr Status unsupported(const char* what) { return {kUnsupported, what}; }
+  static constexpr Status device(const char* what) { return {kDeviceError, what}; }
 };
 
 }  // namespace kvquant

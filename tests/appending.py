@@ -9,28 +9,26 @@ from support import BF16, Cache, parts, random_rows, same_bits, snapshot
 
 
 def new_rows(cache: Cache, counts, dtype=BF16):
-    _, heads, _, k_dim = cache.view.k.codes.shape
-    v_dim = cache.view.v.codes.shape[3]
+    heads, k_dim = cache.view.num_kv_heads, cache.view.k.head_dim
+    v_dim = cache.view.v.head_dim
     keys = [random_rows(n, heads, k_dim, dtype=dtype, device=cache.device) for n in counts]
     return keys, [torch.randn(n, heads, v_dim).to(dtype).to(cache.device) for n in counts]
 
 
-def check_rows(exact, codes, params, usable):
+def check_rows(exact, codes, params, usable, name):
     """Half a step everywhere, and no larger a step than the row needs; NaN where not usable.
 
     A channel beyond float16 counts as the largest float16.
     """
     assert params[~usable].isnan().all()
     assert params[usable].isfinite().all()
-    scale, offset = params[usable].double().unbind(-1)
+    scale, offset = oracle.ROW_FORMATS[name].affine(params[usable])
     exact, codes = exact[usable].clamp(-oracle.MAX_ABS, oracle.MAX_ABS), codes[usable].double()
     low, high = exact.amin(-1), exact.amax(-1)
     slack = 2.0**-21 * exact.abs().amax(-1) + 2.0**-30 if len(exact) else 0  # fp32's rotation
     error = (scale[:, None] * codes + offset[:, None] - exact).abs().amax(-1)
     assert (error <= scale * (0.5 + 1e-3) + slack).all()
-    assert (offset <= low + slack).all()
-    assert (offset >= low - slack - 2.0**-10 * low.abs() - 2.0**-24).all()
-    assert (scale <= (high - offset + slack) / 255 * (1 + 2.0**-10) + 2.0**-23).all()
+    oracle.ROW_FORMATS[name].check(low, high, params[usable], slack)
 
 
 def append_and_check(cache: Cache, keys, values, **options):
@@ -56,13 +54,11 @@ def _check_new_rows(cache: Cache, sequence, length, key, value):
     view, total = cache.view, length + len(key)
     block, row = (x[length:] for x in oracle.places(view, cache.table, sequence, total))
     mean = oracle.means(view, cache.table, sequence, total)[length:]
-    for name, x, shift, on in (
-        ("k", key, mean, view.format.key_rotation),
-        ("v", value, 0, view.format.value_rotation),
-    ):
-        exact = x.double() @ oracle.rotation(on, x.shape[-1], x.device) - shift
+    for name, rows, x, shift in (("k", view.k, key, mean), ("v", view.v, value, 0)):
+        exact = x.double() @ oracle.rotation(rows.format.rotated, x.shape[-1], x.device) - shift
         codes, params = (parts(view)[f"{name}_{part}"] for part in ("data", "params"))
-        check_rows(exact, codes[block, :, row], params[block, :, row], oracle.finite_rows(x))
+        stored = codes[block, :, row], params[block, :, row], oracle.finite_rows(x)
+        check_rows(exact, *stored, rows.format.name)
     return block, row
 
 

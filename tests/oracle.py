@@ -38,7 +38,7 @@ def finite_rows(x: Tensor) -> Tensor:
     return (x.double().abs() <= MAX_ABS).all(-1)  # False for NaN
 
 
-# Codes of the plain format: the fp32 recipe, step by step.
+# Row formats: the fp32 recipe of each, step by step.
 
 
 def half_down(x: np.ndarray) -> np.ndarray:
@@ -52,18 +52,41 @@ def half_up(x: np.ndarray) -> np.ndarray:
     return -half_down(-x)
 
 
-def encode(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes uint8 and params fp16 ``(.., 2)`` of plain rows; NaN params where not finite."""
+class Int8:
+    """``x ~ scale * code + offset``, params (scale, offset)."""
+
+    @staticmethod
+    def params(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        offset = half_down(low)
+        span = (high - offset.astype(np.float32)) / np.float32(255)
+        return np.stack([half_up(np.maximum(span, np.float32(MIN_SCALE))), offset], -1)
+
+    @staticmethod
+    def affine(params: Tensor) -> tuple[Tensor, Tensor]:
+        scale, offset = params.double().unbind(-1)
+        return scale, offset
+
+    @staticmethod
+    def check(low: Tensor, high: Tensor, params: Tensor, slack: Tensor | float) -> None:
+        """No larger a step than rows between ``low`` and ``high`` need."""
+        scale, offset = Int8.affine(params)
+        assert (offset <= low + slack).all()
+        assert (offset >= low - slack - 2.0**-10 * low.abs() - 2.0**-24).all()
+        assert (scale <= (high - offset + slack) / 255 * (1 + 2.0**-10) + 2.0**-23).all()
+
+
+ROW_FORMATS = {"int8": Int8}
+
+
+def encode(x: Tensor, name: str = "int8") -> tuple[Tensor, Tensor]:
+    """Codes uint8 and params fp16 of rows as they are stored; NaN params where not finite."""
     bad = ~finite_rows(x).cpu().numpy()
     y = x.float().cpu().numpy().copy()
     y[bad] = 0
-    low, high = y.min(-1), y.max(-1)
-    offset = half_down(low)
-    span = (high - offset.astype(np.float32)) / np.float32(255)
-    scale = half_up(np.maximum(span, np.float32(MIN_SCALE)))
-    inverse = np.float32(1) / scale.astype(np.float32)
-    steps = (y - offset.astype(np.float32)[..., None]) * inverse[..., None]
-    params = np.stack([scale, offset], -1).astype(np.float16)
+    params = ROW_FORMATS[name].params(y.min(-1), y.max(-1)).astype(np.float16)
+    pair = ROW_FORMATS[name].affine(torch.from_numpy(params))
+    scale, offset = (each.numpy().astype(np.float32)[..., None] for each in pair)
+    steps = (y - offset) * (np.float32(1) / scale)
     params[bad] = np.nan
     codes = np.clip(np.rint(steps), 0, 255).astype(np.uint8)
     return torch.from_numpy(codes).to(x.device), torch.from_numpy(params).to(x.device)
@@ -74,16 +97,16 @@ def encode(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def places(view, table: Tensor, sequence: int, length: int) -> tuple[Tensor, Tensor]:
     """Block and row of a sequence's tokens."""
-    size = view.k.codes.shape[2]
+    size = view.block_size
     token = torch.arange(length, device=table.device)
     return table[sequence, token // size].long(), token % size
 
 
 def means(view, table: Tensor, sequence: int, length: int) -> Tensor:
     """The stored key mean of each of a sequence's tokens, ``(length, kv_heads, k_dim)``."""
-    group, size = view.format.key_mean, view.k.codes.shape[2]
+    group, size = view.format.key_mean, view.block_size
     if group is None:
-        _, heads, _, dim = view.k.codes.shape
+        heads, dim = view.num_kv_heads, view.k.head_dim
         return torch.zeros(length, heads, dim, dtype=torch.float64, device=table.device)
     start = torch.arange(length, device=table.device) // group * group
     home, slot = table[sequence, start // size].long(), start % size // group
@@ -94,11 +117,12 @@ def stored(view, table: Tensor, sequence: int, length: int) -> tuple[Tensor, Ten
     """A sequence's keys and values in the basis they are stored in, ``(length, kv_heads, dim)``."""
     block, row = places(view, table, sequence, length)
 
-    def affine(data: Tensor, params: Tensor) -> Tensor:
-        scale, offset = params[block, :, row].double().unbind(-1)
-        return scale[..., None] * data[block, :, row].double() + offset[..., None]
+    def decoded(rows) -> Tensor:
+        params = rows.params.view(torch.float16)[block, :, row]
+        scale, offset = ROW_FORMATS[rows.format.name].affine(params)
+        return scale[..., None] * rows.codes[block, :, row].double() + offset[..., None]
 
-    key, value = (affine(x.codes, x.params.view(torch.float16)) for x in (view.k, view.v))
+    key, value = decoded(view.k), decoded(view.v)
     return key + means(view, table, sequence, length), value
 
 

@@ -13,22 +13,14 @@ from torch import Tensor
 
 import kvquant
 import oracle
+from matrix import FORMATS
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 DTYPES = {"fp16": FP16, "bf16": BF16, "fp32": FP32}
 LAYOUTS = {"contiguous": None, "paged16": 16, "paged32": 32, "paged64": 64, "paged256": 256}
 RAGGED = (257, 0, 1, 15, 16, 17, 255, 256, 530)
 
-PLAIN = kvquant.CacheFormat.plain()
-DEFAULT = kvquant.CacheFormat()
-ROTATED = kvquant.CacheFormat(key_mean=None, value_rotation=True)
-FORMATS = {
-    "plain": PLAIN,
-    "default": DEFAULT,
-    "rotated": ROTATED,
-    "mean64": kvquant.CacheFormat(key_mean=64, value_rotation=True),
-    "mean16": kvquant.CacheFormat(key_rotation=False, key_mean=16),
-}
+PLAIN, DEFAULT, ROTATED = (FORMATS[name] for name in ("plain", "default", "rotated"))
 
 
 def index(values: Sequence[int] | Tensor, device: str) -> Tensor:
@@ -189,8 +181,8 @@ def filled_cache(
 ) -> Cache:
     """`empty_cache` with random keys and values of these lengths appended in one call."""
     cache = empty_cache(room or lens, **options)
-    heads, k_dim = cache.view.k.codes.shape[1], cache.view.k.codes.shape[3]
-    v_dim = cache.view.v.codes.shape[3]
+    heads, k_dim = cache.view.num_kv_heads, cache.view.k.head_dim
+    v_dim = cache.view.v.head_dim
     keys = [random_rows(n, heads, k_dim, dtype=dtype, device=cache.device) for n in lens]
     values = [torch.randn(n, heads, v_dim).to(dtype).to(cache.device) for n in lens]
     cache.append(keys, values)

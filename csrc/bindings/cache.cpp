@@ -6,13 +6,13 @@ namespace {
 
 CacheView view(const py::kwargs& given) {
   auto x = filled<ViewFields>(given);
-  for (const std::string& format : {x.k.format, x.v.format}) {
-    if (format != "int8") throw py::value_error("no row format " + format + " in this build");
-  }
-  x.view.k_rotation = x.k.rotation(x.view.k_dim);
-  x.view.v_rotation = x.v.rotation(x.view.v_dim);
+  const auto rotation = [](const RowsView& rows, bool rotated) {
+    return rotated ? rows.head_dim & -rows.head_dim : 1;
+  };
+  x.view.k.rotation = rotation(x.view.k, x.k_rotated);
+  x.view.v.rotation = rotation(x.view.v, x.v_rotated);
   for (const Slab& slab :
-       {x.view.k_data, x.view.k_params, x.view.v_data, x.view.v_params, x.view.k_mean}) {
+       {x.view.k.codes, x.view.k.params, x.view.v.codes, x.view.v.params, x.view.mean}) {
     if (reinterpret_cast<uintptr_t>(slab.data) % 16) {
       throw py::value_error("a tensor of the view does not lie at a multiple of 16 bytes");
     }
@@ -23,11 +23,11 @@ CacheView view(const py::kwargs& given) {
 // Sequences are dense with `tokens` rows each, or packed with at most as many of `rows`.
 Sequences with_rows(const SequencesFields& x, int rows, int tokens) {
   Sequences seqs = x.seqs;
-  seqs.rows = seqs.cu_seqlens ? rows : 0;
-  if (!seqs.cu_seqlens) {
-    seqs.tokens = tokens;
+  seqs.total_q = seqs.cu_seqlens_q ? rows : 0;
+  if (!seqs.cu_seqlens_q) {
+    seqs.max_seqlen_q = tokens;
   } else {
-    seqs.tokens = seqs.tokens ? std::min(seqs.tokens, rows) : rows;
+    seqs.max_seqlen_q = seqs.max_seqlen_q ? std::min(seqs.max_seqlen_q, rows) : rows;
   }
   return seqs;
 }
@@ -48,7 +48,7 @@ void append(const CacheView& cache, const SequencesFields* given, int rows, int 
   if (given) {
     seqs = with_rows(*given, rows, tokens);
   } else {
-    seqs.batch = tokens ? rows / tokens : 0, seqs.tokens = tokens;
+    seqs.batch = tokens ? rows / tokens : 0, seqs.max_seqlen_q = tokens;
   }
   const AppendParams params{cache,
                             seqs,
@@ -65,7 +65,7 @@ void gather(const CacheView& cache, const SequencesFields& given, int tokens, ui
             py::tuple key_strides, uintptr_t value, py::tuple value_strides, int dtype, int device,
             uintptr_t queue) {
   Sequences seqs = given.seqs;
-  seqs.cu_seqlens = nullptr, seqs.tokens = tokens;
+  seqs.cu_seqlens_q = nullptr, seqs.max_seqlen_q = tokens;
   const GatherParams params{cache, seqs, rows_at(key, strided(key_strides)),
                             rows_at(value, strided(value_strides)), Dtype(dtype)};
   KVQUANT_RUN(gather, params, device, queue);
@@ -119,7 +119,7 @@ class Call {
     out_token_ = v_dim_ * problem["num_q_heads"].cast<int64_t>();
     out_batch_ = out_token_ * tokens;
     attention_.dtype = Dtype(dtype), append_.dtype = Dtype(key_dtype);
-    attention_.q_heads = problem["num_q_heads"].cast<int>();
+    attention_.num_q_heads = problem["num_q_heads"].cast<int>();
     attention_.softmax_scale = numbers.softmax_scale;
     attention_.causal = numbers.causal;
     attention_.sliding_window = numbers.sliding_window;
@@ -256,6 +256,10 @@ void define_cache(py::module_& m) {
   m.def("gather", &gather);
   m.def("choose",
         [](const py::dict& problem) { return describe(choose_for(filled<Problem>(problem))); });
+  m.def("refuse_rows",
+        [](const std::string& k_format, const std::string& v_format, int head_dim, int v_head_dim) {
+          return refuse_rows(k_format, v_format, head_dim, v_head_dim);
+        });
   m.def("capture_id", &capture_id);
   m.def("graph_workspace", &graph_workspace);
   m.def("fields", &field_names);

@@ -3,18 +3,14 @@
 #pragma once
 
 #include "bindings/bindings.h"
+#include "formats/formats.h"
 
 namespace kvquant::bindings {
 
-// A row format as Python has it.
-struct FormatFields {
-  std::string format;
-  bool rotated = false;
-  int rotation(int head_dim) const { return rotated ? head_dim & -head_dim : 1; }
-};
+// A view as Python has it.
 struct ViewFields {
   CacheView view{};
-  FormatFields k, v;
+  bool k_rotated = false, v_rotated = false;
 };
 struct OptionsFields {
   float softmax_scale, softcap;
@@ -28,29 +24,30 @@ struct SequencesFields {
 
 template <class V>
 void fields(ViewFields& x, V&& v) {
-  CacheView& view = x.view;
-  v("k_codes", view.k_data), v("k_params", view.k_params), v("k_head_dim", view.k_dim);
-  v("k_format", x.k.format), v("k_rotated", x.k.rotated);
-  v("v_codes", view.v_data), v("v_params", view.v_params), v("v_head_dim", view.v_dim);
-  v("v_format", x.v.format), v("v_rotated", x.v.rotated);
-  v("mean", view.k_mean), v("mean_group", view.group);
+  RowsView &keys = x.view.k, &values = x.view.v;
+  v("k_codes", keys.codes), v("k_params", keys.params), v("k_head_dim", keys.head_dim);
+  v("k_format", keys.format), v("k_rotated", x.k_rotated);
+  v("v_codes", values.codes), v("v_params", values.params), v("v_head_dim", values.head_dim);
+  v("v_format", values.format), v("v_rotated", x.v_rotated);
+  v("mean", x.view.mean), v("mean_group", x.view.mean_group);
 }
 // What follows from a view's shapes.
 template <class V>
 void derived(ViewFields& x, V&& v) {
   CacheView& view = x.view;
-  v("num_blocks", view.num_blocks), v("num_kv_heads", view.kv_heads);
+  v("num_blocks", view.num_blocks), v("num_kv_heads", view.num_kv_heads);
   v("block_size", view.block_size);
 }
-static_assert(sizeof(CacheView) == 5 * sizeof(Slab) + 8 * sizeof(int32_t),
+static_assert(sizeof(RowsView) == 2 * sizeof(Slab) + 4 * sizeof(int32_t) &&
+                  sizeof(CacheView) == 2 * sizeof(RowsView) + sizeof(Slab) + 4 * sizeof(int32_t),
               "a field more: list it above");
 
 template <class V>
 void fields(SequencesFields& x, V&& v) {
   Sequences& seqs = x.seqs;
   v("block_table", seqs.block_table), v("seq_lens", seqs.seq_lens);
-  v("seq_starts", seqs.seq_starts), v("cu_seqlens_q", seqs.cu_seqlens);
-  v("max_seqlen_q", seqs.tokens), v("advance", x.advance);
+  v("seq_starts", seqs.seq_starts), v("cu_seqlens_q", seqs.cu_seqlens_q);
+  v("max_seqlen_q", seqs.max_seqlen_q), v("advance", x.advance);
 }
 template <class V>
 void derived(SequencesFields& x, V&& v) {
@@ -73,7 +70,8 @@ template <class V>
 void fields(Problem& x, V&& v) {
   v("batch", x.batch), v("max_seqlen_q", x.max_seqlen_q), v("num_q_heads", x.num_q_heads);
   v("num_kv_heads", x.num_kv_heads), v("head_dim", x.head_dim), v("v_head_dim", x.v_head_dim);
-  v("capacity", x.capacity), v("split_size", x.split_size), v("float32", x.float32);
+  v("capacity", x.capacity), v("split_size", x.split_size);
+  v("k_format", x.k_format), v("v_format", x.v_format), v("float32", x.float32);
   v("packed", x.packed), v("appends", x.appends), v("multiprocessors", x.multiprocessors);
 }
 template <class V>
@@ -82,6 +80,11 @@ void derived(Problem&, V&&) {}
 inline void assign(py::handle from, Slab& to) {  // (address, block stride, head stride)
   const auto t = py::reinterpret_borrow<py::tuple>(from);
   to = {pointer<uint8_t>(t[0].cast<uintptr_t>()), t[1].cast<int64_t>(), t[2].cast<int64_t>()};
+}
+inline void assign(py::handle from, RowFormat& to) {  // by name
+  const auto name = from.cast<std::string>();
+  if (!find_format(RowFormats{}, name, to))
+    throw py::value_error("no row format " + name + " in this build");
 }
 inline void assign(py::handle from, const int32_t*& to) {
   to = pointer<const int32_t>(from.cast<uintptr_t>());

@@ -5,9 +5,10 @@
 #include <cuda_fp16.h>
 #define KVQUANT_HD __host__ __device__ __forceinline__
 #else
-// Always: an out-of-line copy compiled for AVX-512 could be the one that the linker keeps for all.
-#define KVQUANT_HD inline __attribute__((always_inline))
+#define KVQUANT_HD KVQUANT_INLINE
 #endif
+// Always: an out-of-line copy compiled for AVX-512 could be the one that the linker keeps for all.
+#define KVQUANT_INLINE inline __attribute__((always_inline))
 
 namespace kvquant {
 

@@ -32,16 +32,16 @@ struct CallRows {
   int count;
 };
 KVQUANT_HD CallRows call_rows(const Sequences& seqs, int sequence) {
-  if (!seqs.cu_seqlens) return {int64_t(sequence) * seqs.tokens, seqs.tokens};
-  const int begin = most(0, seqs.cu_seqlens[sequence]);
-  const int end = most(0, least(seqs.rows, seqs.cu_seqlens[sequence + 1]));
-  return {begin, most(0, least(seqs.tokens, end - begin))};
+  if (!seqs.cu_seqlens_q) return {int64_t(sequence) * seqs.max_seqlen_q, seqs.max_seqlen_q};
+  const int begin = most(0, seqs.cu_seqlens_q[sequence]);
+  const int end = most(0, least(seqs.total_q, seqs.cu_seqlens_q[sequence + 1]));
+  return {begin, most(0, least(seqs.max_seqlen_q, end - begin))};
 }
 // Element offset of row i of a sequence in the caller's tensor.
 KVQUANT_HD int64_t row_offset(const Rows& rows, const Sequences& seqs, const CallRows& call,
                               int sequence, int i) {
-  return seqs.cu_seqlens ? (call.first + i) * rows.token_stride
-                         : sequence * rows.batch_stride + i * rows.token_stride;
+  return seqs.cu_seqlens_q ? (call.first + i) * rows.token_stride
+                           : sequence * rows.batch_stride + i * rows.token_stride;
 }
 
 }  // namespace kvquant

@@ -6,6 +6,7 @@
 // number of threads nor on the rest of the batch.
 #pragma once
 
+#include "common/mask.h"
 #include "cpu/rows.h"
 
 namespace kvquant::cpu::KVQUANT_ISA {
@@ -21,41 +22,45 @@ KVQUANT_INLINE int split_tokens(int length) {
   return int(ceil_div(length, int64_t(kSplitTokens) * kMaxSplits)) * kSplitTokens;
 }
 
-// One tile of query rows. Row r is query head r % share of token r / share of the call.
+// One tile of query rows. Row r is query head r % gqa_group_size of token r / gqa_group_size of the
+// call.
 struct RowTile {
-  int sequence, head, share;
+  int sequence, head, gqa_group_size;
   CallRows call;
+  Paging paging;
   int first, count;   // query rows
   int start, length;  // the sequence's keys
-  int64_t position;   // of the call's token 0
+  int position;       // of the call's token 0
   int begin, end;     // keys that any of the rows sees; none: begin == end
 
   KVQUANT_INLINE RowTile(const AttentionParams& p, int sequence, int head, int tile)
       : sequence(sequence),
         head(head),
-        share(p.q_heads / p.cache.kv_heads),
+        gqa_group_size(p.num_q_heads / p.cache.num_kv_heads),
         call(call_rows(p.seqs, sequence)),
+        paging(p.cache, p.seqs.max_blocks),
         first(tile * kTileRows),
-        count(
-            int(most<int64_t>(0, least<int64_t>(kTileRows, int64_t(call.count) * share - first)))),
+        count(int(most<int64_t>(
+            0, least<int64_t>(kTileRows, int64_t(call.count) * gqa_group_size - first)))),
         start(first_token(p.seqs, sequence)),
         length(stored_tokens(p.cache, p.seqs, p.seqs.seq_lens[sequence])),
-        position(int64_t(length) - call.count),
+        position(length - call.count),
         begin(0),
         end(0) {
     if (count == 0) return;
     begin = seen_begin(p, 0);
     end = most(begin, seen_end(p, count - 1));
   }
-  KVQUANT_INLINE int token(int r) const { return (first + r) / share; }
-  KVQUANT_INLINE int query_head(int r) const { return head * share + (first + r) % share; }
-  KVQUANT_INLINE int64_t at(int r) const { return position + token(r); }
+  KVQUANT_INLINE int token(int r) const { return (first + r) / gqa_group_size; }
+  KVQUANT_INLINE int query_head(int r) const {
+    return head * gqa_group_size + (first + r) % gqa_group_size;
+  }
+  KVQUANT_INLINE int at(int r) const { return position + token(r); }
   KVQUANT_INLINE int seen_begin(const AttentionParams& p, int r) const {
-    const int64_t window = p.sliding_window > 0 ? at(r) - p.sliding_window + 1 : 0;
-    return int(least<int64_t>(length, most<int64_t>(start, window)));
+    return least(length, first_seen(p.sliding_window, start, at(r)));
   }
   KVQUANT_INLINE int seen_end(const AttentionParams& p, int r) const {
-    return p.causal ? int(most<int64_t>(0, least<int64_t>(length, at(r) + 1))) : length;
+    return kvquant::seen_end(p.causal, length, at(r));
   }
 };
 
@@ -103,14 +108,14 @@ struct Query {
   int begin[kTileRows], end[kTileRows];  // keys that the row sees
 
   KVQUANT_INLINE void load(const AttentionParams& p, const RowTile& tile) {
-    const int dim = p.cache.k_dim;
+    const int dim = p.cache.k.head_dim;
     for (int r = 0; r < tile.count; ++r) {
       float* const x = rows + r * dim;
       load_row(p.query.data,
                row_offset(p.query, p.seqs, tile.call, tile.sequence, tile.token(r)) +
                    tile.query_head(r) * p.query.head_stride,
                p.dtype, dim, x);
-      rotate(x, dim, p.cache.k_rotation);
+      rotate(x, dim, p.cache.k.rotation);
       Vec total = zero();
       for (int c = 0; c < dim; c += kWidth) {
         const Vec scaled = Vec::load(x + c) * Vec::set(p.softmax_scale);
@@ -135,14 +140,18 @@ struct Query {
 };
 
 // The rows of a tile of keys and values, wherever they lie.
+template <class Formats>
 struct TileRows {
+  using Key = typename Formats::Key;
+  using Value = typename Formats::Value;
   // Neighbouring tokens of one block.
   struct Run {
     int first, count;
-    const uint32_t *k_params, *v_params;  // null: no such rows
+    const typename Key::Params* k_params;  // null: no such rows
+    const typename Value::Params* v_params;
   };
 
-  const Centered *k[kTileTokens], *v[kTileTokens];
+  const uint8_t *k[kTileTokens], *v[kTileTokens];
   // Index within the tile; far below where there is no row, so that no query row sees it.
   alignas(64) float index[kTileTokens];
   Run runs[kTileTokens];
@@ -151,7 +160,9 @@ struct TileRows {
   // Tokens [first, first + tokens), a multiple of 16, of which [begin, end) may be read.
   KVQUANT_INLINE void find(const CacheView& cache, const Sequences& seqs, const RowTile& tile,
                            int first, int tokens, int begin, int end) {
-    alignas(64) static constexpr Centered kNoRow[kMaxDim] = {};
+    alignas(64) static constexpr uint8_t kNoRow[kMaxDim] = {};
+    const int k_bytes = Key::code_bytes(cache.k.head_dim);
+    const int v_bytes = Value::code_bytes(cache.v.head_dim);
     run_count = 0, count = tokens;
     for (int t = 0, run; t < tokens; t += run) {
       const int token = first + t;
@@ -161,20 +172,20 @@ struct TileRows {
       } else if (token >= end) {
         run = tokens - t;
       } else {
-        at = place_of(cache, seqs, tile.sequence, token);
-        run = int(least<int64_t>(least(end - token, tokens - t), cache.block_size - at.row));
+        at = place_of(cache, seqs, tile.paging, tile.sequence, token);
+        run = least(least(end - token, tokens - t), cache.block_size - at.row);
       }
       const bool some = at.block >= 0;
-      const Centered *k_row = kNoRow, *v_row = kNoRow;
+      const uint8_t *k_row = kNoRow, *v_row = kNoRow;
       Run& to = runs[run_count++];
       to = {t, run, nullptr, nullptr};
       if (some) {
-        k_row = rows_of<Centered>(cache.k_data, at.block, tile.head) + at.row * cache.k_dim;
-        v_row = rows_of<Centered>(cache.v_data, at.block, tile.head) + at.row * cache.v_dim;
-        to.k_params = rows_of<uint32_t>(cache.k_params, at.block, tile.head) + at.row;
-        to.v_params = rows_of<uint32_t>(cache.v_params, at.block, tile.head) + at.row;
+        k_row = rows_of<uint8_t>(cache.k.codes, at.block, tile.head) + int64_t(at.row) * k_bytes;
+        v_row = rows_of<uint8_t>(cache.v.codes, at.block, tile.head) + int64_t(at.row) * v_bytes;
+        to.k_params = rows_of<typename Key::Params>(cache.k.params, at.block, tile.head) + at.row;
+        to.v_params = rows_of<typename Value::Params>(cache.v.params, at.block, tile.head) + at.row;
       }
-      const int k_step = some ? cache.k_dim : 0, v_step = some ? cache.v_dim : 0;
+      const int k_step = some ? k_bytes : 0, v_step = some ? v_bytes : 0;
       for (int i = 0; i < run; ++i) {
         k[t + i] = k_row + i * k_step;
         v[t + i] = v_row + i * v_step;
@@ -190,28 +201,32 @@ struct TileRows {
     }
   }
 
-  // Scale and middle of the tile's tokens, x = scale * (q - 128) + middle; zero where there is no
-  // row.
-  KVQUANT_INLINE void load_params(float* k_scale, float* k_middle, float* v_scale,
+  // Scale and middle of the tile's tokens, x = scale * (code - kMiddleCode) + middle; zero where
+  // there is no row.
+  KVQUANT_INLINE void load_affine(float* k_scale, float* k_middle, float* v_scale,
                                   float* v_middle) const {
-    alignas(64) uint32_t ks[kTileTokens], vs[kTileTokens];
+    load_affine(Key{}, &Run::k_params, k_scale, k_middle);
+    load_affine(Value{}, &Run::v_params, v_scale, v_middle);
+  }
+
+ private:
+  template <class Format>
+  KVQUANT_INLINE void load_affine(Format, const typename Format::Params* Run::* of, float* scales,
+                                  float* middles) const {
+    alignas(64) typename Format::Params params[kTileTokens];
     for (int i = 0; i < run_count; ++i) {
       const Run& run = runs[i];
-      const size_t bytes = size_t(run.count) * 4;
-      if (run.k_params) {
-        memcpy(ks + run.first, run.k_params, bytes);
-        memcpy(vs + run.first, run.v_params, bytes);
+      const size_t bytes = size_t(run.count) * sizeof(params[0]);
+      if (run.*of) {
+        memcpy(params + run.first, run.*of, bytes);
       } else {
-        memset(ks + run.first, 0, bytes);
-        memset(vs + run.first, 0, bytes);
+        memset(params + run.first, 0, bytes);
       }
     }
     for (int t = 0; t < count; t += kWidth) {
-      Vec scale, offset;
-      load_pairs(ks + t, scale, offset);
-      scale.store(k_scale + t), fma(scale, Vec::set(128.f), offset).store(k_middle + t);
-      load_pairs(vs + t, scale, offset);
-      scale.store(v_scale + t), fma(scale, Vec::set(128.f), offset).store(v_middle + t);
+      Vec scale, middle;
+      Codes<Format>::load_affine(params + t, scale, middle);
+      scale.store(scales + t), middle.store(middles + t);
     }
   }
 };

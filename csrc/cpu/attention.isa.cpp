@@ -14,11 +14,10 @@ namespace {
 // for every few rows in registers.
 constexpr int kConvertRows = 3 * kQkRows;
 
-// A thread's own memory.
+// A thread's own memory, whatever the formats.
 struct Workspace {
   Query query;
   Softmax split, total;
-  TileRows tiles[2];  // the one at hand and the next
   alignas(64) float scores[kTileRows * kTileTokens];
   alignas(64) float k_scale[kTileTokens], k_middle[kTileTokens];
   alignas(64) float v_scale[kTileTokens], v_middle[kTileTokens];
@@ -27,21 +26,22 @@ struct Workspace {
   const float* converted_rows[kTileTokens];
 };
 
-void convert_tile(Workspace& w, const Centered* const* rows, int tokens, int dim,
-                  const Centered* const* ahead) {
+template <class Rows>
+FloatRows convert_tile(Workspace& w, const Rows& rows, int tokens, int dim) {
   for (int t = 0; t < tokens; ++t) {
-    if (ahead) ask_for_rows(ahead + t, 1, dim);
+    rows.ask_rows(t, 1, dim);
     float* const to = w.converted + t * dim;
-    for (int c = 0; c < dim; c += kWidth) Vec::load(rows[t] + c).store(to + c);
+    for (int c = 0; c < dim; c += kWidth) rows.load(t, c).store(to + c);
     w.converted_rows[t] = to;
   }
+  return {w.converted_rows};
 }
 
 // Scores of one row from its dot products, in place; returns the largest that it sees. A score out
 // of sight becomes -inf, whatever it was.
-template <bool kPlain>
-KVQUANT_INLINE float score_row(const AttentionParams& p, const Workspace& w, const TileRows& tile,
-                               int r, int first, int64_t at, float* scores) {
+template <bool kPlain, class Tile>
+KVQUANT_INLINE float score_row(const AttentionParams& p, const Workspace& w, const Tile& tile,
+                               int r, int first, int at, float* scores) {
   const Vec sum = Vec::set(w.query.sum[r]), mean = Vec::set(w.query.mean[r]);
   const Vec begin = Vec::set(float(w.query.begin[r] - first));
   const Vec end = Vec::set(float(w.query.end[r] - first));
@@ -64,7 +64,8 @@ KVQUANT_INLINE float score_row(const AttentionParams& p, const Workspace& w, con
 }
 
 // Weights of one row from its scores, in place.
-KVQUANT_INLINE void weigh_row(Workspace& w, const TileRows& tile, int r, int first, float top,
+template <class Tile>
+KVQUANT_INLINE void weigh_row(Workspace& w, const Tile& tile, int r, int first, float top,
                               float decay, float* scores) {
   const Vec begin = Vec::set(float(w.query.begin[r] - first));
   const Vec end = Vec::set(float(w.query.end[r] - first));
@@ -85,21 +86,27 @@ KVQUANT_INLINE void weigh_row(Workspace& w, const TileRows& tile, int r, int fir
 }
 
 // Adds a tile of tokens from `first` on to the split's softmax, and asks for the rows of the next.
+template <class Formats>
 KVQUANT_INLINE void add_tile(const AttentionParams& p, const RowTile& rows, int first,
-                             const TileRows& tile, const TileRows* next, Workspace& w) {
-  const int k_dim = p.cache.k_dim, v_dim = p.cache.v_dim, count = tile.count;
-  tile.load_params(w.k_scale, w.k_middle, w.v_scale, w.v_middle);
+                             const TileRows<Formats>& tile, const TileRows<Formats>* next,
+                             Workspace& w) {
+  const int k_dim = p.cache.k.head_dim, v_dim = p.cache.v.head_dim, count = tile.count;
+  tile.load_affine(w.k_scale, w.k_middle, w.v_scale, w.v_middle);
   if (next && next->count < count) next = nullptr;
   if (next) next->prefetch_params();
-  const Centered* const* const next_k = next ? next->k : nullptr;
-  const Centered* const* const next_v = next ? next->v : nullptr;
+  const CodeRows<typename Formats::Key> keys{tile.k, next ? next->k : nullptr};
+  const CodeRows<typename Formats::Value> values{tile.v, next ? next->v : nullptr};
+  const auto score = [&](const auto& keys) {
+    qk_tile(w.query.rows, k_dim, rows.count, keys, count, k_dim, w.scores, kTileTokens);
+  };
+  const auto add = [&](const auto& values) {
+    pv_tile(w.scores, kTileTokens, rows.count, values, count, v_dim, w.decay, w.split.out, v_dim);
+  };
   const bool convert = rows.count >= kConvertRows;
   if (convert) {
-    convert_tile(w, tile.k, count, k_dim, next_k);
-    qk_tile(w.query.rows, k_dim, rows.count, w.converted_rows, count, k_dim, nullptr, w.scores,
-            kTileTokens);
+    score(convert_tile(w, keys, count, k_dim));
   } else {
-    qk_tile(w.query.rows, k_dim, rows.count, tile.k, count, k_dim, next_k, w.scores, kTileTokens);
+    score(keys);
   }
   const bool plain = !(p.softcap > 0.f) && !p.alibi_slopes;
   for (int r = 0; r < rows.count; ++r) {
@@ -111,41 +118,40 @@ KVQUANT_INLINE void add_tile(const AttentionParams& p, const RowTile& rows, int 
     weigh_row(w, tile, r, first, top, w.decay[r], scores);
   }
   if (convert) {
-    convert_tile(w, tile.v, count, v_dim, next_v);
-    pv_tile(w.scores, kTileTokens, rows.count, w.converted_rows, count, v_dim, nullptr, w.decay,
-            w.split.out, v_dim);
+    add(convert_tile(w, values, count, v_dim));
   } else {
-    pv_tile(w.scores, kTileTokens, rows.count, tile.v, count, v_dim, next_v, w.decay, w.split.out,
-            v_dim);
+    add(values);
   }
 }
 
 // The softmax of the keys of one split, in w.split.
-void add_split(const AttentionParams& p, const RowTile& rows, int split, Workspace& w) {
+template <class Formats>
+void add_split(Formats, const AttentionParams& p, const RowTile& rows, int split, Workspace& w) {
   const CacheView& cache = p.cache;
   const int length = split_tokens(rows.length);
   const int64_t from = int64_t(split) * length;
   const int begin = int(most<int64_t>(rows.begin, from));
   const int end = int(least<int64_t>(rows.end, from + length));
-  const int step = cache.group ? least(cache.group, kTileTokens) : kTileTokens;
-  w.split.clear(rows.count, cache.v_dim);
+  const int step = cache.mean_group ? least(cache.mean_group, kTileTokens) : kTileTokens;
+  w.split.clear(rows.count, cache.v.head_dim);
   if (begin >= end) return;
-  const auto find = [&](TileRows& tile, int first) {
+  TileRows<Formats> tiles[2];  // the one at hand and the next
+  const auto find = [&](TileRows<Formats>& tile, int first) {
     const int limit = least(end - first, step) + first;
     tile.find(cache, p.seqs, rows, first, round_up(limit - first, 16), begin, limit);
   };
   int group = -1, at = 0;
-  find(w.tiles[0], begin / step * step);
+  find(tiles[0], begin / step * step);
   for (int first = begin / step * step; first < end; at ^= 1) {
-    if (cache.group && first / cache.group != group) {
-      group = first / cache.group;
+    if (cache.mean_group && first / cache.mean_group != group) {
+      group = first / cache.mean_group;
       w.query.dot_mean(
-          rows.count, cache.k_dim,
-          mean_of(cache, p.seqs, rows.sequence, rows.head, int64_t(group) * cache.group));
+          rows.count, cache.k.head_dim,
+          mean_of<uint16_t>(cache, p.seqs, rows.paging, rows.sequence, rows.head, first));
     }
     const bool more = end - first > step;
-    if (more) find(w.tiles[at ^ 1], first + step);
-    add_tile(p, rows, first, w.tiles[at], more ? &w.tiles[at ^ 1] : nullptr, w);
+    if (more) find(tiles[at ^ 1], first + step);
+    add_tile(p, rows, first, tiles[at], more ? &tiles[at ^ 1] : nullptr, w);
     if (!more) break;
     first += step;
   }
@@ -153,7 +159,7 @@ void add_split(const AttentionParams& p, const RowTile& rows, int split, Workspa
 
 // out = R^T (out + shift) / weight, with the sink in the denominator.
 void finish(const AttentionParams& p, const RowTile& rows, Workspace& w) {
-  const int dim = p.cache.v_dim;
+  const int dim = p.cache.v.head_dim;
   for (int r = 0; r < rows.count; ++r) {
     const int head = rows.query_head(r), token = rows.token(r);
     float top = w.total.top[r], weight = w.total.weight[r], gain = 1.f;
@@ -169,12 +175,12 @@ void finish(const AttentionParams& p, const RowTile& rows, Workspace& w) {
     for (int c = 0; c < dim; c += kWidth) {
       ((Vec::load(out + c) + Vec::set(w.total.shift[r])) * inverse).store(out + c);
     }
-    rotate(out, dim, p.cache.v_rotation);
+    rotate(out, dim, p.cache.v.rotation);
     store_row(p.out.data,
               row_offset(p.out, p.seqs, rows.call, rows.sequence, token) + head * p.out.head_stride,
               p.dtype, dim, out);
     if (p.lse) {
-      p.lse[(rows.call.first + token) * p.q_heads + head] =
+      p.lse[(rows.call.first + token) * p.num_q_heads + head] =
           weight == 0.f ? -kInfinity : top + logf(weight);
     }
   }
@@ -190,15 +196,15 @@ Splits splits_of(const RowTile& rows) {
   return {rows.begin / length, (rows.end - 1) / length - rows.begin / length + 1};
 }
 
-}  // namespace
-
-Status attention(const AttentionParams& p, int threads) {
+template <class Formats>
+Status attend(Formats formats, const AttentionParams& p, int threads) {
   const CacheView& cache = p.cache;
-  const int share = p.q_heads / cache.kv_heads, batch = p.seqs.batch;
-  const int64_t row_tiles = ceil_div(int64_t(p.seqs.tokens) * share, kTileRows);
-  const int64_t tiles = batch * row_tiles * cache.kv_heads;
+  const int gqa_group_size = p.num_q_heads / cache.num_kv_heads, batch = p.seqs.batch;
+  const int64_t query_rows = int64_t(p.seqs.max_seqlen_q) * gqa_group_size;
+  const int64_t row_tiles = ceil_div(query_rows, kTileRows);
+  const int64_t tiles = batch * row_tiles * cache.num_kv_heads;
   if (tiles == 0) return Status::ok();
-  const int tile_rows = int(least<int64_t>(kTileRows, int64_t(p.seqs.tokens) * share));
+  const int tile_rows = int(least<int64_t>(kTileRows, query_rows));
   int longest = 1, longest_splits = 1;
   for (int b = 0; b < batch; ++b) {
     const int length = stored_tokens(cache, p.seqs, p.seqs.seq_lens[b]);
@@ -206,7 +212,7 @@ Status attention(const AttentionParams& p, int threads) {
     if (length) longest_splits = most(longest_splits, int(ceil_div(length, split_tokens(length))));
   }
   const int splits = tiles * tile_rows > kMaxSplitRows ? 1 : longest_splits;
-  const int64_t partial = Softmax::size(tile_rows, cache.v_dim);
+  const int64_t partial = Softmax::size(tile_rows, cache.v.head_dim);
   float* partials = nullptr;
   int* arrived = nullptr;
   if (splits > 1) {
@@ -219,12 +225,12 @@ Status attention(const AttentionParams& p, int threads) {
     memset(arrived, 0, size_t(tiles) * 4);
   }
   bool failed = false;
-  const int64_t elements = tiles * longest * (cache.k_dim + cache.v_dim);
+  const int64_t elements = tiles * longest * (cache.k.head_dim + cache.v.head_dim);
   parallel(worth(threads, elements), tiles * splits, [&](int64_t item) {
     const int64_t tile = item / splits;
     const int split = int(item % splits);
-    const RowTile rows(p, int(tile / row_tiles / cache.kv_heads),
-                       int(tile / row_tiles % cache.kv_heads), int(tile % row_tiles));
+    const RowTile rows(p, int(tile / row_tiles / cache.num_kv_heads),
+                       int(tile / row_tiles % cache.num_kv_heads), int(tile % row_tiles));
     const Splits mine = splits_of(rows);
     if (rows.count == 0 || (splits > 1 && split >= mine.count)) return;
     auto* const w = static_cast<Workspace*>(thread_scratch(Scratch::kWorker, sizeof(Workspace)));
@@ -232,23 +238,30 @@ Status attention(const AttentionParams& p, int threads) {
     w->query.load(p, rows);
     float* const saved = partials ? partials + tile * splits * partial : w->converted;
     if (splits > 1) {
-      add_split(p, rows, mine.first + split, *w);
-      w->split.save(rows.count, cache.v_dim, saved + split * partial);
+      add_split(formats, p, rows, mine.first + split, *w);
+      w->split.save(rows.count, cache.v.head_dim, saved + split * partial);
       // The last to arrive merges all, in their order.
       if (__atomic_add_fetch(&arrived[tile], 1, __ATOMIC_ACQ_REL) < mine.count) return;
     }
-    w->total.clear(rows.count, cache.v_dim);
+    w->total.clear(rows.count, cache.v.head_dim);
     for (int i = 0; i < mine.count; ++i) {
       if (splits == 1) {
-        add_split(p, rows, mine.first + i, *w);
-        w->split.save(rows.count, cache.v_dim, saved);
+        add_split(formats, p, rows, mine.first + i, *w);
+        w->split.save(rows.count, cache.v.head_dim, saved);
       }
-      w->total.merge(rows.count, cache.v_dim, splits == 1 ? saved : saved + i * partial);
+      w->total.merge(rows.count, cache.v.head_dim, splits == 1 ? saved : saved + i * partial);
     }
     finish(p, rows, *w);
   });
   if (partials) trim_scratch(Scratch::kCall);
   return failed ? Status::device("attention: out of memory") : Status::ok();
+}
+
+}  // namespace
+
+Status attention(const AttentionParams& p, int threads) {
+  return with_pair(p.cache.k.format, p.cache.v.format,
+                   [&](auto formats) { return attend(formats, p, threads); });
 }
 
 }  // namespace kvquant::cpu::KVQUANT_ISA

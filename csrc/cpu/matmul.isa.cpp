@@ -122,8 +122,8 @@ void qk_run(const Item& item, int token, int tokens, Workspace& w) {
       w.constant[r] = reduce_add(constant);
     }
     w.codes.find(item, token, tokens, c, count);
-    qk_tile(w.x, width, item.rows, w.codes.rows, round_up(tokens, kQkTokens), width, nullptr, w.sum,
-            kTileTokens);
+    qk_tile(w.x, width, item.rows, ByteRows{w.codes.rows}, round_up(tokens, kQkTokens), width,
+            w.sum, kTileTokens);
     for (int r = 0; r < item.rows; ++r) {
       for (int t = 0; t < tokens; ++t) {
         float score = w.sum[r * kTileTokens + t];
@@ -169,7 +169,7 @@ void pv_run(const Item& item, int begin, int end, int c, int count, Workspace& w
       w.constant[r] += constant;
     }
     w.codes.find(item, token, tokens, c, count);
-    pv_tile(w.x, kTileTokens, item.rows, w.codes.rows, tokens, width, nullptr, w.unit, w.sum,
+    pv_tile(w.x, kTileTokens, item.rows, ByteRows{w.codes.rows}, tokens, width, w.unit, w.sum,
             width);
   }
   if (a.channel_stride) load_channel_pairs(item, begin, c, count, w);

@@ -21,7 +21,7 @@ struct Pairs {
 KVQUANT_INLINE Pairs make_pairs(Vec low, Vec high, Mask finite, float qmin, float qmax) {
   const Vec range = (high - low) / Vec::set(qmax - qmin);
   const Vec steps = max(abs(low), abs(high)) * Vec::set(0x1p-20f);
-  const Vec scale = max(max(range, steps), Vec::set(int8::kMinScale)), nan = Vec::set(kQuietNaN);
+  const Vec scale = max(max(range, steps), Vec::set(kMinScale)), nan = Vec::set(kQuietNaN);
   const Vec kept = select(finite, scale, nan);
   return {kept, select(finite, Vec::set(qmin) - low / scale, nan), Vec::set(1.f) / kept};
 }

@@ -1,11 +1,13 @@
 // Where rows are, and rows of the caller's type as floats. For the *.isa.cpp files.
 #pragma once
 
+#include "common/groups.h"
+#include "common/hadamard.h"
 #include "common/paging.h"
 #include "common/rows.h"
 #include "cpu/threads.h"
 #include "cpu/vec.h"
-#include "formats/int8.h"
+#include "formats/formats_cpu.h"
 #include "params.h"
 #include "status.h"
 
@@ -23,26 +25,6 @@ KVQUANT_INLINE void parallel(int threads, int64_t count, const F& f) {
 
 // All threads or one, if that many elements are not worth the waking of the others.
 KVQUANT_INLINE int worth(int threads, int64_t elements) { return elements < 32768 ? 1 : threads; }
-
-// Token to (block, row): paged block sizes are powers of two, a contiguous sequence is one block.
-struct Place {
-  int block;  // -1: nowhere
-  int64_t row;
-};
-KVQUANT_INLINE Place place_of(const CacheView& cache, const Sequences& seqs, int sequence,
-                              int64_t token) {
-  if (token < 0) return {-1, 0};
-  const int64_t index = token / cache.block_size;
-  return {block_of(cache, seqs, sequence, index), token - index * cache.block_size};
-}
-
-// The mean of the group that starts at `token`; null: nowhere, which counts as zero.
-KVQUANT_INLINE uint16_t* mean_of(const CacheView& cache, const Sequences& seqs, int sequence,
-                                 int head, int64_t token) {
-  const Place at = place_of(cache, seqs, sequence, token);
-  if (at.block < 0) return nullptr;
-  return rows_of<uint16_t>(cache.k_mean, at.block, head) + at.row / cache.group * cache.k_dim;
-}
 
 // The caller's element types as types, so that the loop over a row is compiled for each.
 struct Float32 {
@@ -117,7 +99,7 @@ KVQUANT_INLINE Vec butterflies_within(Vec x, int length) {
   }
 }
 // Orthonormal Hadamard rotation in blocks of `length` channels, a power of two: its own inverse.
-// The order of steps is the one that formats/int8.h fixes.
+// The order of steps is the one that common/hadamard.h fixes.
 KVQUANT_INLINE void rotate(float* x, int dim, int length) {
   if (length < 2) return;
   for (int c = 0; c < dim; c += kWidth)
@@ -131,17 +113,18 @@ KVQUANT_INLINE void rotate(float* x, int dim, int length) {
       }
     }
   }
-  const Vec norm = Vec::set(int8::hadamard_norm(length));
+  const Vec norm = Vec::set(hadamard_norm(length));
   for (int c = 0; c < dim; c += kWidth) (Vec::load(x + c) * norm).store(x + c);
 }
 
 // Codes, scale and offset of one row as floats, in the basis they are stored in.
-KVQUANT_INLINE void decode_row(const uint8_t* q, const uint16_t* params, int dim,
-                               const uint16_t* mean, float* to) {
-  const Vec scale = Vec::set(int8::half_to_float(params[0]));
-  const Vec offset = Vec::set(int8::half_to_float(params[1]));
+template <class Format>
+KVQUANT_INLINE void decode_row(Format, const uint8_t* codes, typename Format::Params params,
+                               int dim, const uint16_t* mean, float* to) {
+  const RowAffine affine = Format::affine(params);
+  const Vec scale = Vec::set(affine.scale), offset = Vec::set(affine.offset);
   for (int c = 0; c < dim; c += kWidth) {
-    Vec x = fma(scale, Vec::load(q + c), offset);
+    Vec x = fma(scale, Codes<Format>::load(codes, c), offset);
     if (mean) x = x + Vec::load_half(mean + c);
     x.store(to + c);
   }
@@ -161,7 +144,7 @@ struct Range {
   KVQUANT_INLINE Vec lowest() const { return select(nothing <= zero(), low, Vec::set(-kInfinity)); }
 };
 KVQUANT_INLINE Mask in_range(Vec lowest, Vec highest) {
-  const Vec most = Vec::set(int8::kMaxAbs);
+  const Vec most = Vec::set(kMaxAbs);
   return both(zero() - most <= lowest, highest <= most);
 }
 

@@ -8,6 +8,8 @@
 // min(a, b) and max(a, b) give b where either is NaN, as the instructions do: min(x, bound) drops
 // a NaN, min(bound, x) keeps it.
 //
+// load_centered() reads bytes as q - 128.
+//
 // store_codes4(p, a, b, c, d, low, high) stores four vectors side by side as bytes, rounded half to
 // even and then within [low, high], 0 to 255. They are at most 2^21, or a NaN, which becomes low.
 // With `past_cache`, straight to memory where the instruction set and the address allow;
@@ -17,16 +19,11 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/host_device.h"
+
 #if !defined(KVQUANT_ISA)
 #error "vec.h belongs to sources that are compiled once an instruction set (*.isa.cpp)"
 #endif
-#define KVQUANT_INLINE inline __attribute__((always_inline))
-
-namespace kvquant::cpu {
-// A code as seen from the middle of its row: loaded as q - 128, exactly. Sums of such terms lose
-// less to rounding than sums of 0 .. 255.
-enum class Centered : uint8_t {};
-}  // namespace kvquant::cpu
 
 #if defined(KVQUANT_ISA_AVX512)
 #include "cpu/vec_avx512.h"

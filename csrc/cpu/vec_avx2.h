@@ -19,7 +19,7 @@ struct Vec {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes))};
   }
-  static KVQUANT_INLINE Vec load(const Centered* p) {
+  static KVQUANT_INLINE Vec load_centered(const uint8_t* p) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     const __m128i centered = _mm_xor_si128(bytes, _mm_set1_epi8(-128));
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(centered))};

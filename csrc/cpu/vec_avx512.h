@@ -22,7 +22,7 @@ struct Vec {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))};
   }
-  static KVQUANT_INLINE Vec load(const Centered* p) {
+  static KVQUANT_INLINE Vec load_centered(const uint8_t* p) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     const __m128i centered = _mm_xor_si128(bytes, _mm_set1_epi8(-128));
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(centered))};

@@ -18,7 +18,7 @@ struct Vec {
   static KVQUANT_INLINE Vec load(const uint8_t* p) {
     return {vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(four_bytes(p)))))};
   }
-  static KVQUANT_INLINE Vec load(const Centered* p) {
+  static KVQUANT_INLINE Vec load_centered(const uint8_t* p) {
     const uint8x8_t bytes = four_bytes(reinterpret_cast<const uint8_t*>(p));
     const int8x8_t centered = vreinterpret_s8_u8(veor_u8(bytes, vdup_n_u8(0x80)));
     return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(centered))))};

@@ -3,7 +3,7 @@
 // vec.h.
 #pragma once
 
-#include "formats/int8.h"
+#include "common/half.h"
 
 namespace kvquant::cpu::KVQUANT_ISA {
 
@@ -31,17 +31,17 @@ KVQUANT_INLINE Floats blend(Ints m, Floats a, Floats b) {
 
 // Nearest fp16, ties to even.
 KVQUANT_INLINE uint16_t to_half(float x) {
-  const uint32_t u = int8::float_to_bits(x), sign = u >> 16 & 0x8000, mag = u & 0x7fffffff;
+  const uint32_t u = float_to_bits(x), sign = u >> 16 & 0x8000, mag = u & 0x7fffffff;
   if (mag > 0x7f800000) return uint16_t(sign | 0x7e00 | (mag >> 13 & 0x3ff));
   if (mag >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 rounds to infinity
   if (mag < 0x38800000) {  // subnormal: adding 0.5 leaves units of 2^-24, rounded
-    const float units = int8::bits_to_float(mag) + 0.5f;
-    return uint16_t(sign | (int8::float_to_bits(units) - 0x3f000000));
+    const float units = bits_to_float(mag) + 0.5f;
+    return uint16_t(sign | (float_to_bits(units) - 0x3f000000));
   }
   return uint16_t(sign | ((mag - 0x38000000 + 0xfff + (mag >> 13 & 1)) >> 13));
 }
 KVQUANT_INLINE uint16_t to_bf16(float x) {
-  const uint32_t u = int8::float_to_bits(x);
+  const uint32_t u = float_to_bits(x);
   if ((u & 0x7fffffff) > 0x7f800000) return uint16_t(u >> 16 | 0x40);
   return uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
@@ -59,13 +59,13 @@ struct Vec {
   static KVQUANT_INLINE Vec load(const uint8_t* p) {
     return {Floats{float(p[0]), float(p[1]), float(p[2]), float(p[3])}};
   }
-  static KVQUANT_INLINE Vec load(const Centered* p) {
+  static KVQUANT_INLINE Vec load_centered(const uint8_t* p) {
     return {Floats{float(int(p[0]) - 128), float(int(p[1]) - 128), float(int(p[2]) - 128),
                    float(int(p[3]) - 128)}};
   }
   static KVQUANT_INLINE Vec load_half(const uint16_t* p) {
-    return {Floats{int8::half_to_float(p[0]), int8::half_to_float(p[1]), int8::half_to_float(p[2]),
-                   int8::half_to_float(p[3])}};
+    return {
+        Floats{half_to_float(p[0]), half_to_float(p[1]), half_to_float(p[2]), half_to_float(p[3])}};
   }
   static KVQUANT_INLINE Vec load_bf16(const uint16_t* p) {
     return {floats(Ints{int32_t(uint32_t(p[0]) << 16), int32_t(uint32_t(p[1]) << 16),
@@ -157,8 +157,8 @@ KVQUANT_INLINE void load_pairs(const uint32_t* p, Vec& scale, Vec& offset) {
   uint16_t halves[8];
   memcpy(halves, p, 16);
   for (int i = 0; i < 4; ++i) {
-    scale.v[i] = int8::half_to_float(halves[2 * i]);
-    offset.v[i] = int8::half_to_float(halves[2 * i + 1]);
+    scale.v[i] = half_to_float(halves[2 * i]);
+    offset.v[i] = half_to_float(halves[2 * i + 1]);
   }
 }
 

@@ -89,8 +89,10 @@ def explain(
     v_dim = head_dim if v_head_dim is None else check_head_dim("v_head_dim", v_head_dim)
     fmt = CacheFormat() if format is None else check_format(format)
     target = check_device("device", device)
-    dims = (head_dim, v_dim) if op in _ON_CACHE else ()
-    backend, reason = backends.choose(target, *dims)
+    view = None
+    if op in _ON_CACHE:
+        view = CacheView.allocate(1, 1, 16, head_dim, v_dim, format=fmt, device=target)
+    backend, reason = backends.choose(target, None if view is None else view.spec)
     details: dict[str, Any] = {"device": _device_name(target)}
     if backend.name != "reference":
         details.update(backends.build_info())
@@ -98,8 +100,8 @@ def explain(
         stored, plain = fmt.row_bytes(head_dim, v_dim), 2 * (head_dim + v_dim)
         details["format"] = fmt
         details["bytes of a token and head"] = f"{stored}, {plain / stored:.2f}x less than float16"
-    if op == "attention":
-        details.update(_planned(target, head_dim, v_dim, dtype, fmt))
+    if op == "attention" and view is not None:
+        details.update(_planned(view, dtype))
     if cache is not None:
         details["cache"] = repr(cache)
     if cache is not None and op == "attention":
@@ -126,12 +128,12 @@ def _device_name(device: torch.device) -> str:
     return str(device)
 
 
-def _planned(
-    device: torch.device, head_dim: int, v_dim: int, dtype: torch.dtype, fmt: CacheFormat
-) -> dict[str, Any]:
+def _planned(view: CacheView, dtype: torch.dtype) -> dict[str, Any]:
     """The kernels of a decode step, on a cache of one block."""
-    view = CacheView.allocate(1, 1, 16, head_dim, v_dim, format=fmt, device=device)
-    index = torch.zeros(1, 1, dtype=torch.int32, device=device)
-    query, value = (torch.empty(1, 1, 1, n, dtype=dtype, device=device) for n in (head_dim, v_dim))
+    index = torch.zeros(1, 1, dtype=torch.int32, device=view.device)
+    query, value = (
+        torch.empty(1, 1, 1, rows.head_dim, dtype=dtype, device=view.device)
+        for rows in (view.k, view.v)
+    )
     found = plan(query, view, Sequences(index, index[0]), query, value)
     return {"kernels": found.regime, **found.details}

@@ -88,7 +88,7 @@ def append_(
             _check_contents(seqs, view, _added(seqs, key) if by_table else 0)
         _check_slots(slot_mapping, view)
     if ops.is_plain(key):
-        backend = backends.select("append_", view.device, view.k.head_dim, view.v.head_dim)
+        backend = backends.select("append_", view.device, view.spec)
         backend.append(key, value, view, seqs, slot_mapping)
     else:
         ops.append(key, value, view, seqs, slot_mapping)
@@ -149,7 +149,7 @@ def gather(
         key, value = out
         check_gather(view, seqs, key, value)
     if ops.is_plain(view.k.codes):
-        backend = backends.select("gather_", view.device, view.k.head_dim, view.v.head_dim)
+        backend = backends.select("gather_", view.device, view.spec)
         backend.gather(view, seqs, key, value)
     else:
         ops.gather(view, seqs, key, value)

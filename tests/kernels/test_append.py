@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -26,17 +28,21 @@ from support import (
     snapshot,
 )
 
+PAIRS = sorted({(fmt.key, fmt.value) for fmt in FORMATS.values()})
+
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_plain_codes_are_exact(backend, device, dtype, layout):
-    cache = empty_cache(RAGGED, fmt=PLAIN, block=LAYOUTS[layout], v_dim=128, device=device)
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_plain_codes_are_exact(backend, device, pair, dtype, layout):
+    fmt = replace(PLAIN, key=pair[0], value=pair[1])
+    cache = empty_cache(RAGGED, fmt=fmt, block=LAYOUTS[layout], v_dim=128, device=device)
     keys, values = new_rows(cache, RAGGED, DTYPES[dtype])
     cache.append(keys, values)
     for b in range(len(RAGGED)):
         rows = cache.rows(b)
-        for name, x in (("k", keys[b]), ("v", values[b])):
-            codes, params = oracle.encode(x)
+        for name, x, of in (("k", keys[b], fmt.key), ("v", values[b], fmt.value)):
+            codes, params = oracle.encode(x, of)
             assert torch.equal(rows[f"{name}_data"], codes)
             assert torch.equal(rows[f"{name}_params"], params)
 

@@ -210,6 +210,18 @@ def test_nan_is_seen_by_its_head_only(backend, device, count, name):
     assert torch.equal(out[~hit], clean[~hit])
 
 
+@pytest.mark.parametrize("token", [25, 700, 2989], ids=["first", "full tile", "last tile"])
+@pytest.mark.parametrize("count", [1, 20])
+def test_nan_is_seen_whatever_its_weight(backend, device, count, token):
+    """One token takes all the weight; the others', in its split or in another, are exactly zero."""
+    cache = filled_cache((2990,), block=16, device=device)
+    query = queries_of(cache, [count])
+    poison_row(cache, 0, token, 1, "v")
+    out = attend(cache, query, softmax_scale=1e3, causal=False)
+    assert out[:, :2].isfinite().all()
+    assert out[:, 2:].isnan().all()
+
+
 @pytest.mark.parametrize("name", ["k", "v"])
 def test_nan_that_is_not_seen_does_not_matter(backend, device, name):
     cache = filled_cache((300, 300, 300), block=16, starts=(100, 0, 0), device=device)

@@ -19,7 +19,9 @@ def choose():
 
     def of(*sizes, split_size=0, packed=False, appends=False):
         problem = dict(zip(names, sizes, strict=True))
-        return _C.choose(problem | {"split_size": split_size, "packed": packed, "appends": appends})
+        formats = {"k_format": "int8", "v_format": "int8"}
+        rest = {"split_size": split_size, "packed": packed, "appends": appends}
+        return _C.choose({**problem, **formats, **rest})
 
     return of
 
@@ -166,6 +168,14 @@ def test_a_row_refuses_by_name(choose):
             assert name in why
     ((argument, why),) = choose(70_000, *sizes[1:], SMS)["refusals"]
     assert "65535" in why
+
+
+def test_formats_are_refused_by_name():
+    _C = pytest.importorskip("kvquant._C")
+    assert _C.refuse_rows("int8", "int8", 128, 64) == ""
+    assert "no row format nf4" in _C.refuse_rows("int8", "nf4", 128, 128)
+    assert "no row format nf4" in _C.refuse_rows("nf4", "int8", 128, 128)
+    assert "head_dim 24" in _C.refuse_rows("int8", "int8", 24, 128)
 
 
 def test_what_the_launch_appends(choose):

@@ -241,6 +241,6 @@ def test_a_head_dim_without_kernels_takes_the_reference(native):
     query = torch.randn(1, 1, 2, 272, device=native, dtype=BF16)
     where = {"block_table": cache.table, "seq_lens": cache.lens}
     assert kvquant.attention(query, cache.view, **where).isfinite().all()
-    backend, reason = backends.choose(cache.view.device, 272, 272)
+    backend, reason = backends.choose(cache.view.device, cache.view.spec)
     assert backend.name == "reference"
     assert "272" in reason

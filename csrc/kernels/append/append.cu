@@ -11,7 +11,6 @@ namespace kvquant::cuda {
 namespace {
 
 constexpr int kThreads = kRowWarps * 32;
-constexpr int kChunk = 256;  // tokens of a block where the format has no mean
 
 // The last block to be done adds the call's tokens to the lengths, which all have read by then.
 __device__ void advance_lengths(const AppendParams& p) {
@@ -35,47 +34,48 @@ __device__ int only_block(const AppendParams& p, int sequence) {
 }
 
 // grid: (chunks, kv_heads, batch * 2): K and V are even and odd in z.
-template <class T>
-__global__ void __launch_bounds__(kThreads) append_kernel(const AppendParams p) {
+template <class Formats, class T>
+__global__ void __launch_bounds__(kThreads, 4) append_kernel(const AppendParams p) {
   __shared__ MeanScratch scratch;
   __shared__ float mean[256];
   const bool is_key = blockIdx.z % 2 == 0;
   const int sequence = blockIdx.z / 2;
   const CacheView& cache = p.cache;
-  const Source<T> src{cache,
-                      p.seqs,
-                      p.slot_mapping,
-                      is_key ? p.key : p.value,
-                      is_key,
-                      sequence,
-                      int(blockIdx.y),
-                      call_rows(p.seqs, sequence),
-                      p.seqs.seq_lens ? checked_length(p.seqs.seq_lens[sequence]) : 0,
-                      Paging(cache, p.seqs.max_blocks),
-                      only_block(p, sequence)};
-  const int chunk = cache.group ? cache.group : kChunk;
-  const int start = (src.length / chunk + int(blockIdx.x)) * chunk;
-  const int begin = max(start, src.length), end = min(start + chunk, src.length + src.call.count);
-  if (begin < end) {
-    const __half* const own = find_mean<kThreads>(src, start, end, scratch, mean);
-    write_rows(src, begin, end, own, threadIdx.x / 32);
-  }
+  with_rows(Formats{}, is_key, [&](auto format) {
+    const Source<decltype(format), T> src{
+        cache,
+        p.seqs,
+        p.slot_mapping,
+        is_key ? p.key : p.value,
+        is_key,
+        sequence,
+        int(blockIdx.y),
+        call_rows(p.seqs, sequence),
+        p.seqs.seq_lens ? checked_length(p.seqs.seq_lens[sequence]) : 0,
+        Paging(cache, p.seqs.max_blocks),
+        only_block(p, sequence)};
+    const Chunk chunk = chunk_of(cache, src.length, src.call.count, int(blockIdx.x));
+    if (chunk.begin >= chunk.end) return;
+    const __half* const own = find_mean<kThreads>(src, chunk.start, chunk.end, scratch, mean);
+    write_rows(src, chunk.begin, chunk.end, own, threadIdx.x / 32);
+  });
   if (p.advance) advance_lengths(p);
 }
 
 }  // namespace
 
 Status append(const AppendParams& params, Launch launch) {
-  const int chunk = params.cache.group ? params.cache.group : kChunk;
-  const int64_t tokens = params.seqs.tokens;
-  if (tokens == 0 || params.seqs.batch == 0) return Status::ok();
-  const dim3 grid(unsigned((tokens + chunk - 2) / chunk + 1), unsigned(params.cache.kv_heads),
-                  unsigned(params.seqs.batch * 2));
+  const CacheView& cache = params.cache;
+  if (params.seqs.max_seqlen_q == 0 || params.seqs.batch == 0) return Status::ok();
+  const dim3 grid(unsigned(chunks_of(cache, params.seqs.max_seqlen_q)),
+                  unsigned(cache.num_kv_heads), unsigned(params.seqs.batch * 2));
   if (grid.z > 65535) return Status::unsupported("batch over 32767");
-  return launch_on(launch, [&](cudaStream_t stream) {
-    dispatch_dtype(params.dtype, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      append_kernel<T><<<grid, kThreads, 0, stream>>>(params);
+  return with_pair(cache.k.format, cache.v.format, [&](auto formats) {
+    return launch_on(launch, [&](cudaStream_t stream) {
+      dispatch_dtype(params.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        append_kernel<decltype(formats), T><<<grid, kThreads, 0, stream>>>(params);
+      });
     });
   });
 }

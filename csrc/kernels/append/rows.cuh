@@ -2,14 +2,15 @@
 // the append kernel and by the attention kernel's decode step.
 #pragma once
 
-#include "formats/int8.h"
-#include "kernels/common/cache.cuh"
-#include "kernels/common/row.cuh"
+#include "common/groups.h"
+#include "common/paging.h"
+#include "common/rows.h"
+#include "formats/formats.cuh"
 
 namespace kvquant::cuda {
 
 // One head of one sequence, K or V.
-template <class T>
+template <class Format, class T>
 struct Source {
   const CacheView& cache;
   const Sequences& seqs;
@@ -22,29 +23,32 @@ struct Source {
   Paging paging;
   int whole = -1;  // the sequence's one block, where it is known; else it is looked up
 
-  __device__ int dim() const { return is_key ? cache.k_dim : cache.v_dim; }
-  __device__ int rotation() const { return is_key ? cache.k_rotation : cache.v_rotation; }
-  __device__ Slab data() const { return is_key ? cache.k_data : cache.v_data; }
-  __device__ Slab params() const { return is_key ? cache.k_params : cache.v_params; }
+  __device__ int dim() const { return is_key ? cache.k.head_dim : cache.v.head_dim; }
+  __device__ int rotation() const { return is_key ? cache.k.rotation : cache.v.rotation; }
 
   __device__ const T* row(int i) const {
     return static_cast<const T*>(rows.data) + row_offset(rows, seqs, call, sequence, i) +
            head * rows.head_stride;
   }
-  // (block, row) of an incoming row, block -1 where it has no place.
-  __device__ int2 place(int i) const {
-    if (slot_mapping) {
-      const int64_t slot = slot_mapping[call.first + i];
-      const int64_t block = slot / cache.block_size;
-      if (slot < 0 || block >= cache.num_blocks) return {-1, 0};
-      return {int(block), int(slot - block * cache.block_size)};
-    }
+  // Of an incoming row.
+  __device__ Place place(int i) const {
+    if (slot_mapping) return place_of_slot(cache, slot_mapping[call.first + i]);
     return stored(length + i);
   }
-  __device__ int2 stored(int token) const {
-    if (token < 0 || token >= int64_t(seqs.max_blocks) * cache.block_size) return {-1, 0};
-    const int block = whole >= 0 ? whole : block_of(cache, seqs, sequence, token >> paging.shift);
-    return {block, token & paging.mask};
+  __device__ Place stored(int token) const {
+    return place_of(cache, seqs, paging, sequence, token, whole);
+  }
+  __device__ uint8_t* codes(Place at) const {
+    const Slab slab = is_key ? cache.k.codes : cache.v.codes;
+    return rows_of<uint8_t>(slab, at.block, head) + int64_t(at.row) * Format::code_bytes(dim());
+  }
+  __device__ typename Format::Params* params(Place at) const {
+    const Slab slab = is_key ? cache.k.params : cache.v.params;
+    return rows_of<typename Format::Params>(slab, at.block, head) + at.row;
+  }
+  // Of a token's group; null: nowhere.
+  __device__ __half* mean(int token) const {
+    return mean_of<__half>(cache, seqs, paging, sequence, head, token, whole);
   }
 };
 
@@ -71,38 +75,26 @@ struct RowSlot : RowLanes {
   }
 };
 
-// Where the mean of the group that starts at `token` lives; null: nowhere.
-template <class T>
-__device__ __half* mean_slot(const Source<T>& src, int token) {
-  const int2 at = src.stored(token);
-  if (at.x < 0) return nullptr;
-  return rows_of<__half>(src.cache.k_mean, at.x, src.head) +
-         int64_t(at.y / src.cache.group) * src.dim();
-}
-
 // Adds the usable stored rows of tokens [begin, end) of one group to this lane's sum.
-template <class T>
-__device__ int sum_stored(const Source<T>& src, const RowSlot& at, int begin, int end,
+template <class Format, class T>
+__device__ int sum_stored(const Source<Format, T>& src, const RowSlot& at, int begin, int end,
                           float (&sum)[kLaneChannels]) {
   int count = 0;
   float offsets = 0.f;
 #pragma unroll 4
   for (int token = begin + at.slot; token < end; token += at.slots) {
-    const int2 from = src.stored(token);
-    if (at.row < 0 || from.x < 0) continue;
-    const int64_t row = from.y;
-    const float2 affine = __half22float2(rows_of<__half2>(src.params(), from.x, src.head)[row]);
+    const Place from = src.stored(token);
+    if (at.row < 0 || from.block < 0) continue;
+    const RowAffine affine = Format::affine(*src.params(from));
     float x[kLaneChannels];
-    decode16(*reinterpret_cast<const uint4*>(rows_of<uint8_t>(src.data(), from.x, src.head) +
-                                             row * src.dim() + at.channel()),
-             x);
-    if (isnan(affine.x)) continue;
+    LaneCodes<Format>::load(src.codes(from), at.channel(), x);
+    if (isnan(affine.scale)) continue;
     ++count;
-    offsets += affine.y;
+    offsets += affine.offset;
 #pragma unroll
-    for (int c = 0; c < kLaneChannels; ++c) sum[c] = fmaf(affine.x, x[c], sum[c]);
+    for (int c = 0; c < kLaneChannels; ++c) sum[c] = fmaf(affine.scale, x[c], sum[c]);
   }
-  const __half* mean = count ? mean_slot(src, begin & -src.cache.group) : nullptr;
+  const __half* mean = count ? src.mean(begin) : nullptr;
   if (mean) {
 #pragma unroll
     for (int c = 0; c < kLaneChannels; ++c) {
@@ -115,11 +107,12 @@ __device__ int sum_stored(const Source<T>& src, const RowSlot& at, int begin, in
 // This thread's sixteen channels of an incoming row on their way.
 template <class T>
 struct RowInFlight {
-  int2 to;  // (block, row), block -1: nowhere
+  Place to;
   Words16<T> row;
 
   // Asks for row `at.slot` of tokens [begin, end).
-  __device__ __forceinline__ void load(const Source<T>& src, const RowSlot& at, int begin,
+  template <class Format>
+  __device__ __forceinline__ void load(const Source<Format, T>& src, const RowSlot& at, int begin,
                                        int end) {
     const int i = begin + at.slot - src.length;
     to = {-1, 0};
@@ -131,15 +124,15 @@ struct RowInFlight {
   // the warp must call.
   __device__ __forceinline__ bool read(const RowSlot& at, float (&x)[kLaneChannels]) const {
 #pragma unroll
-    for (int c = 0; c < kLaneChannels; ++c) x[c] = to.x >= 0 ? row[c] : 0.f;
+    for (int c = 0; c < kLaneChannels; ++c) x[c] = to.block >= 0 ? row[c] : 0.f;
     return row_max(all_finite(x) ? 0.f : 1.f, at) == 0.f;
   }
 };
 
 // Calls body(row) for the rows of tokens [begin, end) that are this thread's, the next one loading
 // meanwhile.
-template <class T, class F>
-__device__ __forceinline__ void for_rows(const Source<T>& src, const RowSlot& at, int begin,
+template <class Format, class T, class F>
+__device__ __forceinline__ void for_rows(const Source<Format, T>& src, const RowSlot& at, int begin,
                                          int end, F&& body) {
   RowInFlight<T> next;
   next.load(src, at, begin, end);
@@ -151,13 +144,13 @@ __device__ __forceinline__ void for_rows(const Source<T>& src, const RowSlot& at
 }
 
 // Adds the usable incoming rows of tokens [begin, end), not rotated, to this lane's sum.
-template <class T>
-__device__ __forceinline__ int sum_incoming(const Source<T>& src, const RowSlot& at, int begin,
-                                            int end, float (&sum)[kLaneChannels]) {
+template <class Format, class T>
+__device__ __forceinline__ int sum_incoming(const Source<Format, T>& src, const RowSlot& at,
+                                            int begin, int end, float (&sum)[kLaneChannels]) {
   int count = 0;
   for_rows(src, at, begin, end, [&](const RowInFlight<T>& row) {
     float x[kLaneChannels];
-    const bool usable = row.read(at, x) && row.to.x >= 0;
+    const bool usable = row.read(at, x) && row.to.block >= 0;
     if (!usable) return;
     ++count;
 #pragma unroll
@@ -167,8 +160,8 @@ __device__ __forceinline__ int sum_incoming(const Source<T>& src, const RowSlot&
 }
 
 // Sums the usable rows of tokens [begin, end) into mean[dim]; returns how many there were.
-template <int kThreads, class T>
-__device__ int sum_rows(const Source<T>& src, int begin, int end, MeanScratch& scratch,
+template <int kThreads, class Format, class T>
+__device__ int sum_rows(const Source<Format, T>& src, int begin, int end, MeanScratch& scratch,
                         float* mean) {
   const RowSlot at(src.dim(), threadIdx.x / 32);
   const int first = max(begin, first_token(src.seqs, src.sequence));
@@ -220,30 +213,30 @@ __device__ int sum_rows(const Source<T>& src, int begin, int end, MeanScratch& s
 
 // Takes the mean of the group of tokens [start, end), which begins in this call, and stores it: the
 // mean of the group before, else of its own rows if they are enough, else none.
-template <int kThreads, class T>
-__device__ __forceinline__ void open_group(const Source<T>& src, int start, int end, __half* slot,
-                                           MeanScratch& scratch, float* mean) {
-  const int before = max(0, start - src.cache.group);
+template <int kThreads, class Format, class T>
+__device__ __forceinline__ void open_group(const Source<Format, T>& src, int start, int end,
+                                           __half* slot, MeanScratch& scratch, float* mean) {
+  const int before = max(0, start - src.cache.mean_group);
   int found = 0;
-  for (int from = before; from <= start && !found; from += src.cache.group) {
+  for (int from = before; from <= start && !found; from += src.cache.mean_group) {
     found = sum_rows<kThreads>(src, from, from < start ? start : end, scratch, mean);
-    if (from == start && found < int8::kMinMeanRows) found = 0;
+    if (from == start && found < kMinMeanRows) found = 0;
   }
   __syncthreads();
   if (!slot) return;
   for (int c = threadIdx.x; c < src.dim(); c += kThreads) {
     const float x = found ? mean[c] : 0.f;
-    slot[c] = __float2half_rn(fminf(fmaxf(x, -int8::kMaxAbs), int8::kMaxAbs));
+    slot[c] = __float2half_rn(fminf(fmaxf(x, -kMaxAbs), kMaxAbs));
   }
 }
 
 // Where the keys of the group of tokens [start, end) have their mean, taken now if the group begins
 // in this call; null: they have none.
-template <int kThreads, class T>
-__device__ __forceinline__ const __half* find_mean(const Source<T>& src, int start, int end,
+template <int kThreads, class Format, class T>
+__device__ __forceinline__ const __half* find_mean(const Source<Format, T>& src, int start, int end,
                                                    MeanScratch& scratch, float* mean) {
-  if (!src.is_key || !src.cache.group) return nullptr;
-  __half* const slot = mean_slot(src, start);
+  if (!src.is_key || !src.cache.mean_group) return nullptr;
+  __half* const slot = src.mean(start);
   if (start >= src.length) {
     open_group<kThreads>(src, start, end, slot, scratch, mean);
     __syncthreads();
@@ -264,8 +257,8 @@ struct LaneMean {
 
 // Rotates the rows of tokens [begin, end) of the source, subtracts the group's mean, quantises and
 // stores them. `warp`: of the block.
-template <class T>
-__device__ __forceinline__ void write_rows(const Source<T>& src, int begin, int end,
+template <class Format, class T>
+__device__ __forceinline__ void write_rows(const Source<Format, T>& src, int begin, int end,
                                            const __half* group_mean, int warp) {
   const RowSlot at(src.dim(), warp);
   LaneMean mean;
@@ -283,18 +276,12 @@ __device__ __forceinline__ void write_rows(const Source<T>& src, int begin, int 
     for (int c = 0; c < kLaneChannels; ++c) low = fminf(low, x[c]), high = fmaxf(high, x[c]);
     low = -row_max(-low, at);
     high = row_max(high, at);
-    const int8::RowParams affine = int8::row_params(low, high, finite);
-    const float offset = int8::half_to_float(affine.offset);
-    const float inverse = __fdiv_rn(1.f, int8::half_to_float(affine.scale));
-    const uint4 codes =
-        encode16(x, 0.f, 255.f, [&](float y) { return __fmul_rn(__fsub_rn(y, offset), inverse); });
-    if (row.to.x < 0) return;
-    *reinterpret_cast<uint4*>(rows_of<uint8_t>(src.data(), row.to.x, src.head) +
-                              int64_t(row.to.y) * src.dim() + at.channel()) = codes;
-    if (at.index == 0) {
-      rows_of<uint32_t>(src.params(), row.to.x, src.head)[row.to.y] =
-          uint32_t(affine.scale) | uint32_t(affine.offset) << 16;
-    }
+    const auto params = Format::params(low, high, finite);
+    const Encoder<Format> encoder(params);
+    if (row.to.block < 0) return;
+    LaneCodes<Format>::template store<kLaneChannels>(src.codes(row.to), at.channel(),
+                                                     [&](int c) { return encoder.code(x[c]); });
+    if (at.index == 0) *src.params(row.to) = params;
   });
 }
 

@@ -59,18 +59,18 @@ template <int r, class Traits>
 __device__ __forceinline__ void store_warp(AttentionShared<Traits>& shared,
                                            const Accumulator<Traits>& acc, int count, int g,
                                            int t) {
+  using Values = ValueTile<typename Traits::Value, Traits::kDim>;
   const int warp = threadIdx.x / 32;
 #pragma unroll
   for (int w = 0; w < Traits::kDim / 32; ++w) {
-    const int c = combine_place<Traits::kDim>(value_channel<Traits::kDim>(w, g));
+    const int c = combine_place<Traits::kDim>(Values::channel(w, g));
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
       if (2 * t + q >= count) continue;
-      float4 x = make_float4(acc.c[2 * w][r][q], acc.c[2 * w][r][q + 2], acc.c[2 * w + 1][r][q],
-                             acc.c[2 * w + 1][r][q + 2]);
+      float4 x = Values::channels(acc.c[2 * w][r], acc.c[2 * w + 1][r], q);
       if constexpr (Traits::kSplit) {
-        x.x += acc.c[2 * w][1][q], x.y += acc.c[2 * w][1][q + 2];
-        x.z += acc.c[2 * w + 1][1][q], x.w += acc.c[2 * w + 1][1][q + 2];
+        const float4 rest = Values::channels(acc.c[2 * w][1], acc.c[2 * w + 1][1], q);
+        x.x += rest.x, x.y += rest.y, x.z += rest.z, x.w += rest.w;
       }
       *reinterpret_cast<float4*>(&shared.merge[warp][2 * t + q][c]) = x;
     }
@@ -242,10 +242,10 @@ __device__ __forceinline__ void write_result(const AttentionCall& p, const RowTi
 #pragma unroll
   for (int i = 0; i < Row::kCount; ++i) x[0][i] = factor == 0.f ? 0.f : result.x[i] * factor;
   if (p.lse && threadIdx.x % 32 == 0) {
-    p.lse[(rows.first_call_row + rows.token_of(row)) * p.q_heads + rows.head_of(row)] =
+    p.lse[(rows.first_call_row + rows.token_of(row)) * p.num_q_heads + rows.head_of(row)] =
         sum == 0.f ? -INFINITY : (max + log2f(sum)) * kLn2;
   }
-  if (p.cache.v_rotation > 1) rotate_warp<Traits::kDim>(x, p.cache.v_rotation);
+  if (p.cache.v.rotation > 1) rotate_warp<Traits::kDim>(x, p.cache.v.rotation);
   Element* const out =
       static_cast<Element*>(p.out.data) +
       row_offset(p.out, p.seqs, {rows.first_call_row, 0}, rows.sequence, rows.token_of(row)) +
@@ -259,7 +259,7 @@ __device__ __forceinline__ void write_result(const AttentionCall& p, const RowTi
     } else {
 #pragma unroll
       for (int j = 0; j < width(); ++j) {
-        if (c + j < p.cache.v_dim) out[c + j] = y[j];
+        if (c + j < p.cache.v.head_dim) out[c + j] = y[j];
       }
     }
   });

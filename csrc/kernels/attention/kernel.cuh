@@ -15,7 +15,8 @@ namespace kvquant::cuda {
 template <class Traits>
 __device__ __forceinline__ float mask_scores(const AttentionCall& p,
                                              const AttentionShared<Traits>& shared, int token,
-                                             int g, int t, const uint4& v_params,
+                                             int g, int t,
+                                             const TileParams<typename Traits::Value>& v_params,
                                              float (&score)[Traits::kRowSets][4]) {
   const float cap = p.softcap * kLog2e;
 #pragma unroll
@@ -36,7 +37,7 @@ __device__ __forceinline__ float mask_scores(const AttentionCall& p,
   for (int i = 0; i < 4; ++i) {
     const int j = token + 4 * t + i;
     const bool seen = j >= begin && j < end;
-    most = fmaxf(most, seen ? half2_floats(word_of(v_params, i)).x : 0.f);
+    most = fmaxf(most, seen ? v_params.scale(i) : 0.f);
   }
   return most;
 }
@@ -117,7 +118,7 @@ struct MainLoop {
       find_blocks(next, next_block);
       pipeline.wait_stage();
       float score[Traits::kTiles][Traits::kRowSets][4], v_scale = 0.f;
-      uint4 v_params[Traits::kTiles];
+      TileParams<typename Traits::Value> v_params[Traits::kTiles];
       bool clean[Traits::kTiles];
       const int new_tokens = shared.new_tokens.begin;
 #pragma unroll
@@ -129,15 +130,12 @@ struct MainLoop {
           dot[r] = mean_scores[(at >> paging.group_shift) * Traits::kRows + 8 * r];
         }
         if (at + kTile > new_tokens) pipeline.take_new(u, at, shared.new_tokens);
-        const auto& tile = pipeline.keys(u);
-        mma_qk(tile, query, dot, score[u]);
-        v_params[u] = tile.v_params;
+        mma_qk(pipeline.keys(u), query, dot, score[u]);
+        v_params[u] = pipeline.value_params(u);
         const bool usable = pipeline.usable(u, block[u]);
         clean[u] = at >= clean_begin && at <= clean_end && usable;
         if (clean[u]) {
-          const uint4& v = v_params[u];
-          const uint32_t most = max_halves(max_halves(v.x, v.y), max_halves(v.z, v.w));
-          v_scale = fmaxf(v_scale, half2_floats(most).x);
+          v_scale = fmaxf(v_scale, v_params[u].largest_scale());
         } else if (at < end && usable) {
           v_scale = fmaxf(v_scale, mask_scores(p, shared, at, g, t, v_params[u], score[u]));
         } else {
@@ -236,7 +234,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
   const int first_new = split == 0 ? rows.stored : max(rows.stored, begin);
   const int end_new = end == rows.end ? rows.stored + rows.tokens : end;
-  const int group = p.cache.group ? p.cache.group : 1 << 30, last_group = (end_new - 1) & -group;
+  const int group = p.cache.mean_group ? p.cache.mean_group : 1 << 30,
+            last_group = (end_new - 1) & -group;
   const bool has_new = p.key.data && first_new < end_new;
   const bool begins = has_new && (last_group >= rows.stored || last_group > first_new);
   if (begins) append_groups<Traits>(call, shared.groups, rows.stored, first_new, end_new);

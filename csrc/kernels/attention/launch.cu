@@ -1,13 +1,14 @@
 // Which instance of the attention kernel a call takes.
 #include <atomic>
 
+#include "formats/formats.h"
 #include "kernels/attention/call.h"
 #include "kernels/attention/config.h"
 #include "kernels/common/device.cuh"
 
 namespace kvquant::cuda {
 
-template <int kDim>
+template <class Formats, int kDim>
 cudaError_t launch_dim(const AttentionCall&, int rows, bool one_block_per_sm, cudaStream_t);
 
 namespace {
@@ -30,13 +31,13 @@ int capacity_of(const Sequences& seqs, const CacheView& cache) {
 }
 
 AttentionShape shape_of(const AttentionParams& p, int device) {
-  return shape_attention(p.seqs.batch, p.seqs.tokens, p.q_heads, p.cache.kv_heads, p.cache.k_dim,
-                         p.cache.v_dim, p.dtype == Dtype::kFloat32, capacity_of(p.seqs, p.cache),
-                         multiprocessors(device));
+  return shape_attention(p.seqs.batch, p.seqs.max_seqlen_q, p.num_q_heads, p.cache.num_kv_heads,
+                         p.cache.k.head_dim, p.cache.v.head_dim, p.dtype == Dtype::kFloat32,
+                         capacity_of(p.seqs, p.cache), multiprocessors(device));
 }
 
 Status launch_shape(AttentionCall call, const AttentionShape& shape, Launch launch) {
-  if (call.cache.kv_heads > 65535 || call.seqs.batch > 65535) {
+  if (call.cache.num_kv_heads > 65535 || call.seqs.batch > 65535) {
     return Status::unsupported("batch or heads over 65535");
   }
   if (int64_t(shape.row_tiles) * call.splits > INT32_MAX) {
@@ -44,7 +45,7 @@ Status launch_shape(AttentionCall call, const AttentionShape& shape, Launch laun
   }
   const DeviceGuard guard(launch.device);
   if (guard.error() != cudaSuccess) return to_status(guard.error());
-  call.gqa_group_size = Divisor::of(call.q_heads / call.cache.kv_heads);
+  call.gqa_group_size = Divisor::of(call.num_q_heads / call.cache.num_kv_heads);
   call.divided_by = Divisor::of(call.splits);
   call.row_tiles = shape.row_tiles;
   const int capacity = capacity_of(call.seqs, call.cache);
@@ -53,28 +54,34 @@ Status launch_shape(AttentionCall call, const AttentionShape& shape, Launch laun
                    : shape.fills       ? std::max(kMinSplit, even)
                                        : kMinSplit;
   const auto stream = static_cast<cudaStream_t>(launch.stream);
-  switch (shape.head_dim) {
-    case 64:
-      return to_status(launch_dim<64>(call, shape.rows, shape.one_block_per_sm, stream));
-    case 128:
-      return to_status(launch_dim<128>(call, shape.rows, shape.one_block_per_sm, stream));
-    case 192:
-      return to_status(launch_dim<192>(call, shape.rows, shape.one_block_per_sm, stream));
-    case 256:
-      return to_status(launch_dim<256>(call, shape.rows, shape.one_block_per_sm, stream));
-  }
-  return Status::unsupported("head_dim over 256");
+  return with_pair(call.cache.k.format, call.cache.v.format, [&](auto formats) {
+    using Formats = decltype(formats);
+    const auto launch = [&](auto of) {
+      return to_status(of(call, shape.rows, shape.one_block_per_sm, stream));
+    };
+    switch (shape.head_dim) {
+      case 64:
+        return launch(launch_dim<Formats, 64>);
+      case 128:
+        return launch(launch_dim<Formats, 128>);
+      case 192:
+        return launch(launch_dim<Formats, 192>);
+      case 256:
+        return launch(launch_dim<Formats, 256>);
+    }
+    return Status::unsupported("head_dim over 256");
+  });
 }
 
 }  // namespace
 
 Status attention(const AttentionParams& p, Launch launch) {
-  if (p.seqs.batch == 0 || p.seqs.tokens == 0) return Status::ok();
+  if (p.seqs.batch == 0 || p.seqs.max_seqlen_q == 0) return Status::ok();
   return launch_shape({p}, shape_of(p, launch.device), launch);
 }
 
 Status attend(const AppendParams& append, const AttentionParams& p, Launch launch) {
-  if (p.seqs.batch == 0 || p.seqs.tokens == 0) return Status::ok();
+  if (p.seqs.batch == 0 || p.seqs.max_seqlen_q == 0) return Status::ok();
   const AttentionShape shape = shape_of(p, launch.device);
   // Blocks of one row tile do not wait for another's rows: a call of more is two launches.
   if (shape.row_tiles > 1) {

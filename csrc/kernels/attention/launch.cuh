@@ -58,7 +58,7 @@ template <class Traits>
 cudaError_t launch_instance(AttentionCall call, cudaStream_t stream) {
   const Allowance& allowed = allowance<Traits>();
   if (allowed.error != cudaSuccess) return allowed.error;
-  const dim3 grid(unsigned(call.row_tiles * call.splits), unsigned(call.cache.kv_heads),
+  const dim3 grid(unsigned(call.row_tiles * call.splits), unsigned(call.cache.num_kv_heads),
                   unsigned(call.seqs.batch));
   call.stages = allowed.stages;
   attention_kernel<Traits><<<grid, Traits::kThreads, allowed.bytes, stream>>>(call);
@@ -67,42 +67,41 @@ cudaError_t launch_instance(AttentionCall call, cudaStream_t stream) {
 
 // Calls f with the constant that equals `rows`.
 template <int kMost, class F>
-cudaError_t with_rows(int rows, F&& f) {
+cudaError_t with_query_rows(int rows, F&& f) {
   if constexpr (kMost > 8) {
-    if (rows < kMost) return with_rows<kMost / 2>(rows, f);
+    if (rows < kMost) return with_query_rows<kMost / 2>(rows, f);
   }
   return f(std::integral_constant<int, kMost>{});
 }
 
 // The plain call's instance where it serves, else the one that knows all features.
-template <int kDim, int kRows, class T, bool kOneBlockPerSm>
+template <class Formats, int kDim, int kRows, class T, bool kOneBlockPerSm>
 cudaError_t launch_features(const AttentionCall& call, cudaStream_t stream) {
-  using Usual = AttentionTraits<kDim, kRows, T, true, kOneBlockPerSm>;
-  return Usual::serves(call)
-             ? launch_instance<Usual>(call, stream)
-             : launch_instance<AttentionTraits<kDim, kRows, T, false, kOneBlockPerSm>>(call,
-                                                                                       stream);
+  using Plain = AttentionTraits<Formats, kDim, kRows, T, true, kOneBlockPerSm>;
+  using Full = AttentionTraits<Formats, kDim, kRows, T, false, kOneBlockPerSm>;
+  return Plain::serves(call) ? launch_instance<Plain>(call, stream)
+                             : launch_instance<Full>(call, stream);
 }
 
-template <int kDim, int kRows, class T>
+template <class Formats, int kDim, int kRows, class T>
 cudaError_t launch_rows(const AttentionCall& call, bool one_block_per_sm, cudaStream_t stream) {
   constexpr bool kFloat = std::is_same_v<T, float>;
   if constexpr (!(instance_shape(kDim, kRows, kFloat, true) ==
                   instance_shape(kDim, kRows, kFloat, false))) {
-    if (one_block_per_sm) return launch_features<kDim, kRows, T, true>(call, stream);
+    if (one_block_per_sm) return launch_features<Formats, kDim, kRows, T, true>(call, stream);
   }
-  return launch_features<kDim, kRows, T, false>(call, stream);
+  return launch_features<Formats, kDim, kRows, T, false>(call, stream);
 }
 
-template <int kDim>
+template <class Formats, int kDim>
 cudaError_t launch_dim(const AttentionCall& call, int rows, bool one_block_per_sm,
                        cudaStream_t stream) {
   if (call.dtype == Dtype::kFloat32)
-    return launch_rows<kDim, 8, float>(call, one_block_per_sm, stream);
-  return with_rows<max_rows(kDim)>(rows, [&](auto rows) {
+    return launch_rows<Formats, kDim, 8, float>(call, one_block_per_sm, stream);
+  return with_query_rows<max_rows(kDim)>(rows, [&](auto rows) {
     return call.dtype == Dtype::kFloat16
-               ? launch_rows<kDim, rows(), __half>(call, one_block_per_sm, stream)
-               : launch_rows<kDim, rows(), __nv_bfloat16>(call, one_block_per_sm, stream);
+               ? launch_rows<Formats, kDim, rows(), __half>(call, one_block_per_sm, stream)
+               : launch_rows<Formats, kDim, rows(), __nv_bfloat16>(call, one_block_per_sm, stream);
   });
 }
 

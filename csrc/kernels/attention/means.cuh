@@ -14,9 +14,9 @@ constexpr int kGroups = Traits::kWarps * kMeanGroups;
 // Tokens that a block may take between two turns of finding mean scores, whatever they begin at.
 template <class Traits>
 __device__ __forceinline__ int mean_scores_reach(const CacheView& cache) {
-  if (!cache.group) return 1 << 30;
-  return max(Traits::kStep,
-             (kGroups<Traits> - 2) * min(cache.group, 1 << 20) / Traits::kStep * Traits::kStep);
+  if (!cache.mean_group) return 1 << 30;
+  return max(Traits::kStep, (kGroups<Traits> - 2) * min(cache.mean_group, 1 << 20) / Traits::kStep *
+                                Traits::kStep);
 }
 
 // The means of groups first + g, eight a warp, on their way: a lane's channels are those of its
@@ -24,6 +24,7 @@ __device__ __forceinline__ int mean_scores_reach(const CacheView& cache) {
 // prepare. Groups beyond `last`, and those whose block is lost, count as zero.
 template <class Traits>
 struct GroupMeans {
+  using Keys = KeyTile<typename Traits::Key, Traits::kDim>;
   static constexpr int kPieces = Traits::kDim / 32;  // of a lane
   // Where registers hold tokens these go to shared memory, a lane's pieces to where it reads them:
   // what comes to registers is waited for together with the tokens that are asked for next.
@@ -50,20 +51,20 @@ struct GroupMeans {
     if (any) {
       const int index = first + first_of_warp() + g;
       int block = -1;
-      if (p.cache.group && index <= last) {
+      if (p.cache.mean_group && index <= last) {
         block = p.seqs.max_blocks == 1 ? first_block
                                        : block_of(p.cache, p.seqs, rows.sequence,
                                                   index << paging.group_shift >> paging.shift);
       }
       const __half* mean =
-          rows_of<__half>(p.cache.k_mean, max(block, 0), rows.head) +
+          rows_of<__half>(p.cache.mean, max(block, 0), rows.head) +
           int64_t((index << paging.group_shift & paging.mask) >> paging.group_shift) *
-              p.cache.k_dim +
-          t * 16;
+              p.cache.k.head_dim +
+          Keys::channel(0, t);
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
-        const int c = i / 2 * 64 + i % 2 * 8;
-        const bool there = block >= 0 && i / 2 * 64 + t * 16 < p.cache.k_dim;
+        const int c = Keys::channel(i, t) - Keys::channel(0, t);
+        const bool there = block >= 0 && Keys::channel(i, t) < p.cache.k.head_dim;
         if constexpr (kStaged) {
           uint4* const to = &stage[warp][i][threadIdx.x & 31];
           if (there) {

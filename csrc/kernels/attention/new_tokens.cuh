@@ -8,10 +8,9 @@
 namespace kvquant::cuda {
 
 // The call's own keys or values, of this block's head, behind `stored` tokens.
-template <class Traits>
-__device__ __forceinline__ Source<typename Traits::Element> new_source(const AttentionCall& p,
-                                                                       bool is_key, int stored,
-                                                                       int whole = -1) {
+template <class Format, class Traits>
+__device__ __forceinline__ Source<Format, typename Traits::Element> new_source(
+    const AttentionCall& p, bool is_key, int stored, int whole = -1) {
   const int sequence = blockIdx.z, head = blockIdx.y;
   return {p.cache, p.seqs,
           nullptr, is_key ? p.key : p.value,
@@ -21,14 +20,19 @@ __device__ __forceinline__ Source<typename Traits::Element> new_source(const Att
           whole};
 }
 
-// Own tokens of a block as they are in the cache.
+// Rows as they are in the cache.
+template <class Format, int kRows, int kDim>
+struct NewRows {
+  alignas(16) uint8_t codes[kRows][Format::code_bytes(kDim)];
+  typename Format::Params params[kRows];
+};
+// New tokens of a block.
 template <class Traits>
 struct NewTokens {
   static constexpr int kMost = Traits::kRows;  // each has a query row at least
   int begin, end;                              // tokens
-  alignas(16) uint8_t keys[kMost][Traits::kDim];
-  alignas(16) uint8_t values[kMost][Traits::kDim];
-  uint32_t params[2][kMost];  // of keys, of values
+  NewRows<typename Traits::Key, kMost, Traits::kDim> keys;
+  NewRows<typename Traits::Value, kMost, Traits::kDim> values;
   // A row of each warp as it comes, and the mean of its group.
   alignas(16) typename Traits::Element incoming[Traits::kWarps][Traits::kDim];
   alignas(16) __half means[Traits::kWarps][Traits::kDim];
@@ -39,6 +43,8 @@ struct NewTokens {
 // by those that have no means to multiply either.
 template <class Traits>
 class NewTokensInFlight {
+  using Key = typename Traits::Key;
+  using Value = typename Traits::Value;
   using Element = typename Traits::Element;
   using Row = WarpRow<Traits::kDim>;
 
@@ -54,10 +60,10 @@ class NewTokensInFlight {
   __device__ __forceinline__ void ask_mean(int stored, int whole) {
     stored_ = stored, whole_ = whole;
     if (any_ && turn() % 2 == 0) {
-      const auto src = source(true);
+      const auto src = source<Key>(true);
       const bool has_mean =
-          p_.cache.group && (stored & (p_.cache.group - 1));  // else it begins now
-      const __half* const from = has_mean ? mean_slot(src, stored & -p_.cache.group) : nullptr;
+          p_.cache.mean_group && (stored & (p_.cache.mean_group - 1));  // else it begins now
+      const __half* const from = has_mean ? src.mean(stored) : nullptr;
       Row::pieces([&](auto width, int, int c) {
         if (from && (Traits::kPlainCall || c < src.dim())) {
           copy_async<width() * sizeof(__half)>(mean() + c, from + c);
@@ -73,8 +79,8 @@ class NewTokensInFlight {
   __device__ __forceinline__ void begin(int begin, int end) {
     begin_ = begin, count_ = end - begin;
   }
-  // Quantises the rows: `own` has them after a barrier. This warp's first one of the call is there;
-  // `later` groups of copies were asked for after the mean.
+  // Quantizes the rows: `new_tokens` has them after a barrier. This warp's first one of the call is
+  // there; `later` groups of copies were asked for after the mean.
   __device__ __forceinline__ void quantize(int later) {
     for (int item = turn(); item < 2 * count_; item += Traits::kWarps) {
       if (item != turn() || begin_ > stored_) {
@@ -82,8 +88,8 @@ class NewTokensInFlight {
         close_copies();
         wait_copies<0>(0);
       }
-      const bool is_key = item % 2 == 0, has_mean = is_key && p_.cache.group;
-      const int dim = is_key ? p_.cache.k_dim : p_.cache.v_dim;
+      const bool is_key = item % 2 == 0, has_mean = is_key && p_.cache.mean_group;
+      const int dim = is_key ? p_.cache.k.head_dim : p_.cache.v.head_dim;
       float x[1][Row::kCount];
       bool finite = true;
       Row::pieces([&](auto width, int i, int c) {
@@ -91,11 +97,11 @@ class NewTokensInFlight {
 #pragma unroll
         for (int j = 0; j < width(); ++j) {
           x[0][i + j] = to_float(channels[j]);
-          finite = finite && fabsf(x[0][i + j]) <= int8::kMaxAbs;
+          finite = finite && fabsf(x[0][i + j]) <= kMaxAbs;
         }
       });
       finite = __all_sync(kFullWarp, finite);
-      const int rotation = is_key ? p_.cache.k_rotation : p_.cache.v_rotation;
+      const int rotation = is_key ? p_.cache.k.rotation : p_.cache.v.rotation;
       if (rotation > 1)
         rotate_warp<Traits::kDim>(x, Traits::kPlainCall ? Traits::kRotation : rotation);
       wait_copies<kMaxStages>(later);  // for the mean
@@ -110,41 +116,36 @@ class NewTokensInFlight {
           low = fminf(low, y), high = fmaxf(high, y);
         }
       });
-      const int8::RowParams affine = int8::row_params(-warp_max(-low), warp_max(high), finite);
-      const float offset = int8::half_to_float(affine.offset);
-      const float inverse = __frcp_rn(int8::half_to_float(affine.scale));
-      Row::pieces([&](auto width, int i, int c) {
-        alignas(4) uint8_t bytes[width()];
-#pragma unroll
-        for (int j = 0; j < width(); ++j) {
-          const float y = __fmul_rn(__fsub_rn(x[0][i + j], offset), inverse);
-          bytes[j] = uint8_t(round_code(y, 0.f, 255.f));
-        }
-        store_vector<width()>(codes(item) + c, bytes);
+      low = -warp_max(-low), high = warp_max(high);
+      for_item(item, [&](auto format, auto& rows) {
+        using Format = decltype(format);
+        const auto params = Format::params(low, high, finite);
+        const Encoder<Format> encoder(params);
+        Row::pieces([&](auto width, int i, int c) {
+          LaneCodes<Format>::template store<width()>(
+              rows.codes[item / 2], c, [&](int j) { return encoder.code(x[0][i + j]); });
+        });
+        if (threadIdx.x % 32 == 0) rows.params[item / 2] = params;
       });
-      if (threadIdx.x % 32 == 0) {
-        new_tokens_.params[!is_key][item / 2] = uint32_t(affine.scale) | uint32_t(affine.offset)
-                                                                             << 16;
-      }
     }
   }
-  // Writes what this warp has quantised to the cache: not what the barrier waits for.
+  // Writes what this warp has quantized to the cache: not what the barrier waits for.
   __device__ __forceinline__ void write() const {
     for (int item = turn(); item < 2 * count_; item += Traits::kWarps) {
-      const bool is_key = item % 2 == 0;
-      const auto src = source(is_key);
-      const int2 to = src.stored(begin_ + item / 2);
-      if (to.x < 0) continue;
-      uint8_t* const cached =
-          rows_of<uint8_t>(src.data(), to.x, src.head) + int64_t(to.y) * src.dim();
-      Row::pieces([&](auto width, int, int c) {
-        if (!Traits::kPlainCall && c >= src.dim()) return;
-        store_vector<width()>(cached + c, at<width()>(codes(item) + c).x);
+      for_item(item, [&](auto format, const auto& rows) {
+        using Format = decltype(format);
+        const auto src = source<Format>(item % 2 == 0);
+        const Place to = src.stored(begin_ + item / 2);
+        if (to.block < 0) return;
+        uint8_t* const cached = src.codes(to);
+        Row::pieces([&](auto width, int, int c) {
+          if (!Traits::kPlainCall && c >= src.dim()) return;
+          constexpr int kBytes = Format::code_bytes(width());
+          const int first = Format::code_bytes(c);
+          store_vector<kBytes>(cached + first, at<kBytes>(rows.codes[item / 2] + first).x);
+        });
+        if (threadIdx.x % 32 == 0) *src.params(to) = rows.params[item / 2];
       });
-      if (threadIdx.x % 32 == 0) {
-        rows_of<uint32_t>(src.params(), to.x, src.head)[to.y] =
-            new_tokens_.params[!is_key][item / 2];
-      }
     }
   }
 
@@ -157,8 +158,16 @@ class NewTokensInFlight {
 
   __device__ __forceinline__ Element* incoming() const { return new_tokens_.incoming[warp_]; }
   __device__ __forceinline__ __half* mean() const { return new_tokens_.means[warp_]; }
-  __device__ __forceinline__ uint8_t* codes(int item) const {
-    return item % 2 == 0 ? new_tokens_.keys[item / 2] : new_tokens_.values[item / 2];
+  // Calls f with the format of an item, keys or values, and the rows that it is one of.
+  template <class F>
+  __device__ __forceinline__ void for_item(int item, F&& f) const {
+    if constexpr (std::is_same_v<Key, Value>) {
+      f(Key{}, item % 2 == 0 ? new_tokens_.keys : new_tokens_.values);
+    } else if (item % 2 == 0) {
+      f(Key{}, new_tokens_.keys);
+    } else {
+      f(Value{}, new_tokens_.values);
+    }
   }
   template <int kCount, class T>
   struct Neighbours {
@@ -173,12 +182,13 @@ class NewTokensInFlight {
   __device__ __forceinline__ int turn() const {
     return (2 * Traits::kWarps - 3 - warp_) % Traits::kWarps;
   }
-  __device__ __forceinline__ Source<Element> source(bool is_key) const {
-    return new_source<Traits>(p_, is_key, stored_, whole_);
+  template <class Format>
+  __device__ __forceinline__ Source<Format, Element> source(bool is_key) const {
+    return new_source<Format, Traits>(p_, is_key, stored_, whole_);
   }
   // Of the call's row i.
   __device__ __forceinline__ void ask_row(int item, int i) {
-    const auto src = source(item % 2 == 0);
+    const auto src = source<Key>(item % 2 == 0);  // the caller's rows: of no format yet
     const Element* const row = src.row(i);
     Row::pieces([&](auto width, int i, int c) {
       if constexpr (Traits::kPlainCall) {
@@ -203,9 +213,9 @@ struct GroupScratch {
 template <class Traits>
 __device__ __noinline__ void append_groups(const AttentionCall& p, GroupScratch& scratch,
                                            int stored, int from, int to) {
-  const auto key = new_source<Traits>(p, true, stored);
-  const auto value = new_source<Traits>(p, false, stored);
-  const int group = p.cache.group ? p.cache.group : 1 << 30;
+  const auto key = new_source<typename Traits::Key, Traits>(p, true, stored);
+  const auto value = new_source<typename Traits::Value, Traits>(p, false, stored);
+  const int group = p.cache.mean_group ? p.cache.mean_group : 1 << 30;
   for (int start = from & -group; start < to; start += group) {
     const int end = min(start + group, stored + key.call.count);
     const __half* mean = find_mean<Traits::kThreads>(key, start, end, scratch.rows, scratch.mean);

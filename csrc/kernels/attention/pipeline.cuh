@@ -7,84 +7,51 @@
 
 namespace kvquant::cuda {
 
-// One warp's 16 tokens as a lane has them: the tensor core's operands.
-template <int kDim>
-struct Tile {
-  uint4 k[2][kDim / 64];     // of token 4 (g >> 1) + (g & 1) + 2 j: channels 64 s + 16 t ...
-  uint32_t v[4][kDim / 32];  // of token 4 t + i: word w, see value_channel
-  uint4 k_params, v_params;  // of tokens 4 t .. 4 t + 3
-};
-
-// First value channel of word w of a lane.
-template <int kDim>
-__device__ __forceinline__ int value_channel(int w, int g) {
-  constexpr int kWide = kDim / 128;
-  return w < kWide * 4 ? (w / 4) * 128 + g * 16 + (w % 4) * 4
-                       : kWide * 128 + g * 8 + (w - kWide * 4) * 4;
-}
-
-// A lane's pieces of 16 tokens' rows, in global memory or in shared. Lanes whose channels are
-// beyond the row read other ones of it: they meet zeros of the query, or become channels that are
-// not written.
-template <int kDim>
+// A lane's pieces of 16 tokens' rows, in global memory or in shared.
+template <class Traits>
 struct LanePieces {
-  static constexpr int kWide = kDim / 128;                 // 16-byte pieces of a value's row
-  static constexpr int kFirstPiece = kDim < 128 ? 8 : 16;  // bytes of a value's first one
+  using Key = typename Traits::Key;
+  using Value = typename Traits::Value;
+  using Keys = KeyTile<Key, Traits::kDim>;
+  using Values = ValueTile<Value, Traits::kDim>;
   int k_dim, v_dim, g, t;
 
-  // The tokens, of 16, whose keys are k[j] and whose values are v[i].
+  // The tokens, of 16, whose keys a lane has as j, and whose values as i.
   __device__ __forceinline__ int key_token(int j) const { return 4 * (g >> 1) + (g & 1) + 2 * j; }
   __device__ __forceinline__ int value_token(int i) const { return 4 * t + i; }
 
-  // Where the first piece of a row is.
-  __device__ __forceinline__ int first_key() const { return min(t * 16, k_dim - 16); }
-  __device__ __forceinline__ int first_value() const {
-    return min(g * kFirstPiece, v_dim - kFirstPiece);
+  __device__ __forceinline__ int key_bytes() const { return Key::code_bytes(k_dim); }
+  __device__ __forceinline__ int value_bytes() const { return Value::code_bytes(v_dim); }
+
+  // Where the first piece of a row is, and of this lane's first row.
+  __device__ __forceinline__ int first_key() const { return Keys::first_byte(k_dim, t); }
+  __device__ __forceinline__ int first_value() const { return Values::first_byte(v_dim, g); }
+  __device__ __forceinline__ int key_offset() const {
+    return key_token(0) * key_bytes() + first_key();
+  }
+  __device__ __forceinline__ int value_offset() const {
+    return value_token(0) * value_bytes() + first_value();
   }
 
   // `first`: the row's first piece.
   template <bool kShared>
-  __device__ __forceinline__ void load_key(Tile<kDim>& tile, int j, const uint8_t* first) const {
-#pragma unroll
-    for (int s = 0; s < kDim / 64; ++s) {
-      const int step = min(s * 64 + t * 16, k_dim - 16) - first_key();
-      tile.k[j][s] = load<uint4, kShared>(first + step);
-    }
+  __device__ __forceinline__ void load_key(Keys& keys, int j, const uint8_t* first) const {
+    keys.template load_row<kShared>(j, first, k_dim, t);
   }
   template <bool kShared>
-  __device__ __forceinline__ void load_value(Tile<kDim>& tile, int i, const uint8_t* first) const {
-    const auto step = [&](int at, int bytes) { return min(at, v_dim - bytes) - first_value(); };
-#pragma unroll
-    for (int s = 0; s < kWide; ++s) {
-      const auto u = load<uint4, kShared>(first + step(s * 128 + g * 16, 16));
-      tile.v[i][4 * s] = u.x, tile.v[i][4 * s + 1] = u.y;
-      tile.v[i][4 * s + 2] = u.z, tile.v[i][4 * s + 3] = u.w;
-    }
-    if constexpr (kDim % 128 != 0) {
-      const auto u = load<uint2, kShared>(first + step(kWide * 128 + g * 8, 8));
-      tile.v[i][4 * kWide] = u.x, tile.v[i][4 * kWide + 1] = u.y;
-    }
+  __device__ __forceinline__ void load_value(Values& values, int i, const uint8_t* first) const {
+    values.template load_row<kShared>(i, first, v_dim, g);
   }
   // `first`: the first piece of this lane's first row.
   template <bool kShared>
-  __device__ __forceinline__ void load_keys(Tile<kDim>& tile, const uint8_t* first) const {
+  __device__ __forceinline__ void load_keys(Keys& keys, const uint8_t* first) const {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) load_key<kShared>(tile, j, first + j * 2 * k_dim);
+    for (int j = 0; j < 2; ++j) load_key<kShared>(keys, j, first + j * 2 * key_bytes());
   }
   template <bool kShared>
-  __device__ __forceinline__ void load_values(Tile<kDim>& tile, const uint8_t* first) const {
+  __device__ __forceinline__ void load_values(Values& values, const uint8_t* first) const {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) load_value<kShared>(tile, i, first + i * v_dim);
-  }
-
- private:
-  template <class T, bool kShared>
-  static __device__ __forceinline__ T load(const uint8_t* p) {
-    if constexpr (kShared) {
-      return *reinterpret_cast<const T*>(p);
-    } else {
-      return load_stream<T>(p);
-    }
+    for (int i = 0; i < 4; ++i) load_value<kShared>(values, i, first + i * value_bytes());
   }
 };
 
@@ -114,7 +81,9 @@ struct Stream {
 
 template <class Traits>
 class RegisterPipeline {
-  using Lane = LanePieces<Traits::kDim>;
+  using Lane = LanePieces<Traits>;
+  using Keys = typename Lane::Keys;
+  using Values = typename Lane::Values;
   static constexpr bool kKept = Traits::kShape.has_room();
 
  public:
@@ -123,10 +92,11 @@ class RegisterPipeline {
 
   __device__ __forceinline__ explicit RegisterPipeline(const CacheView& cache) : cache_(cache) {}
   __device__ __forceinline__ void find(int head, unsigned char*, int) {
-    pieces_ = {cache_.k_dim, cache_.v_dim, int(threadIdx.x & 31) >> 2, int(threadIdx.x & 3)};
+    pieces_ = {cache_.k.head_dim, cache_.v.head_dim, int(threadIdx.x & 31) >> 2,
+               int(threadIdx.x & 3)};
     head_ = head;
 #pragma unroll
-    for (int u = 0; u < Traits::kTiles; ++u) tile_[u] = {};
+    for (int u = 0; u < Traits::kTiles; ++u) keys_[u] = {}, values_[u] = {};
     if (!kKept) return;
     k_ = stream(true, false).keep(), v_ = stream(false, false).keep();
     k_params_ = stream(true, true).keep(), v_params_ = stream(false, true).keep();
@@ -134,21 +104,22 @@ class RegisterPipeline {
   __device__ __forceinline__ constexpr int stages() const { return 1; }
   __device__ __forceinline__ void wait_stage() {}
   __device__ __forceinline__ bool usable(int, int block) const { return block >= 0; }
-  __device__ __forceinline__ const Tile<Traits::kDim>& keys(int u) const { return tile_[u]; }
-  __device__ __forceinline__ const Tile<Traits::kDim>& values(int u) const { return tile_[u]; }
+  __device__ __forceinline__ const Keys& keys(int u) const { return keys_[u]; }
+  __device__ __forceinline__ const auto& value_params(int u) const { return values_[u].params; }
+  __device__ __forceinline__ const Values& values(int u) const { return values_[u]; }
   __device__ __forceinline__ void load_keys(int u, int block, int row) {
     block = max(block, 0);
     const Stream keys = kKept ? k_ : stream(true, false),
                  params = kKept ? k_params_ : stream(true, true);
-    pieces_.template load_keys<false>(tile_[u], keys.at(block, row, pieces_.k_dim));
-    tile_[u].k_params = load_keep(params.at(block, row, 4));
+    pieces_.template load_keys<false>(keys_[u], keys.at(block, row, pieces_.key_bytes()));
+    load_params(keys_[u].params, params, block, row);
   }
   __device__ __forceinline__ void load_values(int u, int block, int row) {
     block = max(block, 0);
     const Stream values = kKept ? v_ : stream(false, false),
                  params = kKept ? v_params_ : stream(false, true);
-    pieces_.template load_values<false>(tile_[u], values.at(block, row, pieces_.v_dim));
-    tile_[u].v_params = load_keep(params.at(block, row, 4));
+    pieces_.template load_values<false>(values_[u], values.at(block, row, pieces_.value_bytes()));
+    load_params(values_[u].params, params, block, row);
   }
   __device__ __forceinline__ void commit_stage() {}
   __device__ __forceinline__ void take_new(int u, int at, const NewTokens<Traits>& new_tokens) {
@@ -158,16 +129,17 @@ class RegisterPipeline {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int i = find(pieces_.key_token(j));
-      if (i >= 0)
-        pieces_.template load_key<true>(tile_[u], j, new_tokens.keys[i] + pieces_.first_key());
+      if (i < 0) continue;
+      pieces_.template load_key<true>(keys_[u], j, new_tokens.keys.codes[i] + pieces_.first_key());
     }
-    uint32_t* const params[2] = {&tile_[u].k_params.x, &tile_[u].v_params.x};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int i = find(pieces_.value_token(j));
       if (i < 0) continue;
-      params[0][j] = new_tokens.params[0][i], params[1][j] = new_tokens.params[1][i];
-      pieces_.template load_value<true>(tile_[u], j, new_tokens.values[i] + pieces_.first_value());
+      keys_[u].params.set(j, new_tokens.keys.params[i]);
+      values_[u].params.set(j, new_tokens.values.params[i]);
+      pieces_.template load_value<true>(values_[u], j,
+                                        new_tokens.values.codes[i] + pieces_.first_value());
     }
   }
 
@@ -176,30 +148,50 @@ class RegisterPipeline {
   Lane pieces_;
   int head_;
   Stream k_, v_, k_params_, v_params_;  // kept
-  Tile<Traits::kDim> tile_[Traits::kTiles];
+  Keys keys_[Traits::kTiles];
+  Values values_[Traits::kTiles];
 
+  template <class Params>
+  static __device__ __forceinline__ void load_params(Params& params, const Stream& from, int block,
+                                                     int row) {
+    params.words = load_keep<typename Params::Words>(from.at(block, row, Params::kBytes));
+  }
   // Where registers are few it is worked out anew each time: that is hidden from the compiler.
   __device__ __forceinline__ Stream stream(bool of_keys, bool of_params) const {
     int head = head_;
     Lane at = pieces_;
     if (!kKept) asm volatile("" : "+r"(head), "+r"(at.g), "+r"(at.t));
-    if (of_params) return {of_keys ? cache_.k_params : cache_.v_params, head, 16 * at.t};
-    if (of_keys) return {cache_.k_data, head, at.key_token(0) * at.k_dim + at.first_key()};
-    return {cache_.v_data, head, at.value_token(0) * at.v_dim + at.first_value()};
+    if (of_params && of_keys) {
+      return {cache_.k.params, head, at.value_token(0) * decltype(Keys::params)::kBytes};
+    }
+    if (of_params) {
+      return {cache_.v.params, head, at.value_token(0) * decltype(Values::params)::kBytes};
+    }
+    if (of_keys) return {cache_.k.codes, head, at.key_offset()};
+    return {cache_.v.codes, head, at.value_offset()};
   }
 };
 
 template <class Traits>
 class SmemPipeline {
   static constexpr int kDim = Traits::kDim;
-  using Lane = LanePieces<kDim>;
+  using Key = typename Traits::Key;
+  using Value = typename Traits::Value;
+  using Lane = LanePieces<Traits>;
+  using Keys = typename Lane::Keys;
+  using Values = typename Lane::Values;
   struct Slot {  // rows as they are in the cache
-    alignas(16) uint8_t k[16 * kDim], v[16 * kDim];
-    uint4 params[2][4];  // of keys, of values
+    alignas(16) uint8_t k[kTile * Key::code_bytes(kDim)];
+    alignas(16) uint8_t v[kTile * Value::code_bytes(kDim)];
+    alignas(16) typename Key::Params k_params[kTile];
+    alignas(16) typename Value::Params v_params[kTile];  // right behind
   };
   using Piece = Slot[Traits::kTiles];
   // 32 rows' accumulators leave none for addresses.
   static constexpr bool kKept = Traits::kShape.has_room() && Traits::kRowSets < 4;
+  // Lanes that copy a tile's params, 16 bytes each.
+  static constexpr int kKeyLanes = kTile * sizeof(typename Key::Params) / 16;
+  static constexpr int kValueLanes = kTile * sizeof(typename Value::Params) / 16;
 
  public:
   static constexpr int kSharedBytes = sizeof(Piece);
@@ -209,12 +201,12 @@ class SmemPipeline {
   __device__ __forceinline__ explicit SmemPipeline(const CacheView& cache) : cache_(cache) {}
   __device__ __forceinline__ void find(int head, unsigned char* memory, int stages) {
     lane_ = threadIdx.x & 31;
-    pieces_ = {cache_.k_dim, cache_.v_dim, lane_ >> 2, lane_ & 3};
+    pieces_ = {cache_.k.head_dim, cache_.v.head_dim, lane_ >> 2, lane_ & 3};
     head_ = head;
     first_ = reinterpret_cast<Piece*>(memory) + threadIdx.x / 32 * stages;
     stages_ = stages;
     if (!kKept) return;
-    k_ = stream(cache_.k_data, lane_).keep(), v_ = stream(cache_.v_data, lane_).keep();
+    k_ = stream(cache_.k.codes, lane_).keep(), v_ = stream(cache_.v.codes, lane_).keep();
     params_ = params_stream().keep();
   }
   __device__ __forceinline__ int stages() const { return stages_; }
@@ -224,21 +216,22 @@ class SmemPipeline {
     __syncwarp();
   }
   __device__ __forceinline__ bool usable(int u, int) const { return !(lost_ & bit(u)); }
-  __device__ __forceinline__ Tile<kDim> keys(int u) const {
+  __device__ __forceinline__ Keys keys(int u) const {
     const Slot& slot = first_[oldest_][u];
-    Tile<kDim> tile;
-    pieces_.template load_keys<true>(
-        tile, slot.k + pieces_.key_token(0) * pieces_.k_dim + pieces_.first_key());
-    tile.k_params = slot.params[0][pieces_.t];
-    tile.v_params = slot.params[1][pieces_.t];
-    return tile;
+    Keys keys;
+    pieces_.template load_keys<true>(keys, slot.k + pieces_.key_offset());
+    keys.params.words = words_of(keys.params, slot.k_params);
+    return keys;
   }
-  __device__ __forceinline__ Tile<kDim> values(int u) const {
-    Tile<kDim> tile;
-    pieces_.template load_values<true>(
-        tile,
-        first_[oldest_][u].v + pieces_.value_token(0) * pieces_.v_dim + pieces_.first_value());
-    return tile;
+  __device__ __forceinline__ auto value_params(int u) const {
+    decltype(Values::params) params;
+    params.words = words_of(params, first_[oldest_][u].v_params);
+    return params;
+  }
+  __device__ __forceinline__ Values values(int u) const {
+    Values values;
+    pieces_.template load_values<true>(values, first_[oldest_][u].v + pieces_.value_offset());
+    return values;
   }
   // Nothing yet: copies would be seen by lanes that still read values.
   __device__ __forceinline__ void load_keys(int, int, int) {}
@@ -248,21 +241,15 @@ class SmemPipeline {
     block = max(block, 0);
     if (u == 0) __syncwarp();  // all lanes have read the piece
     const Stream params = kKept ? params_ : params_stream();
-    if (lane_ < 8) copy_async<16>(&slot.params[0][lane_], params.at(block, row, 4));
-    const Stream keys = kKept ? k_ : stream(cache_.k_data, lane_);
-    const uint8_t* const key = keys.at(block, row, pieces_.k_dim);
-#pragma unroll
-    for (int i = 0; i < kDim / 32; ++i) {
-      const int at = i * 512 + lane_ * 16;
-      if (at < 16 * pieces_.k_dim) copy_async<16>(slot.k + at, key + i * 512);
+    if (lane_ < kKeyLanes + kValueLanes) {
+      const int bytes =
+          lane_ < kKeyLanes ? sizeof(typename Key::Params) : sizeof(typename Value::Params);
+      copy_async<16>(reinterpret_cast<uint4*>(slot.k_params) + lane_, params.at(block, row, bytes));
     }
-    const Stream values = kKept ? v_ : stream(cache_.v_data, lane_);
-    const uint8_t* const value = values.at(block, row, pieces_.v_dim);
-#pragma unroll
-    for (int i = 0; i < kDim / 32; ++i) {
-      const int at = i * 512 + lane_ * 16;
-      if (at < 16 * pieces_.v_dim) copy_async<16>(slot.v + at, value + i * 512);
-    }
+    const Stream keys = kKept ? k_ : stream(cache_.k.codes, lane_);
+    copy_rows(slot.k, keys.at(block, row, pieces_.key_bytes()), kTile * pieces_.key_bytes());
+    const Stream values = kKept ? v_ : stream(cache_.v.codes, lane_);
+    copy_rows(slot.v, values.at(block, row, pieces_.value_bytes()), kTile * pieces_.value_bytes());
   }
   __device__ __forceinline__ void commit_stage() {
     close_copies();
@@ -277,10 +264,10 @@ class SmemPipeline {
 #pragma unroll 1
     for (int token = max(at, new_tokens.begin); token < min(at + kTile, new_tokens.end); ++token) {
       const int i = token - new_tokens.begin, row = token - at;
-      copy(slot.k + row * pieces_.k_dim, new_tokens.keys[i], pieces_.k_dim);
-      copy(slot.v + row * pieces_.v_dim, new_tokens.values[i], pieces_.v_dim);
-      if (lane_ < 2)
-        reinterpret_cast<uint32_t*>(slot.params[lane_])[row] = new_tokens.params[lane_][i];
+      copy(slot.k + row * pieces_.key_bytes(), new_tokens.keys.codes[i], pieces_.key_bytes());
+      copy(slot.v + row * pieces_.value_bytes(), new_tokens.values.codes[i], pieces_.value_bytes());
+      if (lane_ == 0) slot.k_params[row] = new_tokens.keys.params[i];
+      if (lane_ == 1) slot.v_params[row] = new_tokens.values.params[i];
     }
     __syncwarp();
   }
@@ -295,6 +282,22 @@ class SmemPipeline {
   int stages_, oldest_ = 0;
   unsigned lost_ = 0;  // a bit a slot: it is of no block
 
+  // This lane's four tokens of a tile's params.
+  template <class Format>
+  __device__ __forceinline__ auto words_of(const TileParams<Format>&,
+                                           const typename Format::Params* params) const {
+    return reinterpret_cast<const typename TileParams<Format>::Words*>(params)[pieces_.t];
+  }
+  // `from`: this lane's first 16 bytes.
+  template <int kBytes>
+  __device__ __forceinline__ void copy_rows(uint8_t (&to)[kBytes], const uint8_t* from,
+                                            int bytes) const {
+#pragma unroll
+    for (int i = 0; i < (kBytes + 511) / 512; ++i) {
+      const int at = i * 512 + lane_ * 16;
+      if (at < bytes) copy_async<16>(to + at, from + i * 512);
+    }
+  }
   // Of 16-byte pieces from `piece` on; as RegisterPipeline's.
   __device__ __forceinline__ Stream stream(const Slab& slab, int piece) const {
     int head = head_;
@@ -302,9 +305,9 @@ class SmemPipeline {
     return {slab, head, piece * 16};
   }
   __device__ __forceinline__ Stream params_stream() const {
-    const Stream keys = stream(cache_.k_params, lane_ % 4);
-    const Stream values = stream(cache_.v_params, lane_ % 4);
-    return lane_ < 4 ? keys : values;
+    const Stream keys = stream(cache_.k.params, lane_ % kKeyLanes);
+    const Stream values = stream(cache_.v.params, (lane_ + 32 - kKeyLanes) % kValueLanes);
+    return lane_ < kKeyLanes ? keys : values;
   }
   __device__ __forceinline__ unsigned bit(int u) const {
     return 1u << (oldest_ * Traits::kTiles + u);

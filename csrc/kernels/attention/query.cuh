@@ -2,10 +2,12 @@
 // the order that the tensor core's operands want. Rows are query tokens x heads of one KV head.
 #pragma once
 
-#include "formats/int8.h"
+#include "common/mask.h"
+#include "common/paging.h"
+#include "common/rows.h"
+#include "formats/formats.cuh"
 #include "kernels/attention/call.h"
 #include "kernels/attention/config.h"
-#include "kernels/common/cache.cuh"
 #include "kernels/common/element.cuh"
 #include "kernels/common/ptx.cuh"
 #include "kernels/common/row.cuh"
@@ -70,7 +72,7 @@ __device__ __forceinline__ void rotate_warp(float (&x)[kRows][kDim / 32], int le
       for (int i = 0; i < 4; ++i) butterfly(i, i + 4);
     }
   }
-  const float norm = int8::hadamard_norm(length);
+  const float norm = hadamard_norm(length);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
 #pragma unroll
@@ -143,10 +145,10 @@ struct RowTile {
   }
   __device__ int position_of(int row) const { return position + token_of(row); }
   __device__ int first_seen(const AttentionCall& p, int at) const {
-    return p.sliding_window ? max(start, max(at, 0) - p.sliding_window + 1) : start;
+    return kvquant::first_seen(p.sliding_window, start, at);
   }
   __device__ int seen_end(const AttentionCall& p, int at) const {
-    return p.causal ? max(0, min(length, at + 1)) : length;
+    return kvquant::seen_end(p.causal, length, at);
   }
 
   // False where there are no rows. `tile` counts tiles of rows_per_tile.
@@ -184,8 +186,11 @@ struct RowTile {
 
 // The compile-time choices of one instance. A plain call has none of the rarer features and rows
 // that fill the instance; its code is half as long, which a short call waits for.
-template <int kHeadDim, int kRowCount, class T, bool kIsPlainCall, bool kOneBlockPerSm>
+template <class Formats, int kHeadDim, int kRowCount, class T, bool kIsPlainCall,
+          bool kOneBlockPerSm>
 struct AttentionTraits {
+  using Key = typename Formats::Key;
+  using Value = typename Formats::Value;
   static constexpr bool kPlainCall = kIsPlainCall;
   using Element = T;  // of query and output
   // float32 weights are kept as fp16 and what fp16 left of them.
@@ -209,13 +214,13 @@ struct AttentionTraits {
 
   static constexpr int kRotation = kDim & -kDim;  // the longest that fits rows
   static bool serves(const AttentionCall& call) {
-    return !kPlainCall ||
-           (is_aligned(call.query) && is_aligned(call.out) && is_aligned(call.key) &&
-            is_aligned(call.value) && call.cache.k_dim == kDim && call.cache.v_dim == kDim &&
-            (call.cache.k_rotation <= 1 || call.cache.k_rotation == kRotation) &&
-            call.cache.v_rotation <= 1 && !call.seqs.seq_starts && !call.seqs.cu_seqlens &&
-            !call.sliding_window && call.softcap == 0.f && !call.alibi_slopes && !call.sinks &&
-            !call.lse);
+    return !kPlainCall || (is_aligned(call.query) && is_aligned(call.out) && is_aligned(call.key) &&
+                           is_aligned(call.value) && call.cache.k.head_dim == kDim &&
+                           call.cache.v.head_dim == kDim &&
+                           (call.cache.k.rotation <= 1 || call.cache.k.rotation == kRotation) &&
+                           call.cache.v.rotation <= 1 && !call.seqs.seq_starts &&
+                           !call.seqs.cu_seqlens_q && !call.sliding_window && call.softcap == 0.f &&
+                           !call.alibi_slopes && !call.sinks && !call.lse);
   }
   // Whether a lane's four channels of every row can be one access.
   static bool is_aligned(const Rows& rows) {
@@ -227,10 +232,10 @@ struct AttentionTraits {
   // The call, with what is known of it as constants.
   static __device__ __forceinline__ AttentionCall known(AttentionCall call) {
     if constexpr (kPlainCall) {
-      call.cache.k_dim = call.cache.v_dim = kDim;
-      call.cache.k_rotation = call.cache.k_rotation > 1 ? kRotation : 1;
-      call.cache.v_rotation = 1;
-      call.seqs.seq_starts = call.seqs.cu_seqlens = nullptr;
+      call.cache.k.head_dim = call.cache.v.head_dim = kDim;
+      call.cache.k.rotation = call.cache.k.rotation > 1 ? kRotation : 1;
+      call.cache.v.rotation = 1;
+      call.seqs.seq_starts = call.seqs.cu_seqlens_q = nullptr;
       call.sliding_window = 0;
       call.softcap = 0.f;
       call.alibi_slopes = call.sinks = nullptr;
@@ -241,7 +246,7 @@ struct AttentionTraits {
 };
 
 // The query as the tensor core's operands: a lane's four words of each fragment of 16 rows and each
-// k-step of 32 channels, which are in the order of a lane's 16-byte pieces of a key.
+// k-step of 32 channels, which are in the order in which tiles of keys have them.
 template <class Traits>
 struct QueryShared {
   static constexpr int kSteps = Traits::kDim / 32;
@@ -250,10 +255,10 @@ struct QueryShared {
   // Bytes of neighbouring channels from c on, which is a multiple of their number.
   template <class Bytes>
   __device__ __forceinline__ void put(int row, int c, Bytes bytes) {
-    const int lane = row % 8 * 4 + c % 64 / 16;
-    uint4& at = words[row / 16][c / 64 * 2 + c % 16 / 8][lane];
-    *reinterpret_cast<Bytes*>(reinterpret_cast<uint8_t*>(&at) + c % 8 / 4 * 8 + row % 16 / 8 * 4 +
-                              c % 4) = bytes;
+    const OperandPlace place = KeyTile<typename Traits::Key, Traits::kDim>::place(c);
+    uint4& at = words[row / 16][place.step][row % 8 * 4 + place.lane];
+    *reinterpret_cast<Bytes*>(reinterpret_cast<uint8_t*>(&at) + place.byte / 4 * 8 +
+                              row % 16 / 8 * 4 + place.byte % 4) = bytes;
   }
 };
 
@@ -280,7 +285,7 @@ struct RawQuery {
         } else {
 #pragma unroll
           for (int j = c; j < c + width(); ++j) {
-            rows[row][j] = j < p.cache.k_dim ? from[j] : from_float<Element>(0.f);
+            rows[row][j] = j < p.cache.k.head_dim ? from[j] : from_float<Element>(0.f);
           }
         }
       });
@@ -317,8 +322,8 @@ __device__ __forceinline__ void prepare_query(const AttentionCall& p, const RawQ
       }
     });
   }
-  if (p.cache.k_rotation > 1) {
-    rotate_warp<Traits::kDim>(x, Traits::kPlainCall ? Traits::kRotation : p.cache.k_rotation);
+  if (p.cache.k.rotation > 1) {
+    rotate_warp<Traits::kDim>(x, Traits::kPlainCall ? Traits::kRotation : p.cache.k.rotation);
   }
 #pragma unroll
   for (int i = 0; i < kPerWarp; ++i) {

@@ -1,5 +1,6 @@
 #include "kernels/attention/regimes.h"
 
+#include "formats/formats.h"
 #include "kernels/attention/config.h"
 
 namespace kvquant {
@@ -7,15 +8,8 @@ namespace {
 
 constexpr int kMostDim = 256, kMostBlocks = 65535;
 
-Refusal refuse_dims(const Problem& p) {
-  for (const auto& [name, dim] :
-       {std::pair{"head_dim", p.head_dim}, {"v_head_dim", p.v_head_dim}}) {
-    if (dim > kMostDim || dim % 16) {
-      return {"its " + std::string(name) + " " + std::to_string(dim) +
-              " is no multiple of 16 up to " + std::to_string(kMostDim)};
-    }
-  }
-  return {};
+Refusal refuse_view(const Problem& p) {
+  return {refuse_rows(name_of(p.k_format), name_of(p.v_format), p.head_dim, p.v_head_dim)};
 }
 
 int capacity_of(const Problem& p) { return int(std::min<int64_t>(p.capacity, 1 << 30)); }
@@ -27,7 +21,7 @@ cuda::AttentionShape shape_of(const Problem& p) {
 
 // Split-KV flash attention on the tensor cores: decode, chunks and prompts.
 Refusal refuse_split_kv(const Problem& p) {
-  if (Refusal refusal = refuse_dims(p); !refusal.why.empty()) return refusal;
+  if (Refusal refusal = refuse_view(p); !refusal.why.empty()) return refusal;
   if (p.num_kv_heads > kMostBlocks || p.batch > kMostBlocks) {
     return {"a batch or heads over " + std::to_string(kMostBlocks)};
   }
@@ -69,6 +63,26 @@ Schedule schedule_cpu(const Problem&) { return {}; }
 
 }  // namespace
 
+std::string refuse_rows(std::string_view k_format, std::string_view v_format, int head_dim,
+                        int v_head_dim) {
+  const std::string keys(k_format), values(v_format);
+  RowFormat tags[2];
+  if (!find_format(RowFormats{}, k_format, tags[0])) return "this build has no row format " + keys;
+  if (!find_format(RowFormats{}, v_format, tags[1]))
+    return "this build has no row format " + values;
+  const auto serves = [](auto) { return Status::ok(); };
+  if (with_pair(tags[0], tags[1], serves).code != Status::kOk) {
+    return "this build has no kernels for keys in " + keys + " with values in " + values;
+  }
+  for (const auto& [name, dim] : {std::pair{"head_dim", head_dim}, {"v_head_dim", v_head_dim}}) {
+    if (dim > kMostDim || dim % 16) {
+      return "its " + std::string(name) + " " + std::to_string(dim) +
+             " is no multiple of 16 up to " + std::to_string(kMostDim);
+    }
+  }
+  return {};
+}
+
 Choice choose(const Problem& problem, const std::vector<Regime>& rows) {
   Choice choice;
   for (const Regime& row : rows) {
@@ -90,7 +104,7 @@ const std::vector<Regime>& cuda_regimes() {
 }
 
 const std::vector<Regime>& cpu_regimes() {
-  static const std::vector<Regime> rows{{"flash", refuse_dims, schedule_cpu}};
+  static const std::vector<Regime> rows{{"flash", refuse_view, schedule_cpu}};
   return rows;
 }
 

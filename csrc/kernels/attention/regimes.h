@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "params.h"
@@ -15,6 +16,7 @@ struct Problem {
   int32_t batch, max_seqlen_q, num_q_heads, num_kv_heads, head_dim, v_head_dim;
   int64_t capacity;    // of the block table, in tokens
   int32_t split_size;  // 0: as the sizes ask for
+  RowFormat k_format, v_format;
   bool float32, packed, appends;
   int32_t multiprocessors;  // 0: a CPU
 };
@@ -34,6 +36,10 @@ struct Refusal {
   std::string why;
   const char* argument = nullptr;
 };
+
+// Why no kernel serves rows of these formats and widths; empty: all do.
+std::string refuse_rows(std::string_view k_format, std::string_view v_format, int head_dim,
+                        int v_head_dim);
 
 struct Regime {
   const char* name;

@@ -1,22 +1,20 @@
-// One warp's work on 16 tokens, from a tile in registers to the accumulators.
+// One warp's work on 16 tokens, from a tile in registers to the accumulators. How codes become
+// operands, the formats say (formats/formats.cuh).
 //
-//   Q K^T  of integers: A = query rows, B = tokens. A lane reads 16 consecutive bytes of a token's
-//          row: with the channels of a k-step permuted alike in A and B, two of its words are one
-//          k-step's B fragment as they are.
+//   Q K^T  of integers: A = query rows, B = tokens.
 //   P V    A = V^T (rows = channels), B = P^T. The C fragment of Q K^T (query g, tokens 2t, 2t + 1)
-//          is this B fragment. A lane reads the same 16 channels of 4 tokens and transposes 4 x 4
-//          bytes with byte-permutes.
+//          is this B fragment.
 //   Tokens within 16: n-tile j, column c is token 4 (c >> 1) + (c & 1) + 2 j, so that a lane's four
-//          scores are neighbours and their params one 16-byte read.
+//          scores are neighbours and their params one read.
 //
 // With q' = R q / unit, the score of a token is unit softmax_scale log2(e) times
 //   scale q'.q_t + offset sum(q') + q'.mean
-// Values are taken as q - 128, which is exact, and the middle of their row, 128 v_scale + v_offset,
-// with the weight p before it is rounded. So rounding a weight costs in proportion to a value's
-// distance from the middle, and nothing that all channels share, which a rotation of the values
-// would gather in one of them (measured with the middle times the rounded weight: 1.3e-3 of the
-// largest output at head_dim 256). Nor may the bias of 1024 stay in the accumulators: the tensor
-// core's adder truncates (relative error 3e-3 after 1k tokens of a warp).
+// Values are taken relative to the middle code, and the middle of their row, 128 v_scale + v_offset
+// in 8 bits, with the weight p before it is rounded. So rounding a weight costs in proportion to a
+// value's distance from the middle, and nothing that all channels share, which a rotation of the
+// values would gather in one of them (measured with the middle times the rounded weight: 1.3e-3 of
+// the largest output at head_dim 256). Nor may the bias of 1024 stay in the accumulators: the
+// tensor core's adder truncates (relative error 3e-3 after 1k tokens of a warp).
 #pragma once
 
 #include "kernels/attention/pipeline.cuh"
@@ -26,22 +24,18 @@ namespace kvquant::cuda {
 constexpr float kLazyGrowth = 6.f;  // log2: bases follow larger scores only beyond it
 constexpr float kScaleHeadroom = 256.f;
 
-__device__ __forceinline__ uint32_t word_of(const uint4& u, int i) {
-  return i == 0 ? u.x : i == 1 ? u.y : i == 2 ? u.z : u.w;
-}
-
 // What the softmax keeps of one query row (shared by the four lanes of a group), in units of
 // p = exp2(score - base).
 struct RowState {
   float base = kNoScore;
   float sum = 0.f;      // of p
-  float offsets = 0.f;  // of p * (v_offset + 128 v_scale)
+  float offsets = 0.f;  // of p * the middle of the value's row
 };
 
 template <class Traits>
 struct Accumulator {
-  // of p v_scale (q - 128). m-tiles of 16 channels; c[0], c[1]: channel g, queries 2t, 2t + 1;
-  // c[2], c[3]: the next channel
+  // of p v_scale times value operands. m-tiles of 16 rows; c[0], c[1]: row g, queries 2t, 2t + 1;
+  // c[2], c[3]: row g + 8
   float c[Traits::kDim / 16][Traits::kOutTiles][4] = {};
   RowState rows[Traits::kRowSets];
   // Bases stand this far below the largest scores, so that p v_scale fits fp16 whatever V's scale.
@@ -51,7 +45,8 @@ struct Accumulator {
 
 // Scores of the tile's tokens: rows g + 8 r, tokens 4t .. 4t + 3, log2 units.
 template <class Traits>
-__device__ __forceinline__ void mma_qk(const Tile<Traits::kDim>& tile, const Query<Traits>& query,
+__device__ __forceinline__ void mma_qk(const KeyTile<typename Traits::Key, Traits::kDim>& keys,
+                                       const Query<Traits>& query,
                                        const float (&mean_scores)[Traits::kRowSets],
                                        float (&score)[Traits::kRowSets][4]) {
   int c[Traits::kFragments][2][4] = {};
@@ -62,8 +57,8 @@ __device__ __forceinline__ void mma_qk(const Tile<Traits::kDim>& tile, const Que
       const uint4 a = query.fragment(f, step);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const uint4& key = tile.k[j][step / 2];
-        mma_16832(c[f][j], a, step % 2 ? key.z : key.x, step % 2 ? key.w : key.y);
+        const uint2 key = keys.operands(j, step);
+        mma_16832(c[f][j], a, key.x, key.y);
       }
     }
   }
@@ -72,14 +67,14 @@ __device__ __forceinline__ void mma_qk(const Tile<Traits::kDim>& tile, const Que
     const auto [sum, gain] = query.scale[r];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 affine = half2_floats(word_of(tile.k_params, i));
+      const RowAffine affine = keys.params.affine(i);
       const auto limb = [&](int n) {
         const int set = n * Traits::kRowSets + r;  // of eight rows
         return c[set / 2][i / 2][set % 2 * 2 + i % 2];
       };
       float dot = float(256 * limb(Traits::kQueryLimbs - 2) + limb(Traits::kQueryLimbs - 1));
       if constexpr (Traits::kQueryLimbs == 3) dot = fmaf(65536.f, float(limb(0)), dot);
-      score[r][i] = gain * fmaf(affine.x, dot, fmaf(affine.y, sum, mean_scores[r]));
+      score[r][i] = gain * fmaf(affine.scale, dot, fmaf(affine.offset, sum, mean_scores[r]));
     }
   }
 }
@@ -95,7 +90,7 @@ __device__ __forceinline__ void rescale(Accumulator<Traits>& acc,
     grows |= best[r] > acc.rows[r].base + (acc.lift + kLazyGrowth);
   }
   if (!__any_sync(kFullWarp, grows)) return;
-  v_scale = fminf(warp_max(v_scale), int8::kMaxAbs);  // an infinite scale erases nobody's rows
+  v_scale = fminf(warp_max(v_scale), kMaxAbs);  // an infinite scale erases nobody's rows
   const float before = acc.lift;
   if (v_scale > acc.scale_limit) {
     acc.lift = 4.f - float(ilogbf(v_scale));
@@ -126,7 +121,8 @@ __device__ __forceinline__ void rescale(Accumulator<Traits>& acc,
 // Weights of the tile's values in fp16, exp2(score - base) v_scale. kMasked: tokens that a row does
 // not see, whose score is -inf, may hold anything.
 template <bool kMasked, class Traits>
-__device__ __forceinline__ void softmax_weights(Accumulator<Traits>& acc, const uint4& v_params,
+__device__ __forceinline__ void softmax_weights(Accumulator<Traits>& acc,
+                                                const TileParams<typename Traits::Value>& v_params,
                                                 const float (&score)[Traits::kRowSets][4],
                                                 uint32_t (&weight)[Traits::kOutTiles][2]) {
 #pragma unroll
@@ -138,11 +134,11 @@ __device__ __forceinline__ void softmax_weights(Accumulator<Traits>& acc, const 
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float p = exp2_approx(score[r][2 * pair + i] - row.base);
-        const uint32_t word = word_of(v_params, 2 * pair + i);
-        const float2 affine = half2_floats(!kMasked || p > 0.f ? word : 0u);
+        const RowAffine affine = v_params.affine(2 * pair + i, !kMasked || p > 0.f);
+        const float middle = fmaf(Traits::Value::kMiddleCode, affine.scale, affine.offset);
         row.sum += p;
-        row.offsets = fmaf(p, fmaf(128.f, affine.x, affine.y), row.offsets);
-        w[i] = p * affine.x;
+        row.offsets = fmaf(p, middle, row.offsets);
+        w[i] = p * affine.scale;
       }
       const __half2 rounded = __floats2half2_rn(w[0], w[1]);
       weight[r][pair] = half2_bits(rounded);
@@ -156,24 +152,16 @@ __device__ __forceinline__ void softmax_weights(Accumulator<Traits>& acc, const 
 
 // Adds the tile's weighted values.
 template <class Traits>
-__device__ __forceinline__ void mma_pv(Accumulator<Traits>& acc, const Tile<Traits::kDim>& tile,
-                                       const uint32_t (&weight)[Traits::kOutTiles][2]) {
-#pragma unroll
-  for (int w = 0; w < Traits::kDim / 32; ++w) {
-    const uint32_t low01 = __byte_perm(tile.v[0][w], tile.v[1][w], 0x5140);
-    const uint32_t high01 = __byte_perm(tile.v[0][w], tile.v[1][w], 0x7362);
-    const uint32_t low23 = __byte_perm(tile.v[2][w], tile.v[3][w], 0x5140);
-    const uint32_t high23 = __byte_perm(tile.v[2][w], tile.v[3][w], 0x7362);
-    const uint4 low = make_uint4(centered(codes_low(low01)), centered(codes_high(low01)),
-                                 centered(codes_low(low23)), centered(codes_high(low23)));
-    const uint4 high = make_uint4(centered(codes_low(high01)), centered(codes_high(high01)),
-                                  centered(codes_low(high23)), centered(codes_high(high23)));
+__device__ __forceinline__ void mma_pv(
+    Accumulator<Traits>& acc, const ValueTile<typename Traits::Value, Traits::kDim>& values,
+    const uint32_t (&weight)[Traits::kOutTiles][2]) {
+  values.for_operands([&](int w, const uint4& even, const uint4& odd) {
 #pragma unroll
     for (int n = 0; n < Traits::kOutTiles; ++n) {
-      mma_16816(acc.c[2 * w][n], low, weight[n][0], weight[n][1]);
-      mma_16816(acc.c[2 * w + 1][n], high, weight[n][0], weight[n][1]);
+      mma_16816(acc.c[2 * w][n], even, weight[n][0], weight[n][1]);
+      mma_16816(acc.c[2 * w + 1][n], odd, weight[n][0], weight[n][1]);
     }
-  }
+  });
 }
 
 }  // namespace kvquant::cuda

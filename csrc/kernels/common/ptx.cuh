@@ -29,12 +29,30 @@ __device__ __forceinline__ uint2 load_stream<uint2>(const void* p) {
   return u;
 }
 // Bytes whose cache line other warps need too.
-__device__ __forceinline__ uint4 load_keep(const void* p) {
+template <class T = uint4>
+__device__ __forceinline__ T load_keep(const void* p);
+template <>
+__device__ __forceinline__ uint4 load_keep<uint4>(const void* p) {
   uint4 u;
   asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(u.x), "=r"(u.y), "=r"(u.z), "=r"(u.w)
                : "l"(p));
   return u;
+}
+template <>
+__device__ __forceinline__ uint2 load_keep<uint2>(const void* p) {
+  uint2 u;
+  asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(u.x), "=r"(u.y) : "l"(p));
+  return u;
+}
+// A piece of a row, from shared memory or from global.
+template <class T, bool kShared>
+__device__ __forceinline__ T load_piece(const uint8_t* p) {
+  if constexpr (kShared) {
+    return *reinterpret_cast<const T*>(p);
+  } else {
+    return load_stream<T>(p);
+  }
 }
 // A word, asked for where this stands: the compiler would move an ordinary load to its use.
 __device__ __forceinline__ int load_early(const int* p) {

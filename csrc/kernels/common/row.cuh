@@ -2,7 +2,8 @@
 // head_dim that is a multiple of 16 has the same code and a lane's codes are one 16-byte store.
 #pragma once
 
-#include "formats/int8.h"
+#include "common/hadamard.h"
+#include "common/half.h"
 #include "kernels/common/element.cuh"
 
 namespace kvquant::cuda {
@@ -45,7 +46,7 @@ __device__ __forceinline__ float row_max(float x, const RowLanes& at) {
 }
 
 // Orthonormal Hadamard rotation in blocks of `length` channels (its own inverse), in the order of
-// steps that formats/int8.h fixes. All lanes of the warp must call.
+// steps that common/hadamard.h fixes. All lanes of the warp must call.
 __device__ __forceinline__ void rotate(float (&x)[kLaneChannels], int length, const RowLanes& at) {
   if (length < 2) return;
 #pragma unroll
@@ -66,7 +67,7 @@ __device__ __forceinline__ void rotate(float (&x)[kLaneChannels], int length, co
       x[i] = fmaf(x[i], sign, __shfl_xor_sync(kFullWarp, x[i], step));
     }
   }
-  const float norm = int8::hadamard_norm(length);
+  const float norm = hadamard_norm(length);
 #pragma unroll
   for (int i = 0; i < kLaneChannels; ++i) x[i] = __fmul_rn(x[i], norm);
 }
@@ -74,7 +75,7 @@ __device__ __forceinline__ void rotate(float (&x)[kLaneChannels], int length, co
 __device__ __forceinline__ bool all_finite(const float (&x)[kLaneChannels]) {
   bool ok = true;
 #pragma unroll
-  for (int i = 0; i < kLaneChannels; ++i) ok = ok && fabsf(x[i]) <= int8::kMaxAbs;
+  for (int i = 0; i < kLaneChannels; ++i) ok = ok && fabsf(x[i]) <= kMaxAbs;
   return ok;
 }
 
@@ -85,6 +86,10 @@ __device__ __forceinline__ uint32_t round_code(float x, float low, float high) {
   return __float_as_uint(fminf(fmaxf(x, low), high) + 12582912.f);
 }
 
+// The low bytes of four words.
+__device__ __forceinline__ uint32_t pack_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
 // A lane's sixteen codes: `code` of each channel, rounded.
 template <class F>
 __device__ __forceinline__ uint4 encode16(const float (&x)[kLaneChannels], float low, float high,
@@ -97,8 +102,7 @@ __device__ __forceinline__ uint4 encode16(const float (&x)[kLaneChannels], float
     for (int j = 0; j < 4; ++j) {
       bits[j] = round_code(code(x[4 * i + j]), low, high);
     }
-    words[i] = __byte_perm(__byte_perm(bits[0], bits[1], 0x0040),
-                           __byte_perm(bits[2], bits[3], 0x0040), 0x5410);
+    words[i] = pack_bytes(bits[0], bits[1], bits[2], bits[3]);
   }
   return make_uint4(words[0], words[1], words[2], words[3]);
 }

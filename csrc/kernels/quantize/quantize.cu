@@ -21,7 +21,7 @@ __device__ __forceinline__ Pair make_pair(float low, float high, bool finite, fl
   if (!finite) return {NAN, NAN};
   const float range = __fdiv_rn(__fsub_rn(high, low), __fsub_rn(qmax, qmin));
   const float steps = __fmul_rn(fmaxf(fabsf(low), fabsf(high)), 0x1p-20f);
-  const float scale = fmaxf(fmaxf(range, steps), int8::kMinScale);
+  const float scale = fmaxf(fmaxf(range, steps), kMinScale);
   return {scale, __fsub_rn(qmin, __fdiv_rn(low, scale))};
 }
 __device__ __forceinline__ float code_of(float x, Pair pair, float inverse) {
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kHeadThreads) quantize_heads(const QuantizePar
     const float x = element(i);
     low = fminf(low, x);
     high = fmaxf(high, x);
-    finite = finite && fabsf(x) <= int8::kMaxAbs;
+    finite = finite && fabsf(x) <= kMaxAbs;
   }
   for (int step = 16; step; step /= 2) {
     low = fminf(low, __shfl_xor_sync(kFullWarp, low, step));
@@ -135,7 +135,7 @@ __global__ void quantize_channels(const QuantizeParams p) {
     const float y = to_float(x[s * p.token_stride]);
     low = fminf(low, y);
     high = fmaxf(high, y);
-    finite = finite && fabsf(y) <= int8::kMaxAbs;
+    finite = finite && fabsf(y) <= kMaxAbs;
   }
   const Pair pair = make_pair(low, high, finite, p.qmin, p.qmax);
   const float inverse = __fdiv_rn(1.f, pair.scale);

@@ -118,8 +118,8 @@ class Backend(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def refuses(self, device: torch.device, *head_dims: int) -> str | None:
-        """Why it cannot serve tensors of these head_dims on ``device``, or None."""
+    def refuses(self, device: torch.device, view: ViewSpec | None = None) -> str | None:
+        """Why it cannot serve tensors on ``device``, and such a view if one is given, or None."""
 
     @abstractmethod
     def prepare(self, problem: Problem) -> Prepared | str:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..fields import flatten, names_of
-from ..view import CacheView, Sequences
+from ..view import CacheView, Sequences, ViewSpec
 from . import native
 from .affine import DTYPES, AffineBackend
 from .base import Outputs, Prepared, Problem
 
 __all__ = ["Compiled"]
-
-_MAX_DIM = 256  # of the kernels that have no schedule: append and gather
 
 
 def view_twin(view: CacheView) -> Any:
@@ -88,11 +87,19 @@ def numbers_of(problem: Problem, multiprocessors: int) -> dict[str, Any]:
         "v_head_dim": view.v_head_dim,
         "capacity": seqs.max_blocks * view.block_size,
         "split_size": problem.options.split_size,
+        "k_format": view.k_format.name,
+        "v_format": view.v_format.name,
         "float32": query.dtype == torch.float32,
         "packed": seqs.is_packed,
         "appends": alike,
         "multiprocessors": multiprocessors,
     }
+
+
+@cache
+def _refusal(k_format: str, v_format: str, head_dim: int, v_head_dim: int) -> str | None:
+    """Why no kernel serves such rows, or None."""
+    return native.module.refuse_rows(k_format, v_format, head_dim, v_head_dim) or None
 
 
 class CompiledCall(Prepared):
@@ -241,16 +248,15 @@ class Compiled(AffineBackend):
         """Addresses of partial results and of counters, and what keeps them alive."""
         return 0, 0, None
 
-    def refuses(self, device: torch.device, *head_dims: int) -> str | None:
+    def refuses(self, device: torch.device, view: ViewSpec | None = None) -> str | None:
         if reason := self.unavailable(device):
             return reason
-        for dim in head_dims:
-            if dim > _MAX_DIM or dim % 16:
-                return f"the head_dim {dim} is no multiple of 16 up to {_MAX_DIM}"
-        return None
+        if view is None:
+            return None
+        return _refusal(view.k_format.name, view.v_format.name, view.head_dim, view.v_head_dim)
 
     def prepare(self, problem: Problem) -> Prepared | str:
-        if reason := self.refuses(problem.query.device, *problem.view[2:4]):
+        if reason := self.refuses(problem.query.device, problem.view):
             return reason
         call = CompiledCall(self, problem)
         for argument, why in call.refusals:

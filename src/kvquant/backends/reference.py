@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..formats.int8 import MAX_ABS
-from ..view import CacheView, Options, Sequences
+from ..view import CacheView, Options, Sequences, ViewSpec
 from .base import Backend, Outputs, Prepared, Problem
 from .reference_rows import KEYS, chunks, dequantize, pv_matmul, qk_matmul, quantize, rotate
 
@@ -327,7 +327,7 @@ def _attend(
 class _Reference(Backend):
     name = "reference"
 
-    def refuses(self, device: torch.device, *head_dims: int) -> str | None:
+    def refuses(self, device: torch.device, view: ViewSpec | None = None) -> str | None:
         return None
 
     def prepare(self, problem: Problem) -> Prepared:

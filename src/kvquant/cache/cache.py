@@ -105,7 +105,7 @@ class QuantizedKVCache(CacheSequences):
             self._expect(layer, counts, cu_seqlens is not None)
             try:
                 if ops.is_plain(key):
-                    backend = backends.select("append_", view.device, *view.spec[2:4])
+                    backend = backends.select("append_", view.device, view.spec)
                     backend.append(key, value, view, seqs, None)
                 else:
                     ops.append(key, value, view, seqs, None)

@@ -1,4 +1,4 @@
-"""What a cached row looks like: its codes, rotation, running mean, and the bytes they take."""
+"""What a cached row looks like: its codes, rotation, group mean, and the bytes they take."""
 
 from __future__ import annotations
 

@@ -25,7 +25,6 @@ class Int8(RowFormat):
     """``x ~ scale * code + offset``."""
 
     name: ClassVar[str] = "int8"
-    tag: ClassVar[int] = 0
     bits: ClassVar[int] = 8
     tolerance: ClassVar[float] = 0.5
 

@@ -84,7 +84,7 @@ def _append(*flat: Any) -> None:
     if values["block_table"] is not None or values["seq_lens"] is not None:
         seqs = schema.object_of(Sequences, values)
     calls.check_append(key, value, view, seqs, slots)
-    backend = backends.select("append_", view.device, view.k.head_dim, view.v.head_dim)
+    backend = backends.select("append_", view.device, view.spec)
     backend.append(key, value, view, seqs, slots)
 
 
@@ -116,7 +116,7 @@ def _gather(*flat: Any) -> None:
     key, value = values["key"], values["value"]
     view, seqs = schema.view_of(values), schema.object_of(Sequences, values)
     calls.check_gather(view, seqs, key, value)
-    backend = backends.select("gather_", view.device, view.k.head_dim, view.v.head_dim)
+    backend = backends.select("gather_", view.device, view.spec)
     backend.gather(view, seqs, key, value)
 
 

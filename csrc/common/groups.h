@@ -1,0 +1,31 @@
+// How an append is cut into items of work: one head's rows of one group of tokens that share a
+// mean, so that an item takes the means that begin in it by itself and none waits for another.
+#pragma once
+
+#include "common/host_device.h"
+#include "params.h"
+
+namespace kvquant {
+
+constexpr int kChunkTokens = 256;  // of an item where the format has no mean
+
+KVQUANT_HD int chunk_tokens(const CacheView& cache) {
+  return cache.mean_group ? cache.mean_group : kChunkTokens;
+}
+// Items of a sequence and head, however the call's rows lie in their chunks.
+KVQUANT_HD int chunks_of(const CacheView& cache, int tokens) {
+  const int chunk = chunk_tokens(cache);
+  return int((int64_t(tokens) + chunk - 2) / chunk) + 1;
+}
+
+// Tokens [begin, end) of the call's own, behind `length` others, in the chunk that starts at
+// `start`.
+struct Chunk {
+  int start, begin, end;
+};
+KVQUANT_HD Chunk chunk_of(const CacheView& cache, int length, int count, int item) {
+  const int chunk = chunk_tokens(cache), start = (length / chunk + item) * chunk;
+  return {start, most(start, length), start + least(chunk, length + count - start)};
+}
+
+}  // namespace kvquant

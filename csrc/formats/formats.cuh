@@ -1,0 +1,105 @@
+// How CUDA's kernels read and write the codes of each row format, by template specialisations:
+//
+//   LaneCodes<Format>          neighbouring channels of a lane: append, gather, a step's new rows
+//   KeyTile<Format, kDim>      a lane's share of 16 tokens' keys: the tensor core's B operands
+//   ValueTile<Format, kDim>    likewise of values: its A operands
+//
+// A tile's lane is (g, t) = (lane / 4, lane % 4). Which bytes of a row it reads, and what it makes
+// of them, is the format's. The kernel needs to know only
+//   KeyTile    first_byte(), load_row(): where a lane's part of a row begins, and the way to it
+//              operands(j, step): two words of four codes for k-step `step`, of token j of the lane
+//              place(c), channel(step, t): at which place of the k-steps channel c is, and back.
+//              The query is laid out alike, so the order is free
+//   ValueTile  first_byte(), load_row(): as above
+//              for_operands(f): f(w, even, odd) with the A fragments of m-tiles 2 w and 2 w + 1
+//              channel(w, g), channels(): which four channels these are, made of accumulators
+#pragma once
+
+#include "formats/formats.h"
+#include "kernels/common/row.cuh"
+
+namespace kvquant::cuda {
+
+template <class Format>
+struct LaneCodes;
+template <class Format, int kDim>
+struct KeyTile;
+template <class Format, int kDim>
+struct ValueTile;
+
+// Channels to codes, in the steps of formats/row_format.h.
+template <class Format>
+struct Encoder {
+  float offset, inverse;
+
+  __device__ __forceinline__ explicit Encoder(typename Format::Params params) {
+    const RowAffine affine = Format::affine(params);
+    offset = affine.offset, inverse = __frcp_rn(affine.scale);
+  }
+  // In the low bits.
+  __device__ __forceinline__ uint32_t code(float x) const {
+    return round_code(__fmul_rn(__fsub_rn(x, offset), inverse), 0.f, Format::kMaxCode);
+  }
+};
+
+// Params of four neighbouring tokens. They begin with the scale, and zeros mean a scale of zero.
+template <class Format>
+struct TileParams {
+  using Params = typename Format::Params;
+  static constexpr int kBytes = sizeof(Params);
+  static_assert(kBytes == 2 || kBytes == 4);
+  using Words = std::conditional_t<kBytes == 4, uint4, uint2>;
+  Words words;
+
+  __device__ __forceinline__ uint32_t& word(int i) {
+    return i == 0 ? words.x : i == 1 ? words.y : further(words, i);
+  }
+  __device__ __forceinline__ uint32_t bits(int i) const {
+    const uint32_t word = const_cast<TileParams*>(this)->word(i * kBytes / 4);
+    if constexpr (kBytes == 4) return word;
+    return i % 2 ? word >> 16 : word & 0xffffu;
+  }
+  __device__ __forceinline__ void set(int i, Params params) {
+    uint32_t bits = 0;
+    memcpy(&bits, &params, kBytes);
+    uint32_t& to = word(i * kBytes / 4);
+    if constexpr (kBytes == 4) {
+      to = bits;
+    } else {
+      to = i % 2 ? (to & 0xffffu) | bits << 16 : (to & 0xffff0000u) | bits;
+    }
+  }
+  // Of a token that is not `seen`: zeros, whatever its params are.
+  __device__ __forceinline__ RowAffine affine(int i, bool seen = true) const {
+    const uint32_t of = seen ? bits(i) : 0u;
+    Params params;
+    memcpy(&params, &of, kBytes);
+    return Format::affine(params);
+  }
+  __device__ __forceinline__ float scale(int i) const { return affine(i).scale; }
+  // A NaN counts as the smallest.
+  __device__ __forceinline__ float largest_scale() const {
+    if constexpr (kBytes == 4) {
+      return half2_floats(max_halves(max_halves(words.x, words.y), max_halves(words.z, words.w))).x;
+    } else {
+      const float2 most = half2_floats(max_halves(words.x, words.y));
+      return fmaxf(most.x, most.y);
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ uint32_t& further(uint4& u, int i) {
+    return i == 2 ? u.z : u.w;
+  }
+  static __device__ __forceinline__ uint32_t& further(uint2& u, int) { return u.y; }
+};
+
+// Where a channel of a row is among the k-steps of 32: in which step, with which of a row's four
+// lanes, at which of the eight bytes that this has of the step.
+struct OperandPlace {
+  int step, lane, byte;
+};
+
+}  // namespace kvquant::cuda
+
+#include "formats/int8.cuh"

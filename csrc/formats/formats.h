@@ -1,0 +1,64 @@
+// The row formats, and the one place where a format that is known at run time becomes a type.
+#pragma once
+
+#include <string_view>
+#include <type_traits>
+
+#include "formats/int8.h"
+#include "status.h"
+
+namespace kvquant {
+
+template <class... Format>
+struct FormatList {};
+using RowFormats = FormatList<Int8>;
+
+// Calls f with the format of this tag; false if there is none.
+template <class F, class... Format>
+constexpr KVQUANT_INLINE bool with_format(RowFormat tag, FormatList<Format...>, F&& f) {
+  return ((Format::kTag == tag && (f(Format{}), true)) || ...);
+}
+
+inline const char* name_of(RowFormat tag) {
+  const char* name = "an unknown format";
+  with_format(tag, RowFormats{}, [&](auto format) { name = format.kName; });
+  return name;
+}
+// The format of this name; false if there is none.
+template <class... Format>
+bool find_format(FormatList<Format...>, std::string_view name, RowFormat& tag) {
+  return ((Format::kName == name && (tag = Format::kTag, true)) || ...);
+}
+
+// The formats of keys and of values.
+template <class K, class V>
+struct FormatPair {
+  using Key = K;
+  using Value = V;
+};
+
+// Calls f with the pair of these tags, and returns its Status; refuses what pairs.def does not
+// list.
+template <class F>
+constexpr KVQUANT_INLINE Status with_pair(RowFormat key, RowFormat value, F&& f) {
+#define KVQUANT_PAIR(Key, Value) \
+  if (key == Key::kTag && value == Value::kTag) return f(FormatPair<Key, Value>{});
+#include "formats/pairs.def"
+#undef KVQUANT_PAIR
+  return Status::unsupported(
+      "kernels for this pair of row formats are not built (formats/pairs.def)");
+}
+
+// Calls f with the format of keys or with that of values: compiled once where they are the same.
+template <class Pair, class F>
+constexpr KVQUANT_INLINE void with_rows(Pair, bool is_key, F&& f) {
+  if constexpr (std::is_same_v<typename Pair::Key, typename Pair::Value>) {
+    f(typename Pair::Key{});
+  } else if (is_key) {
+    f(typename Pair::Key{});
+  } else {
+    f(typename Pair::Value{});
+  }
+}
+
+}  // namespace kvquant

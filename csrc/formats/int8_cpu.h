@@ -1,0 +1,27 @@
+// 8-bit rows as the CPU's vectors have them: a byte a channel.
+#pragma once
+
+#include "cpu/vec.h"
+#include "formats/int8.h"
+
+namespace kvquant::cpu::KVQUANT_ISA {
+
+template <>
+struct Codes<Int8> {
+  static KVQUANT_INLINE Vec load(const uint8_t* row, int channel) {
+    return Vec::load(row + channel);
+  }
+  static KVQUANT_INLINE Vec load_centered(const uint8_t* row, int channel) {
+    return Vec::load_centered(row + channel);
+  }
+  static KVQUANT_INLINE void store(uint8_t* row, int channel, Vec codes) {
+    codes.store_codes(row + channel);
+  }
+  static KVQUANT_INLINE void load_affine(const Int8::Params* params, Vec& scale, Vec& middle) {
+    Vec offset;
+    load_pairs(reinterpret_cast<const uint32_t*>(params), scale, offset);
+    middle = fma(scale, Vec::set(Int8::kMiddleCode), offset);
+  }
+};
+
+}  // namespace kvquant::cpu::KVQUANT_ISA
