@@ -195,7 +195,7 @@ __device__ __forceinline__ void combine_splits(const Partial<Traits>& partial, i
     }
 #pragma unroll
     for (int s = 0; s < kChunk; ++s) weight[s] = __shfl_sync(kFullWarp, weighs, s);
-    float sum = weighs * total[1];
+    float sum = __fmul_rn(weighs, total[1]);  // whether or not it could be fused
 #pragma unroll
     for (int step = 1; step < kPart; step <<= 1) sum += __shfl_xor_sync(kFullWarp, sum, step);
 #pragma unroll

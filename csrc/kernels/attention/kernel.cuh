@@ -184,7 +184,7 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
     attention_kernel(const __grid_constant__ AttentionCall call) {
   const AttentionCall p = Traits::known(call);
-  extern __shared__ __align__(16) unsigned char memory[];
+  extern __shared__ __align__(128) unsigned char memory[];
   auto& shared = *reinterpret_cast<AttentionShared<Traits>*>(memory);
   const bool leads = threadIdx.x == 0;
   // The call comes from memory in lines that would be waited for one by one: each warp asks for
@@ -277,6 +277,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
     ask_means(from);
     __syncthreads();
   }
+  wait_copies<0>(0);  // for those that nobody needed
   const int splits = max(1, (span + length - 1) / length);
   const int64_t unit = (int64_t(blockIdx.z) * gridDim.y + blockIdx.y) * p.row_tiles + row_tile;
   if (p.advance && leads) advance(read);
