@@ -208,13 +208,11 @@ __device__ __forceinline__ void combine_splits(const Partial<Traits>& partial, i
       if (s % kPart == 0) {
         const float by = shrink[s / kPart];
 #pragma unroll
-        for (int i = 0; i < Row::kCount; ++i) all.x[i] = by == 0.f ? 0.f : all.x[i] * by;
+        for (int i = 0; i < Row::kCount; ++i) all.x[i] *= by;
       }
       Row::pieces([&](auto width, int i, int c) {
 #pragma unroll
-        for (int j = i; j < i + width(); ++j) {  // of no weight: its rows may see nothing
-          all.x[j] = fmaf(weight[s], weight[s] == 0.f ? 0.f : y[s][j], all.x[j]);
-        }
+        for (int j = i; j < i + width(); ++j) all.x[j] = fmaf(weight[s], y[s][j], all.x[j]);
         if (s < count) leave_floats<width()>(partial.channels(base + s, row) + c, nothing);
       });
     });
@@ -240,7 +238,7 @@ __device__ __forceinline__ void write_result(const AttentionCall& p, const RowTi
   const float factor = isnan(sum) ? sum : weight == 0.f ? 0.f : __fdividef(weight, sum);
   float x[1][Row::kCount];
 #pragma unroll
-  for (int i = 0; i < Row::kCount; ++i) x[0][i] = factor == 0.f ? 0.f : result.x[i] * factor;
+  for (int i = 0; i < Row::kCount; ++i) x[0][i] = result.x[i] * factor;
   if (p.lse && threadIdx.x % 32 == 0) {
     p.lse[(rows.first_call_row + rows.token_of(row)) * p.num_q_heads + rows.head_of(row)] =
         sum == 0.f ? -INFINITY : (max + log2f(sum)) * kLn2;

@@ -134,7 +134,8 @@ __device__ __forceinline__ void softmax_weights(Accumulator<Traits>& acc,
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float p = exp2_approx(score[r][2 * pair + i] - row.base);
-        const RowAffine affine = v_params.affine(2 * pair + i, !kMasked || p > 0.f);
+        const bool seen = !kMasked || score[r][2 * pair + i] != -INFINITY;
+        const RowAffine affine = v_params.affine(2 * pair + i, seen);
         const float middle = fmaf(Traits::Value::kMiddleCode, affine.scale, affine.offset);
         row.sum += p;
         row.offsets = fmaf(p, middle, row.offsets);
