@@ -128,7 +128,7 @@ def prompt(report: Report, rounds: int) -> None:
 
 
 def rows(report: Report, rounds: int) -> None:
-    """Quantise, dequantise and append: bytes read and written, against torch's copy of the input.
+    """Quantize, dequantize and append: bytes read and written, against torch's copy of the input.
 
     The last results are kept, so that each goes to memory that no cache holds, and are small enough
     for the allocator to use their memory again: fresh pages cost more than what is measured.

@@ -1,4 +1,4 @@
-"""Append, quantise and dequantise against the same formulas in eager torch, in one run.
+"""Append, quantize and dequantize against the same formulas in eager torch, in one run.
 
 Bytes are what must be read and written once; % is of the measured read ceiling.
 """

@@ -58,7 +58,7 @@ struct Rows {
   int64_t batch_stride, token_stride, head_stride;
 };
 
-// Rotates, subtracts the group's mean (computing it where a group begins), quantises, scatters.
+// Rotates, subtracts the group's mean (computing it where a group begins), quantizes, scatters.
 // A group's mean is that of the rows of the group before: incoming rows where they come in this
 // call, stored ones otherwise. Without such rows (the first group): of its own incoming rows if
 // there are at least 16, else zero. Padding, skipped and non-finite rows do not count.
@@ -95,7 +95,7 @@ struct AttentionParams {
   int32_t split_size;  // tokens of every split, whatever the call's sizes; 0: as these ask for
 };
 
-// Dequantises tokens 0 .. tokens-1 of every sequence; those outside [seq_start, seq_len) are zero.
+// Dequantizes tokens 0 .. tokens-1 of every sequence; those outside [seq_start, seq_len) are zero.
 struct GatherParams {
   CacheView cache;
   Sequences seqs;   // max_seqlen_q: rows of the output a sequence

@@ -29,12 +29,12 @@ def attend(cache: Cache, queries: list[Tensor], **options: Any) -> Any:
 
 
 def expected(cache: Cache, queries: list[Tensor], **options: Any) -> tuple[Tensor, Tensor]:
-    """(output, lse) of the oracle on the dequantised cache, packed."""
+    """(output, lse) of the oracle on the dequantized cache, packed."""
     return _each(oracle.attention, cache, queries, options)
 
 
 def torch_own(cache: Cache, queries: list[Tensor], **options: Any) -> tuple[Tensor, Tensor]:
-    """(output, lse) of torch in the queries' dtype on the dequantised cache."""
+    """(output, lse) of torch in the queries' dtype on the dequantized cache."""
     return _each(_torch_attention, cache, queries, options)
 
 

@@ -141,7 +141,7 @@ def new_means(
 ) -> dict[int, Tensor]:
     """Means of the groups that an append opens, by group index, each ``(kv_heads, dim)``.
 
-    ``before`` and ``incoming`` are the sequence's stored (dequantised) and new rows in the rotated
+    ``before`` and ``incoming`` are the sequence's stored (dequantized) and new rows in the rotated
     basis; ``counts`` tells which of all these rows are there (not skipped), per (row, head).
     """
     rows = torch.cat([before, incoming])

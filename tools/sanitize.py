@@ -132,7 +132,7 @@ def cache_cases(device: str) -> Iterator[None]:
 
 
 def plain_case(move: Move, dim: int, dtype: torch.dtype, granularity: str) -> list[Tensor]:
-    """Quantise, dequantise and both matmuls."""
+    """Quantize, dequantize and both matmuls."""
     group = 32 if granularity == "channel" else None
     x = move(torch.randn(2, 3, 70, dim).to(dtype))
     q, scale, zero = kvquant.quantize_cache_v(x, granularity=granularity, group_size=group)

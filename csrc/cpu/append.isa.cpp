@@ -1,4 +1,4 @@
-// Append: rotate, subtract the group's mean, quantise and scatter K and V.
+// Append: rotate, subtract the group's mean, quantize and scatter K and V.
 //
 // An item of work is one head's rows of one group (or of 256 tokens without a mean), K or V. Where
 // the group begins in this call, the item first takes its mean: of the incoming rows of the group

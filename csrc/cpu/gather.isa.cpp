@@ -1,4 +1,4 @@
-// Gather: dequantises the rows that attention sees, for whoever needs them as they are.
+// Gather: dequantizes the rows that attention sees, for whoever needs them as they are.
 #include "cpu/isa.h"
 #include "cpu/rows.h"
 

@@ -1,4 +1,4 @@
-// Quantise and dequantise plain tensors: x ~ scale * (q - zero), a pair a token, head or channel.
+// Quantize and dequantize plain tensors: x ~ scale * (q - zero), a pair a token, head or channel.
 //
 // Two passes over what shares a pair, minimum and maximum first; the second comes from the cache
 // where it fits.

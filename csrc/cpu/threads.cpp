@@ -32,7 +32,7 @@ struct {
 } job;
 
 // Takes runs of items, ever shorter ones, so that neighbours in memory go to one thread: two
-// threads that took turns at 64 rows quantised no faster than one.
+// threads that took turns at 64 rows quantized no faster than one.
 void take_items(void*) {
   for (int64_t i = job.next.load(std::memory_order_acquire); i < 0;) {
     const int64_t end = i + (-i + job.share - 1) / job.share;

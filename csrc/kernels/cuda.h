@@ -1,5 +1,5 @@
 // The CUDA kernels' launchers. Each guards the device, launches on the stream, checks the launch;
-// none allocates or synchronises but graph_workspace.
+// none allocates or synchronizes but graph_workspace.
 #pragma once
 
 #include <cstddef>

@@ -158,7 +158,7 @@ def check_out(out: Tensor | None, lse: Tensor | None, query: Tensor, v_head_dim:
 
 
 def check_gather(view: CacheView, seqs: Sequences, key: Tensor, value: Tensor) -> None:
-    """What the first tokens of each sequence are dequantised into."""
+    """What the first tokens of each sequence are dequantized into."""
     check_memory(view, seqs)
     check_pair(key, value, 4)
     check_memory(view, key=key, value=value)

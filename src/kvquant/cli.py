@@ -106,7 +106,7 @@ def _cuda_trouble(built: dict[str, Any]) -> tuple[str | None, str]:
 
 
 def _works(backend: str, device: str, trouble: str | None, advice: str) -> dict[str, Any]:
-    """Quantise a row for real, unless the reason why that cannot work is known."""
+    """Quantize a row for real, unless the reason why that cannot work is known."""
     if trouble is None:
         try:
             x = torch.linspace(-1, 1, 64, device=device).view(1, 1, 1, 64)

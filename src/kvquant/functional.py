@@ -30,7 +30,7 @@ def append_(
     max_seqlen: int | None = None,
     advance: bool = False,
 ) -> None:
-    """Quantise keys and values and scatter them into a layer's memory, in one launch.
+    """Quantize keys and values and scatter them into a layer's memory, in one launch.
 
     Rows land behind ``seq_lens`` through the block table, or at ``slot_mapping``. Rows that the
     memory has no place for are dropped on the device; on the host they are an error.
@@ -104,7 +104,7 @@ def gather(
     dtype: torch.dtype = torch.float32,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Dequantise a layer: the keys and values that attention sees.
+    """Dequantize a layer: the keys and values that attention sees.
 
     Args:
         view: The layer.
@@ -173,7 +173,7 @@ def attention(
     return_lse: bool = False,
     **options: Unpack[AttentionOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention straight on the quantised rows, flash-style (Dao et al.), split over tokens.
+    """Attention straight on the quantized rows, flash-style (Dao et al.), split over tokens.
 
     One contract for decode, speculative chunks and prefill over a history. Query token ``i`` of
     ``n`` stands at position ``seq_len - n + i``. With ``key`` and ``value``, these are appended

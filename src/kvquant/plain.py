@@ -32,7 +32,7 @@ def quantize_cache_v(
     granularity: Granularity = "token",
     group_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise keys or values to uint8 codes with ``x ~ scale * (q - zero)``.
+    """Quantize keys or values to uint8 codes with ``x ~ scale * (q - zero)``.
 
     Args:
         x: ``(batch, heads, tokens, head_dim)``, float16, bfloat16 or float32, last dimension
@@ -106,7 +106,7 @@ def dequantize_cache_torch(
 def qk_matmul(
     query: Tensor, qk: Tensor, scale: Tensor, zero: Tensor, *, group_size: int | None = None
 ) -> Tensor:
-    """Scores of queries against quantised keys, ``query @ dequantised(qk).mT``, without a scale.
+    """Scores of queries against quantized keys, ``query @ dequantized(qk).mT``, without a scale.
 
     Args:
         query: ``(batch, q_heads, q_tokens, head_dim)``.
@@ -131,7 +131,7 @@ def qk_matmul(
 def pv_matmul(
     probs: Tensor, qv: Tensor, scale: Tensor, zero: Tensor, *, group_size: int | None = None
 ) -> Tensor:
-    """Attention probabilities times quantised values, ``probs @ dequantised(qv)``.
+    """Attention probabilities times quantized values, ``probs @ dequantized(qv)``.
 
     Args:
         probs: ``(batch, q_heads, q_tokens, tokens)``.

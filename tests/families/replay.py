@@ -26,7 +26,7 @@ class StoredWrongly(Exception):
 
 
 class ReplayCache(DynamicCache):
-    """Gives out the dequantised rows of ``stored``, after the same calls to it.
+    """Gives out the dequantized rows of ``stored``, after the same calls to it.
 
     Attributes:
         visible: Bool (batch, tokens): which tokens of the running call are not padding.

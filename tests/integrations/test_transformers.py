@@ -41,7 +41,7 @@ def test_logits_are_those_of_a_full_cache(
     for part in ids.split([41, 7, 1, 1, 10], dim=1):  # a prompt, a chunk, steps, a chunk
         assert_close(logits(model, cache, part), logits(peer, full, part))
     assert cache.get_seq_length() == 60
-    assert "dequantised" not in warnings_of.text
+    assert "dequantized" not in warnings_of.text
 
 
 def test_a_prompt_is_exact(device: str) -> None:
@@ -100,7 +100,7 @@ def test_a_left_padded_batch_equals_its_rows_alone(
             assert_close(got[i], logits(model, own, token[i : i + 1])[0])
     assert cache.batch.starts is not None
     assert cache.batch.starts.tolist() == [0, 16, 8]
-    assert "dequantised" not in warnings_of.text
+    assert "dequantized" not in warnings_of.text
 
 
 def test_generate_on_a_left_padded_batch(device: str) -> None:
@@ -160,7 +160,7 @@ def test_a_custom_mask_is_honoured(device: str, warnings_of: pytest.LogCaptureFi
         for m, c in zip((model, peer), caches, strict=True)
     )
     assert_close(ours, theirs)
-    assert warnings_of.text.count("dequantised copy") == 1
+    assert warnings_of.text.count("dequantized copy") == 1
 
 
 def test_a_mask_with_holes_is_honoured(device: str, warnings_of: pytest.LogCaptureFixture) -> None:
@@ -177,7 +177,7 @@ def test_a_mask_with_holes_is_honoured(device: str, warnings_of: pytest.LogCaptu
         visible = mask[:, part].bool()
         assert_close(ours[visible], theirs[visible])
     assert not caches[0].batch.regular
-    assert "dequantised copy" in warnings_of.text
+    assert "dequantized copy" in warnings_of.text
 
 
 def test_the_attention_serves_other_caches(device: str) -> None:

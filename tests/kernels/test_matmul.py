@@ -30,13 +30,13 @@ def operands(kind, batch, heads, kv_heads, rows, tokens, dim, dtype, device, **o
     return x.to(dtype).to(device), quantize_cache_v(cached, **options)
 
 
-def check(kind, x, quantised, group=None):
+def check(kind, x, quantized, group=None):
     function = {"qk": qk_matmul, "pv": pv_matmul}[kind]
-    out = function(x, *quantised, group_size=group)
+    out = function(x, *quantized, group_size=group)
     assert out.dtype == x.dtype
     assert out.is_contiguous()
-    cached = oracle.dequantize(*quantised, group).repeat_interleave(
-        x.shape[1] // quantised[0].shape[1], 1
+    cached = oracle.dequantize(*quantized, group).repeat_interleave(
+        x.shape[1] // quantized[0].shape[1], 1
     )
     cached = cached.mT if kind == "qk" else cached
     own = x.float() @ cached.to(x.dtype).float()
@@ -49,8 +49,8 @@ def check(kind, x, quantised, group=None):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_granularity(backend, device, dtype, granularity, kind):
     options = GRANULARITIES[granularity]
-    x, quantised = operands(kind, 2, 4, 2, 3, 75, 64, DTYPES[dtype], device, **options)
-    check(kind, x, quantised, options.get("group_size"))
+    x, quantized = operands(kind, 2, 4, 2, 3, 75, 64, DTYPES[dtype], device, **options)
+    check(kind, x, quantized, options.get("group_size"))
 
 
 @pytest.mark.parametrize("kind", ["qk", "pv"])
@@ -68,8 +68,8 @@ def test_every_granularity(backend, device, dtype, granularity, kind):
     ],
 )
 def test_shapes(backend, device, kind, heads, kv_heads, rows, tokens, dim):
-    x, quantised = operands(kind, 2, heads, kv_heads, rows, tokens, dim, FP16, device)
-    check(kind, x, quantised)
+    x, quantized = operands(kind, 2, heads, kv_heads, rows, tokens, dim, FP16, device)
+    check(kind, x, quantized)
 
 
 @pytest.mark.parametrize("kind", ["qk", "pv"])
@@ -89,11 +89,11 @@ def test_params_in_another_dtype(backend, device, kind):
 
 
 def test_nothing_to_multiply(backend, device):
-    x, quantised = operands("qk", 1, 2, 2, 3, 0, 64, FP32, device)
-    assert qk_matmul(x, *quantised).shape == (1, 2, 3, 0)
-    out = pv_matmul(torch.empty(1, 2, 3, 0, device=device), *quantised)
+    x, quantized = operands("qk", 1, 2, 2, 3, 0, 64, FP32, device)
+    assert qk_matmul(x, *quantized).shape == (1, 2, 3, 0)
+    out = pv_matmul(torch.empty(1, 2, 3, 0, device=device), *quantized)
     assert torch.equal(out, torch.zeros(1, 2, 3, 64, device=device))
-    assert qk_matmul(x[:, :, :0], *quantised).shape == (1, 2, 0, 0)
+    assert qk_matmul(x[:, :, :0], *quantized).shape == (1, 2, 0, 0)
 
 
 def test_nan_row_reaches_its_score_only(backend, device):
@@ -121,7 +121,7 @@ def test_any_shape(
     backend, device, kind, batch, kv_heads, share, rows, tokens, dim, granularity, dtype
 ):
     options = GRANULARITIES[granularity]
-    x, quantised = operands(
+    x, quantized = operands(
         kind, batch, share * kv_heads, kv_heads, rows, tokens, dim, DTYPES[dtype], device, **options
     )
-    check(kind, x, quantised, options.get("group_size"))
+    check(kind, x, quantized, options.get("group_size"))

@@ -27,7 +27,7 @@ def params_shape(x, granularity, group_size=None):
 
 
 def check(x, options, qmin=0, qmax=255):
-    """Quantises ``x`` and holds the result to half a step everywhere."""
+    """Quantizes ``x`` and holds the result to half a step everywhere."""
     q, scale, zero = quantize_cache_v(x, **options)
     granularity, group = options.get("granularity", "token"), options.get("group_size")
     assert (q.shape, q.dtype) == (x.shape, torch.uint8)

@@ -1,4 +1,4 @@
-// Append: rotate, subtract the group's mean, quantise and scatter K and V in one launch.
+// Append: rotate, subtract the group's mean, quantize and scatter K and V in one launch.
 //
 // A block takes one head's rows of one group (or of 256 tokens without a mean), K or V. Where the
 // group begins in this call, the block first takes its mean: of the incoming rows of the group

@@ -255,7 +255,7 @@ struct LaneMean {
   }
 };
 
-// Rotates the rows of tokens [begin, end) of the source, subtracts the group's mean, quantises and
+// Rotates the rows of tokens [begin, end) of the source, subtracts the group's mean, quantizes and
 // stores them. `warp`: of the block.
 template <class Format, class T>
 __device__ __forceinline__ void write_rows(const Source<Format, T>& src, int begin, int end,

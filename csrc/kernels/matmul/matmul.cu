@@ -1,7 +1,7 @@
 // The unfused attention matmuls on plain (q, scale, zero) tensors of any granularity.
 //
 // One tiled kernel: the query rows of all heads of a KV head are the tile's rows, so a KV tile is
-// read once for them; codes are dequantised on their way to shared memory, products are fp32.
+// read once for them; codes are dequantized on their way to shared memory, products are fp32.
 #include "kernels/common/device.cuh"
 #include "kernels/common/element.cuh"
 
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kRows = 16, kColumns = 64, kDepth = 32, kThreads = 256;
 
-// Which index of the quantised tensor the product runs along.
+// Which index of the quantized tensor the product runs along.
 enum class Product { kQk, kPv };
 
 template <Product kProduct>

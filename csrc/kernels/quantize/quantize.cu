@@ -1,4 +1,4 @@
-// Quantise and dequantise plain tensors: x ~ scale * (q - zero), a pair a token, head or channel.
+// Quantize and dequantize plain tensors: x ~ scale * (q - zero), a pair a token, head or channel.
 //
 // token: a row's channels are dim / 16 lanes' registers: x is read once and written once as codes.
 // head and channel: two passes, minimum and maximum first; the second comes from L2 where it fits.

@@ -138,11 +138,11 @@ class Backend(ABC):
         seqs: Sequences | None,
         slot_mapping: Tensor | None,
     ) -> None:
-        """Quantise rows into the cache, behind ``seqs`` or by slots."""
+        """Quantize rows into the cache, behind ``seqs`` or by slots."""
 
     @abstractmethod
     def gather(self, view: CacheView, seqs: Sequences, key: Tensor, value: Tensor) -> None:
-        """Dequantise the first tokens of each sequence into ``key`` and ``value``."""
+        """Dequantize the first tokens of each sequence into ``key`` and ``value``."""
 
     @abstractmethod
     def quantize(
@@ -160,10 +160,10 @@ class Backend(ABC):
     def qk_matmul(
         self, query: Tensor, qk: Tensor, scale: Tensor, zero: Tensor, group_size: int
     ) -> Tensor:
-        """Queries times quantised keys."""
+        """Queries times quantized keys."""
 
     @abstractmethod
     def pv_matmul(
         self, probs: Tensor, qv: Tensor, scale: Tensor, zero: Tensor, group_size: int
     ) -> Tensor:
-        """Probabilities times quantised values."""
+        """Probabilities times quantized values."""

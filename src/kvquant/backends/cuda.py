@@ -1,4 +1,4 @@
-"""The compiled CUDA kernels: current stream, no synchronisation, capturable in a CUDA graph."""
+"""The compiled CUDA kernels: current stream, no synchronization, capturable in a CUDA graph."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ __all__ = [
     "rotate",
 ]
 
-KEYS = 1024  # tokens dequantised at a time
+KEYS = 1024  # tokens dequantized at a time
 
 
 def chunks(count: int, size: int) -> list[tuple[int, int]]:

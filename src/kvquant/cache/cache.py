@@ -78,7 +78,7 @@ class QuantizedKVCache(CacheSequences):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> None:
-        """Quantise keys and values and store them behind a layer's tokens, in one launch.
+        """Quantize keys and values and store them behind a layer's tokens, in one launch.
 
         Args:
             layer: Which one.

@@ -1,6 +1,6 @@
 """8-bit rows: a uint8 code a channel, and a float16 scale and offset a row.
 
-Written to be read beside ``csrc/formats/int8.h``: a row is quantised in the same float32 steps, so
+Written to be read beside ``csrc/formats/int8.h``: a row is quantized in the same float32 steps, so
 that codes are the same bit for bit on every backend.
 """
 
@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .row import RowFormat
+from .row import RowFormat, half_down
 
 __all__ = ["MAX_ABS", "MIN_SCALE", "Int8"]
 
@@ -39,10 +39,10 @@ class Int8(RowFormat):
     def encode(self, rows: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
         """See `RowFormat.encode`."""
         low, high = (x.clamp(-MAX_ABS, MAX_ABS) for x in rows.aminmax(dim=-1, keepdim=True))
-        offset = _half_down(low)
+        offset = half_down(low)
         span = high - offset.float()
         step = (span / torch.full_like(span, 255.0)).clamp_min(MIN_SCALE)
-        scale = -_half_down(-step)
+        scale = -half_down(-step)
         shift, factor = offset.float(), scale.float()
         codes = ((rows - shift) * (torch.ones_like(factor) / factor)).round().clamp(0, 255)
         params = torch.cat([scale, offset], -1).where(finite, torch.nan)
@@ -52,11 +52,3 @@ class Int8(RowFormat):
         """See `RowFormat.decode`."""
         pair = params.contiguous().view(torch.float16).float()
         return pair[..., :1] * codes.float() + pair[..., 1:]
-
-
-def _half_down(x: Tensor) -> Tensor:
-    """The largest float16 <= x: -inf or the largest finite one beyond the range."""
-    half = x.half()
-    bits = half.view(torch.int16)
-    lower = torch.where(bits < 0, bits + 1, bits - 1).view(torch.float16)
-    return torch.where(half.float() > x, lower, half)

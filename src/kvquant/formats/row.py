@@ -6,14 +6,23 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-__all__ = ["RowFormat", "rotation_length"]
+__all__ = ["RowFormat", "half_down", "rotation_length"]
 
 
 def rotation_length(head_dim: int) -> int:
     """Length of the Hadamard blocks: the largest power of two that divides ``head_dim``."""
     return head_dim & -head_dim
+
+
+def half_down(x: Tensor) -> Tensor:
+    """The largest float16 <= x: -inf or the largest finite one beyond the range."""
+    half = x.half()
+    bits = half.view(torch.int16)
+    lower = torch.where(bits < 0, bits + 1, bits - 1).view(torch.float16)
+    return torch.where(half.float() > x, lower, half)
 
 
 @dataclass(frozen=True)

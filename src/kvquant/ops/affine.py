@@ -26,7 +26,7 @@ SCHEMAS = {
 
 
 def check_factor(name: str, x: Tensor, codes: str, q: Tensor, last: int) -> None:
-    """What multiplies quantised tensors: float rows that fit them."""
+    """What multiplies quantized tensors: float rows that fit them."""
     check_rows(name, x, 4, any_dim=True)
     check_no_grad(**{name: x})
     require(q.shape[1] > 0, f"{codes}: expected a head at least, got shape {list(q.shape)}")
@@ -35,7 +35,7 @@ def check_factor(name: str, x: Tensor, codes: str, q: Tensor, last: int) -> None
         f"{name}: expected shape [{q.shape[0]}, a multiple of {q.shape[1]}, any, {last}], got "
         f"{list(x.shape)}",
     )
-    require(x.device == q.device, f"{name}: on {x.device}, but the quantised tensor on {q.device}")
+    require(x.device == q.device, f"{name}: on {x.device}, but the quantized tensor on {q.device}")
 
 
 def _check_pair(name: str, q: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> None:

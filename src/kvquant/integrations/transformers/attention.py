@@ -114,7 +114,7 @@ def kvquant_attention(
                 sinks=s_aux,
             )
             return out, None
-        warn_once(f"{reason}: attention runs on a dequantised copy of the 8-bit cache")
+        warn_once(f"{reason}: attention runs on a dequantized copy of the 8-bit cache")
         key, value = (x.dequantize() if isinstance(x, QuantizedHandle) else x for x in (key, value))
         if attention_mask is None:
             attention_mask = _history_mask(query, key.shape[2], causal, window, layer.batch.starts)

@@ -24,7 +24,7 @@ class Batch:
         layers: The cache's layers.
         starts: int32 ``(batch,)``: tokens of left padding, None without padding.
         regular: False where the last 2D mask hid more than left padding. Attention then goes by
-            the mask itself, over dequantised rows.
+            the mask itself, over dequantized rows.
         masked: Whether the model has asked for a mask of "kvquant", its attention's name.
         positions: position_ids of the last call; None: not known.
     """

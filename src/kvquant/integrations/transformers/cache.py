@@ -93,9 +93,9 @@ class KVQuantLayer(CacheLayerMixin):
 
     @property
     def batch_size(self) -> int:
-        """Sequences, once initialised."""
+        """Sequences, once initialized."""
         if self._shape is None:
-            raise AttributeError("batch_size: the layer is not initialised yet")
+            raise AttributeError("batch_size: the layer is not initialized yet")
         return int(self._shape[0])
 
     def update(
@@ -245,7 +245,7 @@ class KVQuantLayer(CacheLayerMixin):
 
     @keys.setter
     def keys(self, nothing: None) -> None:
-        """Transformers' own initialisation: there is nothing to set."""
+        """Transformers' own initialization: there is nothing to set."""
 
     @property
     def values(self) -> QuantizedHandle | None:
@@ -331,7 +331,7 @@ class KVQuantCache(Cache):
     """An 8-bit cache for ``model.generate(..., past_key_values=KVQuantCache(model))``.
 
     Load the model with ``attn_implementation="kvquant"``: its attention reads the 8-bit rows. With
-    any other attention the rows are dequantised at each step (correct, slow, reported once).
+    any other attention the rows are dequantized at each step (correct, slow, reported once).
 
     Args:
         config: The model, or its config.

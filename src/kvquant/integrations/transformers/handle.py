@@ -52,7 +52,7 @@ class QuantizedHandle(Tensor):
     """Keys or values in the 8-bit cache, to anyone else a tensor (batch, kv_heads, tokens, dim).
 
     The attention function "kvquant" takes `snapshot` and reads the 8-bit rows. Any other function
-    that touches the handle, another attention or the model's own code, gets the dequantised rows:
+    that touches the handle, another attention or the model's own code, gets the dequantized rows:
     correct, slow, and reported once.
     """
 
@@ -72,7 +72,7 @@ class QuantizedHandle(Tensor):
         return handle
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        """Shape, dtype and device: printing must not dequantise."""
+        """Shape, dtype and device: printing must not dequantize."""
         kind = "value" if self.is_value else "key"
         return f"QuantizedHandle({kind}, {tuple(self.shape)}, {self.dtype}, {self.device})"
 
@@ -88,7 +88,7 @@ class QuantizedHandle(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run ``func`` on the dequantised rows."""
+        """Run ``func`` on the dequantized rows."""
         warn_once(_reason(args, kwargs))
 
         def plain(x: Any) -> Any:
@@ -103,10 +103,10 @@ def _reason(*calls: Any) -> str:
     if any(x.snapshot.layer.batch.masked for x in found):
         return (
             "the model computes with keys or values between its cache and its attention: each step "
-            "runs on a dequantised copy of the 8-bit cache, correct but slow"
+            "runs on a dequantized copy of the 8-bit cache, correct but slow"
         )
     return (
-        f"an attention function other than '{NAME}' reads a dequantised copy of the 8-bit cache: "
+        f"an attention function other than '{NAME}' reads a dequantized copy of the 8-bit cache: "
         f"correct but slow. Load the model with attn_implementation='{NAME}'"
     )
 

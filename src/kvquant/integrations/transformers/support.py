@@ -136,5 +136,5 @@ def _check_source(name: str, modules: list[str], *, has_text: bool, decodes: boo
         return
     advice = "Load it with attn_implementation='eager'"
     if decodes:
-        advice += ": KVQuantCache then stores 8 bits all the same, and each step dequantises them"
+        advice += ": KVQuantCache then stores 8 bits all the same, and each step dequantizes them"
     raise ValueError(f"attn_implementation: {name} {why}. {advice}")
