@@ -212,7 +212,7 @@ def stored_difference(
     if not torch.equal(means[0].isnan(), means[1].isnan()):
         return "k_mean: NaN elsewhere"
     largest = means[1].nan_to_num(nan=0).abs().amax().item() if means[1].numel() else 0.0
-    rows = [_dequantised(x) for x in (got, wanted)]
+    rows = [_dequantized(x) for x in (got, wanted)]
     large = rows[1].nan_to_num(nan=0).abs().amax().item() if rows[1].numel() else 0.0
     near = 2**-9 * means[1].abs() + 1e-4 + 1e-6 * large  # sums in another order
     if (means[0] - means[1]).abs().nan_to_num(nan=0).gt(near).any():
@@ -228,6 +228,6 @@ def bits_of_rows(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8)
 
 
-def _dequantised(view: kvquant.CacheView) -> Tensor:
+def _dequantized(view: kvquant.CacheView) -> Tensor:
     scale, offset = view.k.params.view(torch.float16).float().unbind(-1)
     return scale[..., None] * view.k.codes.float() + offset[..., None]
