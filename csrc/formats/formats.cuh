@@ -11,7 +11,8 @@
 //              place(c), channel(step, t): at which place of the k-steps channel c is, and back.
 //              The query is laid out alike, so the order is free
 //   ValueTile  first_byte(), load_row(): as above
-//              for_operands(f): f(w, even, odd) with the A fragments of m-tiles 2 w and 2 w + 1
+//              for_operands<kCentered>(f): f(w, even, odd) with the A fragments of m-tiles 2 w and
+//              2 w + 1, of code - kMiddleCode or of code 2^-24
 //              channel(w, g), channels(): which four channels these are, made of accumulators
 #pragma once
 
@@ -69,9 +70,18 @@ struct TileParams {
       to = i % 2 ? (to & 0xffffu) | bits << 16 : (to & 0xffff0000u) | bits;
     }
   }
-  // Of a token that is not `seen`: zeros, whatever its params are.
-  __device__ __forceinline__ RowAffine affine(int i, bool seen = true) const {
-    const uint32_t of = seen ? bits(i) : 0u;
+  // Scales, or offsets, of tokens 2 pair and 2 pair + 1.
+  __device__ __forceinline__ uint32_t scales(int pair) const {
+    if constexpr (kBytes == 4) return __byte_perm(bits(2 * pair), bits(2 * pair + 1), 0x5410);
+    return pair ? words.y : words.x;
+  }
+  __device__ __forceinline__ uint32_t offsets(int pair) const {
+    static_assert((kBytes == 4) != Format::kSymmetric);
+    if constexpr (kBytes == 4) return __byte_perm(bits(2 * pair), bits(2 * pair + 1), 0x7632);
+    return 0;
+  }
+  __device__ __forceinline__ RowAffine affine(int i) const {
+    const uint32_t of = bits(i);
     Params params;
     memcpy(&params, &of, kBytes);
     return Format::affine(params);

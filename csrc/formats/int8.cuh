@@ -3,7 +3,7 @@
 //   Q K^T  A lane reads 16 consecutive bytes of a key: with the channels of a k-step permuted alike
 //          in A and B, two of its words are one k-step's B fragment as they are.
 //   P V    A lane reads the same 16 channels of 4 tokens and transposes 4 x 4 bytes with
-//          byte-permutes. Values are taken as q - 128, which is exact.
+//          byte-permutes.
 //
 // Lanes whose channels are beyond the row read other ones of it: they meet zeros of the query, or
 // become channels that are not written.
@@ -89,19 +89,19 @@ struct ByteValues {
       codes[i][4 * kWide] = u.x, codes[i][4 * kWide + 1] = u.y;
     }
   }
-  template <class F>
+  // As code - 128, or as code 2^-24.
+  template <bool kCentered, class F>
   __device__ __forceinline__ void for_operands(F&& f) const {
+    const auto low = [](uint32_t u) { return kCentered ? centered(codes_low(u)) : tiny_low(u); };
+    const auto high = [](uint32_t u) { return kCentered ? centered(codes_high(u)) : tiny_high(u); };
 #pragma unroll
     for (int w = 0; w < kDim / 32; ++w) {
       const uint32_t low01 = __byte_perm(codes[0][w], codes[1][w], 0x5140);
       const uint32_t high01 = __byte_perm(codes[0][w], codes[1][w], 0x7362);
       const uint32_t low23 = __byte_perm(codes[2][w], codes[3][w], 0x5140);
       const uint32_t high23 = __byte_perm(codes[2][w], codes[3][w], 0x7362);
-      f(w,
-        make_uint4(centered(codes_low(low01)), centered(codes_high(low01)),
-                   centered(codes_low(low23)), centered(codes_high(low23))),
-        make_uint4(centered(codes_low(high01)), centered(codes_high(high01)),
-                   centered(codes_low(high23)), centered(codes_high(high23))));
+      f(w, make_uint4(low(low01), high(low01), low(low23), high(low23)),
+        make_uint4(low(high01), high(high01), low(high23), high(high23)));
     }
   }
   static __device__ __forceinline__ int channel(int w, int g) {

@@ -12,6 +12,7 @@ struct Int8 {
   static constexpr RowFormat kTag = RowFormat::kInt8;
   static constexpr const char* kName = "int8";
   static constexpr float kMaxCode = 255.f, kMiddleCode = 128.f;
+  static constexpr bool kSymmetric = false;
 
   struct alignas(4) Params {
     uint16_t scale, offset;  // fp16

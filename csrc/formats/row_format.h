@@ -3,6 +3,7 @@
 //   kTag, kName                its number in params.h, its name in Python
 //   kMaxCode, kMiddleCode      codes are 0 .. kMaxCode; the middle one is what values of attention
 //                              are taken relative to
+//   kSymmetric                 there is no offset: x = scale * (code - kMiddleCode)
 //   Params                     what a row keeps beside its codes, 2 or 4 bytes
 //   code_bytes(head_dim)       bytes of a row's codes
 //   params(min, max, finite)   of a row in the basis it is stored in; not finite: NaN

@@ -4,8 +4,8 @@
 
 #include <cstddef>
 
+#include "kernels/attention/accumulate.cuh"
 #include "kernels/attention/means.cuh"
-#include "kernels/attention/tile.cuh"
 
 namespace kvquant::cuda {
 
@@ -25,7 +25,7 @@ struct AttentionShared {
     RawQuery<Traits> raw;  // until the query is prepared
     float mean_scores[kGroups<Traits>][Traits::kRows];
   };
-  float4 row[Traits::kWarps][8];  // (base, sum, offsets) of a warp's eight rows
+  float4 row[Traits::kWarps][8];  // (base, sum of p, of p times middles) of a warp's eight rows
   RowScale scale[Traits::kRows];
   RowTile rows;
   RowView views[Traits::kRows];
@@ -67,21 +67,11 @@ __device__ __forceinline__ void store_warp(AttentionShared<Traits>& shared,
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
       if (2 * t + q >= count) continue;
-      float4 x = Values::channels(acc.c[2 * w][r], acc.c[2 * w + 1][r], q);
-      if constexpr (Traits::kSplit) {
-        const float4 rest = Values::channels(acc.c[2 * w][1], acc.c[2 * w + 1][1], q);
-        x.x += rest.x, x.y += rest.y, x.z += rest.z, x.w += rest.w;
-      }
-      *reinterpret_cast<float4*>(&shared.merge[warp][2 * t + q][c]) = x;
+      *reinterpret_cast<float4*>(&shared.merge[warp][2 * t + q][c]) =
+          acc.template channels<r>(w, q);
     }
   }
-  float sum = acc.rows[r].sum, offsets = acc.rows[r].offsets;
-#pragma unroll
-  for (int step = 1; step < 4; step <<= 1) {
-    sum += __shfl_xor_sync(kFullWarp, sum, step);
-    offsets += __shfl_xor_sync(kFullWarp, offsets, step);
-  }
-  if (t == 0) shared.row[warp][g] = make_float4(acc.rows[r].base, sum, offsets, 0.f);
+  acc.template store_rows<r>(shared.row[warp], g, t);
 }
 
 // The sum of the warps' results, in their order. row: of the eight that they left.
@@ -267,8 +257,9 @@ __device__ __forceinline__ void write_result(const AttentionCall& p, const RowTi
 // the rows.
 template <class Traits>
 __device__ __forceinline__ void finish(const AttentionCall& p, AttentionShared<Traits>& shared,
-                                       const Accumulator<Traits>& acc, int64_t unit, int split,
+                                       Accumulator<Traits>& acc, int64_t unit, int split,
                                        int splits, int warp, int g, int t) {
+  acc.flush();
   const Partial<Traits> partial{p.partial + unit * p.splits * Traits::kPartialFloats};
 #pragma unroll 1
   for (int r = 0; r < Traits::kRowSets; ++r) {

@@ -10,13 +10,14 @@
 
 namespace kvquant::cuda {
 
-// Softcap, ALiBi and the mask on a tile's scores. Returns the largest scale of this lane's values:
-// nobody's tokens may hold anything and do not count.
+// Softcap, ALiBi and the mask on a tile's scores. Returns the largest scale of this lane's values.
+// Tokens that no row sees may hold anything: their params become zeros. So do those of values that
+// are not finite, and the scores of rows that see them become NaN.
 template <class Traits>
 __device__ __forceinline__ float mask_scores(const AttentionCall& p,
                                              const AttentionShared<Traits>& shared, int token,
                                              int g, int t,
-                                             const TileParams<typename Traits::Value>& v_params,
+                                             TileParams<typename Traits::Value>& v_params,
                                              float (&score)[Traits::kRowSets][4]) {
   const float cap = p.softcap * kLog2e;
 #pragma unroll
@@ -37,7 +38,14 @@ __device__ __forceinline__ float mask_scores(const AttentionCall& p,
   for (int i = 0; i < 4; ++i) {
     const int j = token + 4 * t + i;
     const bool seen = j >= begin && j < end;
-    most = fmaxf(most, seen ? v_params.scale(i) : 0.f);
+    const float scale = seen ? v_params.scale(i) : 0.f;
+    most = fmaxf(most, scale);
+    if (seen && scale <= kMaxAbs) continue;
+    v_params.set(i, {});
+#pragma unroll
+    for (int r = 0; r < Traits::kRowSets; ++r) {
+      if (seen && score[r][i] != -INFINITY) score[r][i] = NAN;
+    }
   }
   return most;
 }
@@ -119,7 +127,6 @@ struct MainLoop {
       pipeline.wait_stage();
       float score[Traits::kTiles][Traits::kRowSets][4], v_scale = 0.f;
       TileParams<typename Traits::Value> v_params[Traits::kTiles];
-      bool clean[Traits::kTiles];
       const int new_tokens = shared.new_tokens.begin;
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) {
@@ -133,12 +140,12 @@ struct MainLoop {
         mma_qk(pipeline.keys(u), query, dot, score[u]);
         v_params[u] = pipeline.value_params(u);
         const bool usable = pipeline.usable(u, block[u]);
-        clean[u] = at >= clean_begin && at <= clean_end && usable;
-        if (clean[u]) {
+        if (at >= clean_begin && at <= clean_end && usable) {
           v_scale = fmaxf(v_scale, v_params[u].largest_scale());
         } else if (at < end && usable) {
           v_scale = fmaxf(v_scale, mask_scores(p, shared, at, g, t, v_params[u], score[u]));
         } else {
+          v_params[u] = {};
 #pragma unroll
           for (int r = 0; r < Traits::kRowSets; ++r) {
 #pragma unroll
@@ -156,21 +163,12 @@ struct MainLoop {
 #pragma unroll
           for (int i = 0; i < 4; ++i) best[r] = fmaxf(best[r], score[u][r][i]);
         }
-        best[r] = fmaxf(best[r], __shfl_xor_sync(kFullWarp, best[r], 1));
-        best[r] = fmaxf(best[r], __shfl_xor_sync(kFullWarp, best[r], 2));
       }
-      rescale(acc, best, v_scale, t);
+      acc.rescale(best, v_scale, t);
 #pragma unroll
-      for (int u = 0; u < Traits::kTiles; ++u) {
-        uint32_t weight[Traits::kOutTiles][2];
-        if (clean[u]) {
-          softmax_weights<false>(acc, v_params[u], score[u], weight);
-        } else {
-          softmax_weights<true>(acc, v_params[u], score[u], weight);
-        }
-        mma_pv(acc, pipeline.values(u), weight);
-      }
+      for (int u = 0; u < Traits::kTiles; ++u) acc.add(score[u], v_params[u], pipeline.values(u));
       load_values(next, next_block);
+      if (token / Traits::kStep % Accumulator<Traits>::kFlush == 0) acc.flush();
       token += Traits::kStep;
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) block[u] = next_block[u];

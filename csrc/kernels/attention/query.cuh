@@ -209,7 +209,6 @@ struct AttentionTraits {
   static constexpr int kRowsPerWarp = kRows / kWarps;  // to prepare
   // Of 16 rows of bytes: the highest ones of all rows come first.
   static constexpr int kFragments = (kQueryLimbs * kRows + 15) / 16;
-  static constexpr int kOutTiles = kSplit ? 2 : kRowSets;  // n-tiles of P V
   static constexpr int kPartialFloats = partial_floats(kHeadDim, kRowCount);
 
   static constexpr int kRotation = kDim & -kDim;  // the longest that fits rows

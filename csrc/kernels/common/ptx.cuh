@@ -210,6 +210,14 @@ __device__ __forceinline__ uint32_t codes_low(uint32_t word) {
 __device__ __forceinline__ uint32_t codes_high(uint32_t word) {
   return __byte_perm(word, 0x64646464u, 0x4342);
 }
+// Codes to fp16 subnormals: a byte q becomes q 2^-24.
+__device__ __forceinline__ uint32_t tiny_low(uint32_t word) { return __byte_perm(word, 0, 0x4140); }
+__device__ __forceinline__ uint32_t tiny_high(uint32_t word) { return __byte_perm(word, 0, 0x4342); }
+__device__ __forceinline__ uint32_t mul_halves(uint32_t a, uint32_t b) {
+  uint32_t x;
+  asm("mul.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
+  return x;
+}
 // 1024 + q to q - 128, exactly.
 __device__ __forceinline__ uint32_t centered(uint32_t codes) {
   uint32_t x;
