@@ -93,7 +93,6 @@ py::dict describe(const Choice& choice) {
   found["blocks"] = s.blocks;
   found["stages"] = s.stages;
   found["head_dim"] = s.head_dim;
-  found["one_block_per_sm"] = s.one_block_per_sm;
   return found;
 }
 

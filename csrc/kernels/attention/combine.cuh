@@ -258,7 +258,7 @@ __device__ __forceinline__ void write_result(const AttentionCall& p, const RowTi
 template <class Traits>
 __device__ __forceinline__ void finish(const AttentionCall& p, AttentionShared<Traits>& shared,
                                        Accumulator<Traits>& acc, int64_t unit, int split,
-                                       int splits, int warp, int g, int t) {
+                                       bool combines, int warp, int g, int t) {
   acc.flush();
   const Partial<Traits> partial{p.partial + unit * p.splits * Traits::kPartialFloats};
 #pragma unroll 1
@@ -278,10 +278,10 @@ __device__ __forceinline__ void finish(const AttentionCall& p, AttentionShared<T
     for (int i = warp; i < count; i += Traits::kWarps) {
       const int row = 8 * r + i;
       RowResult<Traits> result = combine_warps(shared, i);
-      if (split < splits - 1) {
+      if (!combines) {
         store_partial(partial, split, row, result);
       } else {
-        combine_splits(partial, splits - 1, row, result);
+        combine_splits(partial, split, row, result);
         write_result(p, shared.rows, row, result);
       }
     }

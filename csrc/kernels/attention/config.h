@@ -10,15 +10,23 @@ namespace kvquant::cuda {
 constexpr int kTile = 16;        // tokens of a tensor core's step
 constexpr int kMinSplit = 256;   // tokens; shorter splits cost more than they gain
 constexpr int kMaxSplits = 256;  // of a sequence: what one block merges
-// Tokens of a split where there is work enough and sequences may be over twice as long: evens out
-// unequal ones (64 of 1 to 16384 tokens: 81% of the read ceiling without, 90% so).
-constexpr int kMaxSplit = 4096;
+// Tokens of a split where there is work enough and sequences may be longer than kUneven: evens out
+// unequal ones (64 of 1 to 16384 tokens on an H200: 82% of the read ceiling with splits of 4096,
+// sequence by sequence, 85% with the short last splits behind all others, 88% so).
+constexpr int kMaxSplit = 3072, kUneven = 8192;
 constexpr int kMaxStages = 2;    // of a warp's ring
 constexpr int kBlockCost = 256;  // tokens' worth of a block's other work
 // Tokens of a multiprocessor up to which one block serves it best, and the same where twice as many
 // blocks would mean many splits to combine.
 constexpr int kMostOnOneBlock = 1024, kMostOnOneBlockInSplits = 2560;
 constexpr int kManySplits = 8;
+// Four blocks of four warps begin and end at more times than two of eight (256 sequences of 1024
+// tokens on an H200: 88% of the read ceiling instead of 85.5%). Channels of a unit up to which that
+// is worth more blocks' prologues.
+constexpr int kMostInSmallBlocks = 1 << 18;
+
+// How many blocks a multiprocessor runs at once.
+enum class Occupancy { kUsual, kOneBlock, kManyBlocks };
 
 // What an instance is made of, chosen by the registers that it needs for accumulators and for the
 // tokens on their way.
@@ -38,12 +46,12 @@ struct InstanceShape {
 
 // rows: query rows of a block, 8, 16 or 32. float32 weights are taken twice, as fp16 and what fp16
 // left of them.
-constexpr InstanceShape instance_shape(int head_dim, int rows, bool float32,
-                                       bool one_block_per_sm) {
+constexpr InstanceShape instance_shape(int head_dim, int rows, bool float32, Occupancy occupancy) {
   const bool few_registers = rows == 8 && !float32;  // for accumulators
   if (few_registers && head_dim <= 128) {
     const int tiles = head_dim <= 64 ? 2 : 1;
-    return {tiles, 8, one_block_per_sm ? 1 : 2, 0};
+    if (occupancy == Occupancy::kManyBlocks) return {tiles, 4, 4, 0};
+    return {tiles, 8, occupancy == Occupancy::kOneBlock ? 1 : 2, 0};
   }
   if (head_dim > 128) return {1, 4, 2, few_registers ? 0 : kMaxStages};
   if (head_dim == 128 && rows == 32) return {1, 4, 2, kMaxStages};
@@ -60,9 +68,9 @@ struct AttentionShape {
   int row_tiles;  // of a sequence and KV head
   InstanceShape instance;
   int64_t units;  // of (sequence, KV head, row tile)
-  // A block has its multiprocessor for itself: all run at once, and less is on its way than where
-  // two share one, which is shared out more evenly among multiprocessors.
-  bool one_block_per_sm;
+  // One block: all run at once, and less is on its way than where two share a multiprocessor, which
+  // is shared out more evenly among multiprocessors. Many: units are many and short.
+  Occupancy occupancy;
   int64_t slots;  // blocks that the device runs at once
   // Units of one row tile alone fill the device: splits then are as long for every sequence.
   bool fills;
@@ -86,7 +94,7 @@ constexpr int split_length(int span, int splits, int step) {
 inline int choose_splits(const AttentionShape& shape, int capacity) {
   const int most = int(std::min<int64_t>(
       {kMaxSplits, (capacity + kMinSplit - 1) / kMinSplit, 8 * shape.slots / shape.units + 1}));
-  const bool uneven = shape.fills && capacity > 2 * kMaxSplit;
+  const bool uneven = shape.fills && capacity > kUneven;
   int best = uneven ? std::min(capacity / kMaxSplit, kMaxSplits) : 1;
   double best_cost = 1e30;
   for (int splits = best; splits <= most; ++splits) {
@@ -100,9 +108,11 @@ inline int choose_splits(const AttentionShape& shape, int capacity) {
   return best;
 }
 
-// capacity: most tokens of a sequence.
+// capacity: most tokens of a sequence. With a split_size an instance's warps must not depend on the
+// batch: they decide in which order a split is summed.
 inline AttentionShape shape_attention(int batch, int tokens, int q_heads, int kv_heads, int k_dim,
-                                      int v_dim, bool float32, int capacity, int multiprocessors) {
+                                      int v_dim, bool float32, int capacity, int split_size,
+                                      int multiprocessors) {
   AttentionShape shape{};
   const int64_t query_rows = std::max<int64_t>(1, int64_t(tokens) * (q_heads / kv_heads));
   shape.head_dim = (std::max(k_dim, v_dim) + 63) / 64 * 64;
@@ -114,11 +124,18 @@ inline AttentionShape shape_attention(int batch, int tokens, int q_heads, int kv
   const bool one_tile = shape.row_tiles == 1;
   const bool many_splits = shape.units * kManySplits <= multiprocessors;
   const int64_t most = many_splits ? kMostOnOneBlockInSplits : kMostOnOneBlock;
-  shape.one_block_per_sm = one_tile && shape.units <= multiprocessors &&
-                           shape.units * capacity <= multiprocessors * most;
-  shape.instance = instance_shape(shape.head_dim, shape.rows, float32, shape.one_block_per_sm);
+  const auto usual = instance_shape(shape.head_dim, shape.rows, float32, Occupancy::kUsual);
+  if (one_tile && shape.units <= multiprocessors &&
+      shape.units * capacity <= multiprocessors * most) {
+    shape.occupancy = Occupancy::kOneBlock;
+  } else if (one_tile && split_size == 0 &&
+             shape.units >= int64_t(multiprocessors) * usual.blocks &&
+             int64_t(capacity) * shape.head_dim <= kMostInSmallBlocks) {
+    shape.occupancy = Occupancy::kManyBlocks;
+  }
+  shape.instance = instance_shape(shape.head_dim, shape.rows, float32, shape.occupancy);
   shape.slots = int64_t(multiprocessors) * shape.instance.blocks;
-  shape.fills = one_tile && shape.units >= shape.slots;
+  shape.fills = one_tile && shape.units >= int64_t(multiprocessors) * usual.blocks;
   return shape;
 }
 

@@ -176,7 +176,7 @@ struct MainLoop {
   }
 };
 
-// grid: (row tiles x splits, KV heads, sequences): row tiles are fastest, they share the tokens'
+// grid: (row tiles x KV heads, sequences, splits): row tiles are fastest, they share the tokens'
 // rows in L2.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
@@ -189,13 +189,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   // one.
   shared.parameters[threadIdx.x / 32] =
       load_parameter(&call, min(threadIdx.x / 32 * 64, uint32_t(sizeof(call)) - 4));
-  int split = blockIdx.x, row_tile = 0;
+  const int sequence = blockIdx.y;
+  int head = blockIdx.x, row_tile = 0;
   if (p.row_tiles > 1) {
-    split = blockIdx.x / p.row_tiles;
+    head = blockIdx.x / p.row_tiles;
     row_tile = p.row_tiles - 1 - int(blockIdx.x % p.row_tiles);  // those that see most are first
   }
   RowTile rows;
-  if (!rows.find_rows(p, row_tile, Traits::kRows)) return;
+  if (!rows.find_rows(p, sequence, head, row_tile, Traits::kRows)) return;
   // Asked for at once: lengths, the first block, the query. What needs none of them comes next.
   const int asked_block =
       load_early(p.seqs.block_table + rows.sequence * p.seqs.block_table_stride);
@@ -214,13 +215,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   int length = p.divided_by.divide(span + p.splits - 1);
   length = max(p.min_split, (length + Traits::kStep - 1) / Traits::kStep * Traits::kStep);
   // The last block of a sequence that has read its length adds the call's tokens to it.
-  const auto readers = [&] { return p.counters + blockIdx.z; };
+  const auto readers = [&] { return p.counters + sequence; };
   const auto advance = [&](int read) {
-    if (read != int(gridDim.x * gridDim.y) - 1) return;
+    if (read != int(gridDim.x * gridDim.z) - 1) return;  // appends have one row tile
     *readers() = 0;
-    p.advance[blockIdx.z] = asked_length + rows.tokens;
+    p.advance[sequence] = asked_length + rows.tokens;
   };
-  if (split > 0 && split * length >= span) {
+  // A sequence's last split, which may be short, comes in the grid's last layer: so long ones start
+  // first, and blocks end together.
+  const bool combines = blockIdx.z == gridDim.z - 1;
+  int split = blockIdx.z;
+  if (combines) {
+    split = gridDim.z > 1 && span > 0 ? (span - 1) / length : 0;
+  } else if ((split + 1) * length >= span) {
     wait_copies<0>(0);
     if (p.advance) {
       __syncthreads();
@@ -276,10 +283,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
     __syncthreads();
   }
   wait_copies<0>(0);  // for those that nobody needed
-  const int splits = max(1, (span + length - 1) / length);
-  const int64_t unit = (int64_t(blockIdx.z) * gridDim.y + blockIdx.y) * p.row_tiles + row_tile;
+  const int64_t unit = int64_t(sequence) * gridDim.x + head * p.row_tiles + row_tile;
   if (p.advance && leads) advance(read);
-  finish(p, shared, acc, unit, split, splits, warp, g, t);
+  finish(p, shared, acc, unit, split, combines, warp, g, t);
 }
 
 }  // namespace kvquant::cuda

@@ -9,7 +9,7 @@
 namespace kvquant::cuda {
 
 template <class Formats, int kDim>
-cudaError_t launch_dim(const AttentionCall&, int rows, bool one_block_per_sm, cudaStream_t);
+cudaError_t launch_dim(const AttentionCall&, int rows, Occupancy, cudaStream_t);
 
 namespace {
 
@@ -33,14 +33,14 @@ int capacity_of(const Sequences& seqs, const CacheView& cache) {
 AttentionShape shape_of(const AttentionParams& p, int device) {
   return shape_attention(p.seqs.batch, p.seqs.max_seqlen_q, p.num_q_heads, p.cache.num_kv_heads,
                          p.cache.k.head_dim, p.cache.v.head_dim, p.dtype == Dtype::kFloat32,
-                         capacity_of(p.seqs, p.cache), multiprocessors(device));
+                         capacity_of(p.seqs, p.cache), p.split_size, multiprocessors(device));
 }
 
 Status launch_shape(AttentionCall call, const AttentionShape& shape, Launch launch) {
   if (call.cache.num_kv_heads > 65535 || call.seqs.batch > 65535) {
     return Status::unsupported("batch or heads over 65535");
   }
-  if (int64_t(shape.row_tiles) * call.splits > INT32_MAX) {
+  if (int64_t(shape.row_tiles) * call.cache.num_kv_heads > INT32_MAX) {
     return Status::unsupported("more than 2^31 pieces of work: split the call");
   }
   const DeviceGuard guard(launch.device);
@@ -57,7 +57,7 @@ Status launch_shape(AttentionCall call, const AttentionShape& shape, Launch laun
   return with_pair(call.cache.k.format, call.cache.v.format, [&](auto formats) {
     using Formats = decltype(formats);
     const auto launch = [&](auto of) {
-      return to_status(of(call, shape.rows, shape.one_block_per_sm, stream));
+      return to_status(of(call, shape.rows, shape.occupancy, stream));
     };
     switch (shape.head_dim) {
       case 64:

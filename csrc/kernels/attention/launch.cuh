@@ -58,8 +58,8 @@ template <class Traits>
 cudaError_t launch_instance(AttentionCall call, cudaStream_t stream) {
   const Allowance& allowed = allowance<Traits>();
   if (allowed.error != cudaSuccess) return allowed.error;
-  const dim3 grid(unsigned(call.row_tiles * call.splits), unsigned(call.cache.num_kv_heads),
-                  unsigned(call.seqs.batch));
+  const dim3 grid(unsigned(call.row_tiles * call.cache.num_kv_heads), unsigned(call.seqs.batch),
+                  unsigned(call.splits));
   call.stages = allowed.stages;
   attention_kernel<Traits><<<grid, Traits::kThreads, allowed.bytes, stream>>>(call);
   return cudaGetLastError();
@@ -75,33 +75,40 @@ cudaError_t with_query_rows(int rows, F&& f) {
 }
 
 // The plain call's instance where it serves, else the one that knows all features.
-template <class Formats, int kDim, int kRows, class T, bool kOneBlockPerSm>
+template <class Formats, int kDim, int kRows, class T, Occupancy kOccupancy>
 cudaError_t launch_features(const AttentionCall& call, cudaStream_t stream) {
-  using Plain = AttentionTraits<Formats, kDim, kRows, T, true, kOneBlockPerSm>;
-  using Full = AttentionTraits<Formats, kDim, kRows, T, false, kOneBlockPerSm>;
+  using Plain = AttentionTraits<Formats, kDim, kRows, T, true, kOccupancy>;
+  using Full = AttentionTraits<Formats, kDim, kRows, T, false, kOccupancy>;
   return Plain::serves(call) ? launch_instance<Plain>(call, stream)
                              : launch_instance<Full>(call, stream);
 }
 
+// The instance of this occupancy, where it is another one than the usual.
 template <class Formats, int kDim, int kRows, class T>
-cudaError_t launch_rows(const AttentionCall& call, bool one_block_per_sm, cudaStream_t stream) {
-  constexpr bool kFloat = std::is_same_v<T, float>;
-  if constexpr (!(instance_shape(kDim, kRows, kFloat, true) ==
-                  instance_shape(kDim, kRows, kFloat, false))) {
-    if (one_block_per_sm) return launch_features<Formats, kDim, kRows, T, true>(call, stream);
+cudaError_t launch_rows(const AttentionCall& call, Occupancy occupancy, cudaStream_t stream) {
+  constexpr auto shape = [](Occupancy of) {
+    return instance_shape(kDim, kRows, std::is_same_v<T, float>, of);
+  };
+  constexpr auto kUsual = Occupancy::kUsual, kOne = Occupancy::kOneBlock,
+                 kMany = Occupancy::kManyBlocks;
+  if constexpr (!(shape(kOne) == shape(kUsual))) {
+    if (occupancy == kOne) return launch_features<Formats, kDim, kRows, T, kOne>(call, stream);
   }
-  return launch_features<Formats, kDim, kRows, T, false>(call, stream);
+  if constexpr (!(shape(kMany) == shape(kUsual))) {
+    if (occupancy == kMany) return launch_features<Formats, kDim, kRows, T, kMany>(call, stream);
+  }
+  return launch_features<Formats, kDim, kRows, T, kUsual>(call, stream);
 }
 
 template <class Formats, int kDim>
-cudaError_t launch_dim(const AttentionCall& call, int rows, bool one_block_per_sm,
+cudaError_t launch_dim(const AttentionCall& call, int rows, Occupancy occupancy,
                        cudaStream_t stream) {
   if (call.dtype == Dtype::kFloat32)
-    return launch_rows<Formats, kDim, 8, float>(call, one_block_per_sm, stream);
+    return launch_rows<Formats, kDim, 8, float>(call, occupancy, stream);
   return with_query_rows<max_rows(kDim)>(rows, [&](auto rows) {
     return call.dtype == Dtype::kFloat16
-               ? launch_rows<Formats, kDim, rows(), __half>(call, one_block_per_sm, stream)
-               : launch_rows<Formats, kDim, rows(), __nv_bfloat16>(call, one_block_per_sm, stream);
+               ? launch_rows<Formats, kDim, rows(), __half>(call, occupancy, stream)
+               : launch_rows<Formats, kDim, rows(), __nv_bfloat16>(call, occupancy, stream);
   });
 }
 

@@ -11,7 +11,7 @@ namespace kvquant::cuda {
 template <class Format, class Traits>
 __device__ __forceinline__ Source<Format, typename Traits::Element> new_source(
     const AttentionCall& p, bool is_key, int stored, int whole = -1) {
-  const int sequence = blockIdx.z, head = blockIdx.y;
+  const int sequence = blockIdx.y, head = blockIdx.x;  // there is one row tile
   return {p.cache, p.seqs,
           nullptr, is_key ? p.key : p.value,
           is_key,  sequence,

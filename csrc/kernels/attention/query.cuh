@@ -152,9 +152,10 @@ struct RowTile {
   }
 
   // False where there are no rows. `tile` counts tiles of rows_per_tile.
-  __device__ __forceinline__ bool find_rows(const AttentionCall& p, int tile, int rows_per_tile) {
-    sequence = blockIdx.z;
-    head = blockIdx.y;
+  __device__ __forceinline__ bool find_rows(const AttentionCall& p, int sequence, int head,
+                                            int tile, int rows_per_tile) {
+    this->sequence = sequence;
+    this->head = head;
     const CallRows call = call_rows(p.seqs, sequence);
     first_call_row = call.first;
     tokens = call.count;
@@ -187,7 +188,7 @@ struct RowTile {
 // The compile-time choices of one instance. A plain call has none of the rarer features and rows
 // that fill the instance; its code is half as long, which a short call waits for.
 template <class Formats, int kHeadDim, int kRowCount, class T, bool kIsPlainCall,
-          bool kOneBlockPerSm>
+          Occupancy kOccupancy>
 struct AttentionTraits {
   using Key = typename Formats::Key;
   using Value = typename Formats::Value;
@@ -196,8 +197,7 @@ struct AttentionTraits {
   // float32 weights are kept as fp16 and what fp16 left of them.
   static constexpr bool kSplit = std::is_same_v<T, float>;
   static constexpr int kQueryLimbs = kSplit ? 3 : 2;  // bytes of a query's integer
-  static constexpr InstanceShape kShape =
-      instance_shape(kHeadDim, kRowCount, kSplit, kOneBlockPerSm);
+  static constexpr InstanceShape kShape = instance_shape(kHeadDim, kRowCount, kSplit, kOccupancy);
   static constexpr int kDim = kHeadDim;
   static constexpr int kRows = kRowCount;  // query rows of a block
   static constexpr int kWarps = kShape.warps;

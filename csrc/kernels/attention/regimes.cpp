@@ -16,7 +16,8 @@ int capacity_of(const Problem& p) { return int(std::min<int64_t>(p.capacity, 1 <
 
 cuda::AttentionShape shape_of(const Problem& p) {
   return cuda::shape_attention(p.batch, p.max_seqlen_q, p.num_q_heads, p.num_kv_heads, p.head_dim,
-                               p.v_head_dim, p.float32, capacity_of(p), p.multiprocessors);
+                               p.v_head_dim, p.float32, capacity_of(p), p.split_size,
+                               p.multiprocessors);
 }
 
 // Split-KV flash attention on the tensor cores: decode, chunks and prompts.
@@ -33,9 +34,7 @@ Refusal refuse_split_kv(const Problem& p) {
                 " splits: expected at least " + std::to_string(least),
             "split_size"};
   }
-  const auto shape = shape_of(p);
-  const auto plan = cuda::plan_attention(shape, p.batch, int(capacity), p.split_size);
-  if (int64_t(shape.row_tiles) * plan.splits > INT32_MAX) {
+  if (int64_t(shape_of(p).row_tiles) * p.num_kv_heads > INT32_MAX) {
     return {"more than 2^31 pieces of work: split the call"};
   }
   return {};
@@ -55,7 +54,6 @@ Schedule schedule_split_kv(const Problem& p) {
   schedule.blocks = shape.instance.blocks;
   schedule.stages = shape.instance.stages;
   schedule.head_dim = shape.head_dim;
-  schedule.one_block_per_sm = shape.one_block_per_sm;
   return schedule;
 }
 

@@ -27,7 +27,6 @@ struct Schedule {
   bool appends = false;  // the launch quantizes the call's new rows; else an append goes before it
   int64_t partial_floats = 0, counters = 0;                                 // of the workspace
   int32_t query_rows = 0, warps = 0, blocks = 0, stages = 0, head_dim = 0;  // of its instance
-  bool one_block_per_sm = false;  // a block has its multiprocessor for itself
 };
 
 // Why a row does not serve a problem; empty: it does. `argument`: the caller's that no kernel can
