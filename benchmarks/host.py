@@ -138,6 +138,10 @@ SHAPES: dict[str, dict[str, tuple[int, int, int, int, int, int, int | None]]] = 
         "16 x 4096, head_dim 256": (16, 16, 8, 256, 4096, 1, None),
         "16 x 8192, 8 new tokens": (16, 32, 8, 128, 8192, 8, None),
         "4 x 8192, 256 new tokens": (4, 32, 8, 128, 8192, 256, None),
+        "8 x 8192, 4 new tokens": (8, 32, 8, 128, 8192, 4, None),
+        "64 x 8192, 8 new tokens": (64, 32, 8, 128, 8192, 8, None),
+        "1 x 4096": (1, 32, 8, 128, 4096, 1, None),
+        "256 x 1024": (256, 32, 8, 128, 1024, 1, None),
     },
     "cpu": {
         "1 x 4096": (1, 32, 8, 128, 4096, 1, None),
