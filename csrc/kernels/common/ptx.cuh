@@ -212,7 +212,9 @@ __device__ __forceinline__ uint32_t codes_high(uint32_t word) {
 }
 // Codes to fp16 subnormals: a byte q becomes q 2^-24.
 __device__ __forceinline__ uint32_t tiny_low(uint32_t word) { return __byte_perm(word, 0, 0x4140); }
-__device__ __forceinline__ uint32_t tiny_high(uint32_t word) { return __byte_perm(word, 0, 0x4342); }
+__device__ __forceinline__ uint32_t tiny_high(uint32_t word) {
+  return __byte_perm(word, 0, 0x4342);
+}
 __device__ __forceinline__ uint32_t mul_halves(uint32_t a, uint32_t b) {
   uint32_t x;
   asm("mul.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
