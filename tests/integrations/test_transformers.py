@@ -281,3 +281,24 @@ def test_a_failed_forward_leaves_the_cache_as_it_was() -> None:
             input_ids=ids, use_cache=True, **{CACHE_ARGUMENT: KVQuantCache(model.config)}
         ).logits
     assert torch.equal(again, fresh)
+
+
+@pytest.mark.parametrize("block_size", [None, 16])
+def test_forks_of_a_prefix_go_on_by_themselves(block_size: int | None, device: str) -> None:
+    model, prefix = make("llama", device), ids_of(1, 40, device)
+    cache = KVQuantCache(model, block_size=block_size)
+    logits(model, cache, prefix)
+    before = cache.layers[0].dequantize(40)[0].clone()
+    found = []
+    for i in range(2):
+        question = torch.cat([prefix, ids_of(1, 5 + i, device)], dim=1)
+        fork = cache.fork()
+        found.append(generate(model, fork, question, 6))
+        again = KVQuantCache(model, block_size=block_size)
+        logits(model, again, prefix)
+        assert torch.equal(found[-1], generate(model, again, question, 6))
+        assert fork.get_seq_length() > cache.get_seq_length() == 40
+        if block_size:  # the first two blocks are the prefix's
+            ours, theirs = (x.layers[0].storage.layer(0)[1].block_table for x in (cache, fork))
+            assert torch.equal(ours[:, :2], theirs[:, :2])
+    assert torch.equal(cache.layers[0].dequantize(40)[0], before)

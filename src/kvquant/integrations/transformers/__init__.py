@@ -11,6 +11,7 @@ Importing this module registers the attention implementation "kvquant"::
 from ._version import CACHE_ARGUMENT  # first: checks the version
 from .attention import kvquant_attention, register
 from .cache import KVQuantCache
+from .enable import disable, enable
 from .handle import QuantizedHandle
 from .mask import kvquant_mask
 
@@ -18,6 +19,8 @@ __all__ = [
     "CACHE_ARGUMENT",
     "KVQuantCache",
     "QuantizedHandle",
+    "disable",
+    "enable",
     "kvquant_attention",
     "kvquant_mask",
     "register",

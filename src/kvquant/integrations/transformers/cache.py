@@ -377,6 +377,15 @@ class KVQuantCache(Cache):
         """Bytes of all layers' storage as allocated."""
         return sum(layer.storage.nbytes for layer in self.layers if layer.storage is not None)
 
+    def fork(self) -> KVQuantCache:
+        """An independent cache of the same tokens: a prompt that is continued more than once.
+
+        With a ``block_size`` both share blocks until one writes to them; without, rows are copied.
+        """
+        for layer in self.layers:
+            layer.flush()
+        return deepcopy(self)
+
     def reset(self) -> None:
         """Forget all tokens, keep the memory."""
         super().reset()

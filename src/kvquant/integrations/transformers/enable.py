@@ -1,0 +1,125 @@
+"""One line for a model: its ``generate()`` runs on an 8-bit cache without being passed one."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypeVar
+
+from transformers import PreTrainedModel
+
+from ... import CacheFormat
+from ._version import CACHE_ARGUMENT
+from .cache import KVQuantCache
+from .support import NAME
+
+__all__ = ["disable", "enable"]
+
+_CACHE_ARGUMENTS = ("cache", "past_key_values")
+_Model = TypeVar("_Model", bound=PreTrainedModel)
+
+
+class _Generate:
+    """A model's ``generate`` with a new 8-bit cache in every call that brings no cache."""
+
+    def __init__(self, model: PreTrainedModel, attention: Any, options: dict[str, Any]) -> None:
+        self.model, self.attention, self.options = model, attention, options
+        functools.update_wrapper(self, type(model).generate)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """``generate`` of the model's class."""
+        if self._needs_cache(args, kwargs):
+            kwargs[CACHE_ARGUMENT] = KVQuantCache(self.model, **self.options)
+        return type(self.model).generate(self.model, *args, **kwargs)
+
+    def _needs_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the call leaves the cache to transformers' default."""
+        if any(kwargs.get(name) is not None for name in _CACHE_ARGUMENTS):
+            return False
+        given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        config = self.model.generation_config if given is None else given
+
+        def setting(name: str) -> Any:
+            return kwargs[name] if name in kwargs else getattr(config, name, None)
+
+        return setting("use_cache") is not False and setting("cache_implementation") is None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Generate:
+        """A copied model generates by itself, not by the one that it was copied from."""
+        model = memo.get(id(self.model), self.model)
+        return _Generate(model, self.attention, dict(self.options))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Generate, (self.model, self.attention, self.options)
+
+
+def _attention_of(model: PreTrainedModel) -> dict[str, Any]:
+    """The attention implementations of a model and its parts, as its setter takes them."""
+    parts = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
+    found = {name: part._attn_implementation for name, part in parts.items() if part is not None}
+    return {"": model.config._attn_implementation, **found}
+
+
+def enable(
+    model: _Model,
+    *,
+    max_cache_len: int | None = None,
+    block_size: int | None = None,
+    format: CacheFormat | None = None,
+    exact_prompt: bool = True,
+    check_positions: bool = True,
+) -> _Model:
+    """Let a model's ``generate()``, and pipelines of it, use an 8-bit cache.
+
+    Sets the attention implementation "kvquant". Each call of ``generate`` then gets a new
+    `KVQuantCache` with the options given here. A call that passes a cache of its own, a
+    ``cache_implementation`` or ``use_cache=False`` goes through as it is. Enabling again replaces
+    the options.
+
+    Args:
+        model: A model of transformers that can generate.
+        max_cache_len: See `KVQuantCache`, as for the other options.
+        block_size: Tokens of a block.
+        format: How rows are stored.
+        exact_prompt: Whether a prompt's own attention uses its exact keys and values.
+        check_positions: Whether positions that go back are refused.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: Something else than a model that can generate.
+        ValueError: A model that the 8-bit cache, or its attention, does not serve.
+    """
+    if not (isinstance(model, PreTrainedModel) and hasattr(type(model), "generate")):
+        raise TypeError(
+            f"model: expected a transformers model that can generate, got {type(model).__name__}"
+        )
+    options: dict[str, Any] = {
+        "max_cache_len": max_cache_len,
+        "block_size": block_size,
+        "format": format,
+        "exact_prompt": exact_prompt,
+        "check_positions": check_positions,
+    }
+    KVQuantCache(model, **options)  # refuses what it does not serve
+    before = vars(model).get("generate")
+    attention = _attention_of(model)
+    if isinstance(before, _Generate):
+        attention = before.attention
+    else:
+        model.set_attn_implementation(NAME)
+    vars(model)["generate"] = _Generate(model, attention, options)
+    return model
+
+
+def disable(model: _Model) -> _Model:
+    """Undo `enable`: the model has its former attention and transformers' own cache again.
+
+    Returns:
+        The model, which may never have been enabled.
+    """
+    generate = vars(model).get("generate")
+    if isinstance(generate, _Generate):
+        del vars(model)["generate"]
+        model.set_attn_implementation(generate.attention)
+    return model
