@@ -1,12 +1,12 @@
 // Where rows are, and rows of the caller's type as floats. For the *.isa.cpp files.
 #pragma once
 
+#include "common/cpu/vec.h"
 #include "common/groups.h"
 #include "common/hadamard.h"
 #include "common/paging.h"
 #include "common/rows.h"
 #include "cpu/threads.h"
-#include "cpu/vec.h"
 #include "formats/formats_cpu.h"
 #include "params.h"
 #include "status.h"

@@ -16,8 +16,8 @@
 //              channel(w, g), channels(): which four channels these are, made of accumulators
 #pragma once
 
+#include "common/cuda/row.cuh"
 #include "formats/formats.h"
-#include "kernels/common/row.cuh"
 
 namespace kvquant::cuda {
 

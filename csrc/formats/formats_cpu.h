@@ -1,7 +1,7 @@
 // How the CPU's vectors read and write the codes of each row format. For the *.isa.cpp files.
 #pragma once
 
-#include "cpu/vec.h"
+#include "common/cpu/vec.h"
 #include "formats/formats.h"
 
 namespace kvquant::cpu::KVQUANT_ISA {

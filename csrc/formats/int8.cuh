@@ -9,9 +9,9 @@
 // become channels that are not written.
 #pragma once
 
+#include "common/cuda/ptx.cuh"
+#include "common/cuda/row.cuh"
 #include "formats/int8.h"
-#include "kernels/common/ptx.cuh"
-#include "kernels/common/row.cuh"
 
 namespace kvquant::cuda {
 

@@ -1,7 +1,7 @@
 // 8-bit rows as the CPU's vectors have them: a byte a channel.
 #pragma once
 
-#include "cpu/vec.h"
+#include "common/cpu/vec.h"
 #include "formats/int8.h"
 
 namespace kvquant::cpu::KVQUANT_ISA {

@@ -9,7 +9,7 @@
 #include <mutex>
 #include <vector>
 
-#include "kernels/common/device.cuh"
+#include "kernels/device.cuh"
 
 namespace kvquant::cuda {
 namespace {

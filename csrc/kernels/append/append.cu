@@ -5,7 +5,7 @@
 // before (rotated once, as a sum) and of those that are stored. So no block waits for another.
 // The rows are read twice for that; the second read comes from L2.
 #include "kernels/append/rows.cuh"
-#include "kernels/common/device.cuh"
+#include "kernels/device.cuh"
 
 namespace kvquant::cuda {
 namespace {

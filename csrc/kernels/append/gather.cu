@@ -2,7 +2,7 @@
 #include "common/paging.h"
 #include "common/rows.h"
 #include "formats/formats.cuh"
-#include "kernels/common/device.cuh"
+#include "kernels/device.cuh"
 
 namespace kvquant::cuda {
 namespace {

@@ -4,7 +4,7 @@
 #include "formats/formats.h"
 #include "kernels/attention/call.h"
 #include "kernels/attention/config.h"
-#include "kernels/common/device.cuh"
+#include "kernels/device.cuh"
 
 namespace kvquant::cuda {
 

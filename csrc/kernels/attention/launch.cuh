@@ -4,7 +4,7 @@
 #include <mutex>
 
 #include "kernels/attention/kernel.cuh"
-#include "kernels/common/device.cuh"
+#include "kernels/device.cuh"
 
 namespace kvquant::cuda {
 

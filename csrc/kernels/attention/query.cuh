@@ -2,15 +2,15 @@
 // the order that the tensor core's operands want. Rows are query tokens x heads of one KV head.
 #pragma once
 
+#include "common/cuda/element.cuh"
+#include "common/cuda/ptx.cuh"
+#include "common/cuda/row.cuh"
 #include "common/mask.h"
 #include "common/paging.h"
 #include "common/rows.h"
 #include "formats/formats.cuh"
 #include "kernels/attention/call.h"
 #include "kernels/attention/config.h"
-#include "kernels/common/element.cuh"
-#include "kernels/common/ptx.cuh"
-#include "kernels/common/row.cuh"
 
 namespace kvquant::cuda {
 

@@ -2,8 +2,8 @@
 //
 // One tiled kernel: the query rows of all heads of a KV head are the tile's rows, so a KV tile is
 // read once for them; codes are dequantized on their way to shared memory, products are fp32.
-#include "kernels/common/device.cuh"
-#include "kernels/common/element.cuh"
+#include "common/cuda/element.cuh"
+#include "kernels/device.cuh"
 
 namespace kvquant::cuda {
 namespace {

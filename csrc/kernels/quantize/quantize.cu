@@ -2,8 +2,8 @@
 //
 // token: a row's channels are dim / 16 lanes' registers: x is read once and written once as codes.
 // head and channel: two passes, minimum and maximum first; the second comes from L2 where it fits.
-#include "kernels/common/device.cuh"
-#include "kernels/common/row.cuh"
+#include "common/cuda/row.cuh"
+#include "kernels/device.cuh"
 
 namespace kvquant::cuda {
 namespace {

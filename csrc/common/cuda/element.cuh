@@ -4,7 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "kernels/common/ptx.cuh"
+#include "common/cuda/ptx.cuh"
 #include "params.h"
 
 namespace kvquant::cuda {

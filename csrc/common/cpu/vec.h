@@ -26,13 +26,13 @@
 #endif
 
 #if defined(KVQUANT_ISA_AVX512)
-#include "cpu/vec_avx512.h"
+#include "common/cpu/vec_avx512.h"
 #elif defined(KVQUANT_ISA_AVX2)
-#include "cpu/vec_avx2.h"
+#include "common/cpu/vec_avx2.h"
 #elif defined(KVQUANT_ISA_NEON)
-#include "cpu/vec_neon.h"
+#include "common/cpu/vec_neon.h"
 #else
-#include "cpu/vec_portable.h"
+#include "common/cpu/vec_portable.h"
 #endif
 
 namespace kvquant::cpu::KVQUANT_ISA {

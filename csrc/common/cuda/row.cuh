@@ -2,9 +2,9 @@
 // head_dim that is a multiple of 16 has the same code and a lane's codes are one 16-byte store.
 #pragma once
 
+#include "common/cuda/element.cuh"
 #include "common/hadamard.h"
 #include "common/half.h"
-#include "kernels/common/element.cuh"
 
 namespace kvquant::cuda {
 
