@@ -289,6 +289,8 @@ def _check_contents(seqs: Sequences, view: CacheView, added: int | Tensor) -> No
         raise error(f"seq_lens: {ends.tolist()} tokens, but there is room for {capacity} each")
     first = torch.arange(seqs.spec.max_blocks, dtype=torch.int32) * view.block_size
     bad = (first < ends.unsqueeze(1)) & ((table < 0) | (table >= num_blocks))
+    if seqs.seq_starts is not None:  # a block of padding alone may be missing
+        bad &= first + view.block_size > seqs.seq_starts.unsqueeze(1)
     if bool(bad.any()):
         raise ValueError(
             f"block_table: block {table[bad][0].item()} is out of range, the view has {num_blocks}"

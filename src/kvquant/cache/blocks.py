@@ -96,7 +96,7 @@ class BlockPool:
         for m in maps:
             for ids in m.ids:
                 for block in ids:
-                    counts[block] += 1
+                    counts[block] += block >= 0
         for m in maps:
             m.write_table()
         self._counts = counts
@@ -109,7 +109,7 @@ class BlockPool:
         # It may come in the middle of anything, so it does next to nothing.
         weakref.finalize(blocks, self._lost.append, None).atexit = False
         self._maps.add(blocks)
-        for block in (block for ids in blocks.ids for block in ids):
+        for block in (block for ids in blocks.ids for block in ids if block >= 0):
             if not self._counts[block]:
                 self._free.remove(block)
                 heapq.heapify(self._free)
@@ -165,8 +165,10 @@ class BlockPool:
     def recount(self, gained: Iterable[int], lost: Iterable[int]) -> None:
         """A map holds other blocks; those that it gained were taken, or are held."""
         for block in gained:
-            self._counts[block] += 1
+            self._counts[block] += block >= 0
         for block in lost:
+            if block < 0:
+                continue
             self._counts[block] -= 1
             if not self._counts[block]:
                 heapq.heappush(self._free, block)
@@ -180,7 +182,7 @@ class BlockMap:
     """The blocks of the sequences of one cache, in the order of their tokens.
 
     Attributes:
-        ids: Blocks of each sequence: the state.
+        ids: Blocks of each sequence, -1 where one was given back behind a window: the state.
         table: The same as int32 ``(batch, max_blocks)`` on the device, -1 where a sequence has no
             block. It is written in place unless it has to become wider, so that captured graphs
             see changes.
@@ -227,13 +229,14 @@ class Change:
         self._lost: list[int] = []
         changed = {}
         for b, (old, new) in enumerate(zip_longest(blocks.ids, ids, fillvalue=())):
-            same = min(len(old), len(new))
-            if old[:same] != new[:same]:
-                same = next(i for i in range(same) if old[i] != new[i])
-            self._gained += new[same:]
-            self._lost += old[same:]
-            for i in range(same, max(len(old), len(new))):
-                changed[b * width + i] = new[i] if i < len(new) else -1
+            for i, (before, after) in enumerate(zip_longest(old, new)):
+                if before == after:
+                    continue
+                if after is not None:
+                    self._gained.append(after)
+                if before is not None:
+                    self._lost.append(before)
+                changed[b * width + i] = -1 if after is None else after
         self._table = None
         if len(ids) != len(blocks.ids) or width != now:
             self._table = _table(ids, width, device)

@@ -32,6 +32,7 @@ from .lengths import is_capturing
 from .sequences import CacheSequences
 from .serialize import LayerPast
 from .state import CacheState
+from .window import check_window, first_stored
 
 __all__ = ["QuantizedKVCache"]
 
@@ -214,6 +215,7 @@ class QuantizedKVCache(CacheSequences):
         options = Options.of(
             state.config.head_dim, softmax_scale, causal, sliding_window, softcap, split_size
         )
+        check_window(state, options.sliding_window)
         seqs, counts = self._batch(layer, query, "cu_seqlens_q", cu_seqlens_q, max_seqlen_q)
         if key is not None and cu_seqlens_q is None:
             check_tensor("key", key)
@@ -344,7 +346,7 @@ class QuantizedKVCache(CacheSequences):
                 state.view(layer),
                 block_table=state.blocks.table,
                 seq_lens=state.lengths.lens[layer],
-                seq_starts=state.seq_starts,
+                seq_starts=first_stored(state),
                 tokens=state.lengths.high[layer],
                 dtype=dtype,
             )

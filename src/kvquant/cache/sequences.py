@@ -20,6 +20,7 @@ from ..checks import check_index
 from ..formats import CacheFormat
 from ..plan import Plan
 from ..view import CacheView, Sequences
+from . import window
 from .config import CacheConfig
 from .state import CacheState
 
@@ -206,7 +207,47 @@ class CacheSequences:
         A key mean stays: tokens that come again land in the group that they were in. Blocks that
         no token is left in are given back, reserved ones among them.
         """
-        self._state.crop(check_integer("max_length", max_length))
+        length, state = check_integer("max_length", max_length), self._state
+        if state.window:
+            longest = state.lengths.longest()
+            kept = [max(0, n + length) if length < 0 else min(n, length) for n in longest]
+            window.check_crop(state, kept)
+        state.crop(length)
+
+    def slide(self, sliding_window: int, slack: int = 0) -> None:
+        """Give back blocks that no later query with this ``sliding_window`` reads; paged only.
+
+        Memory then grows with the window and not with the text. What is left of the last
+        ``sliding_window + slack`` tokens can be attended to with a window of at most
+        ``sliding_window``, and up to ``slack`` tokens can be cropped off again; `dequantize` gives
+        zeros for the others, and such a cache cannot be saved. With a key mean at least one group
+        of tokens is kept.
+
+        Args:
+            sliding_window: Of every later `attend`.
+            slack: Tokens that `crop` may remove afterwards.
+
+        Raises:
+            ValueError: A contiguous cache, a number out of range.
+        """
+        before = self._state.window
+        window.slide(
+            self._state,
+            check_integer("sliding_window", sliding_window, 1, INT32_MAX),
+            check_integer("slack", slack, 0, INT32_MAX),
+        )
+        if self._state.window != before:
+            self._known.clear()  # plans with another window
+
+    def compact(self) -> None:
+        """Move a paged cache to memory of as many blocks as it holds, if that is a tenth less.
+
+        Both live until all is copied. Nothing is done where forks share the blocks.
+        """
+        if self.block_size is not None:
+            state = window.compacted(self._state)
+            if state is not None:
+                self._adopt(state)
 
     def reset(self) -> None:
         """Forget all tokens and the padding; the memory stays."""

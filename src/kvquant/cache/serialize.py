@@ -93,6 +93,10 @@ def _pieces(
 
 def read_layer(state: CacheState, layer: int) -> dict[str, Tensor]:
     """A layer's tensors in the order of tokens, zero where a sequence has none."""
+    require(
+        not any(-1 in of for of in state.blocks.ids),
+        "the cache has given back tokens behind its sliding window: only whole caches can be saved",
+    )
     view, lengths = state.view(layer), state.lengths
     result = {}
     for name, (shape, dtype) in _shapes(state.config, lengths.high[layer]).items():

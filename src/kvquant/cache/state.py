@@ -46,6 +46,7 @@ class CacheState:
     ) -> None:
         self.config, self.memory, self.pool = config, memory, pool
         self.seq_starts = seq_starts
+        self.window = 0  # tokens before a sequence's end that are kept at least; 0: all of them
         self.lengths = Lengths(seq_lens, bounds)
         self._seqs: list[Sequences | None] = [None] * config.num_layers
         self.may_share = pool.is_shared  # a block that an append writes may be another's too
@@ -153,7 +154,7 @@ class CacheState:
                 self._make_block_room(layer, ends, name)
             self.may_share = False
         elif most > (now := self.memory.views[layer].block_size):
-            self._refuse_in_capture()
+            self.refuse_in_capture()
             size = ceil_to(step_up(now, most, _ROWS) if now else most, 16)
             self.memory.resize(layer, block_size=size if capacity is None else min(size, capacity))
         self.refresh_room(None if self.config.block_size is not None else layer)
@@ -164,7 +165,7 @@ class CacheState:
         copies = self._shared_tails() if self.may_share else []
         here, there = self.memory.views[layer].num_blocks, pool.num_blocks
         if copies or any(missing):
-            self._refuse_in_capture()
+            self.refuse_in_capture()
             blocks = pool.size_for(sum(missing) + len(copies), name)
         elif here < there:  # another layer has grown: as far as this one's tokens go
             held = (of[: -(-n // size)] for n, of in zip(ends, ids, strict=True))
@@ -174,7 +175,7 @@ class CacheState:
             blocks = here
         for i in self._layers if copies else (layer,):
             if self.memory.views[i].num_blocks < blocks:
-                self._refuse_in_capture()
+                self.refuse_in_capture()
                 self.memory.resize(i, num_blocks=blocks)
         pool.grow(blocks)
         if copies or any(missing):
@@ -224,7 +225,7 @@ class CacheState:
         """Release the blocks of each sequence behind those that it keeps."""
         with self.pool.changing():
             if kept != self.blocks.ids:
-                self._refuse_in_capture()
+                self.refuse_in_capture()
                 self.room = [-1] * len(self.room)
                 Change(self.blocks, kept).commit()
                 self.pool.shrink(self.memory.num_blocks)
@@ -232,10 +233,11 @@ class CacheState:
                 self.may_share = self.pool.is_shared or self._shares_within()
 
     def _shares_within(self) -> bool:
-        held = [block for blocks in self.blocks.ids for block in blocks]
+        held = [block for blocks in self.blocks.ids for block in blocks if block >= 0]
         return len(set(held)) < len(held)
 
-    def _refuse_in_capture(self) -> None:
+    def refuse_in_capture(self) -> None:
+        """Raise where tensors would have to change while a CUDA graph is captured."""
         if is_capturing(self.config.device):
             raise RuntimeError(
                 "the cache has to make room while a CUDA graph is captured: call reserve() first"
@@ -303,7 +305,7 @@ class CacheState:
         state = CacheState(
             config, self.memory, self.pool, ids, seq_lens, starts, bounds, self.blocks.width
         )
-        state.may_share = True
+        state.window, state.may_share = self.window, True
         state.refresh_room()
         if self.pool.limit is not None and config.num_blocks is None:
             self.pool.limit += config.pool_share
