@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -224,6 +225,15 @@ def _nothing(dice: Dice, cache: Any) -> Arguments:
     return {}
 
 
+def _slide(cache: QuantizedKVCache, sliding_window: Any, slack: Any) -> Any:
+    """Of a fork, which then attends: a cache that has slid is no longer compared as a whole."""
+    fork = cache.fork()
+    fork.slide(sliding_window, slack)
+    fork.compact()
+    query = torch.ones(cache.batch_size, 1, cache.num_kv_heads, cache.head_dim, device=cache.device)
+    return fork.attend(0, query, sliding_window=operator.index(sliding_window))
+
+
 METHODS = (
     *[APPEND] * 4,  # more often than the rest
     *[ATTEND] * 6,
@@ -287,6 +297,18 @@ METHODS = (
         {"repeats": Integer(bad=(0, -1))},
     ),
     _simple("fork", compare=False),
+    Operation(
+        "QuantizedKVCache.slide",
+        _slide,
+        lambda dice, cache: {
+            "sliding_window": dice.integer(dice.number(1, 100)),
+            "slack": dice.integer(dice.number(0, 20)),
+        },
+        {"sliding_window": Integer(bad=(0, -1)), "slack": Integer(bad=(-1,))},
+        refused=lambda arguments, cache: cache.block_size is None,
+        covers=("QuantizedKVCache.compact",),
+        names=("slide",),
+    ),
     Operation("copy.deepcopy", copy.deepcopy, _nothing, compare=False),
     Operation(
         "pickle",

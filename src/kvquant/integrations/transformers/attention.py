@@ -118,6 +118,8 @@ def kvquant_attention(
         key, value = (x.dequantize() if isinstance(x, QuantizedHandle) else x for x in (key, value))
         if attention_mask is None:
             attention_mask = _history_mask(query, key.shape[2], causal, window, layer.batch.starts)
+        elif layer.slides and not isinstance(attention_mask, CausalMask):
+            attention_mask = _within(attention_mask, _dropped(snapshot, query.shape[2]))
     if isinstance(attention_mask, CausalMask):
         attention_mask = attention_mask.dense()
     if softcap is None and s_aux is None:
@@ -157,6 +159,14 @@ def _dropped(snapshot: Snapshot, tokens: int) -> int:
     without one.
     """
     return max(0, snapshot.length - tokens - (snapshot.layer.sliding_window or 0) + 1)
+
+
+def _within(mask: Tensor, first: int) -> Tensor:
+    """A written mask that hides the tokens before ``first``, which a sliding cache drops."""
+    hidden = torch.arange(mask.shape[-1], device=mask.device) < first
+    if mask.dtype == torch.bool:
+        return mask & ~hidden
+    return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
 
 def _history_mask(

@@ -131,7 +131,10 @@ class Batch:
         """
         longer = [layer for layer in self.layers if layer.length > length]
         for layer in longer:
-            layer.crop(length - layer.length)
+            try:
+                layer.crop(length - layer.length)
+            except ValueError:  # its window has moved on: nothing is left to go on from
+                layer.reset()
         self._next = None
         if taken or longer:
             self.starts, self.regular, self.positions = self._before

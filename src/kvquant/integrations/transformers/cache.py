@@ -15,6 +15,9 @@ from .handle import QuantizedHandle, handles
 from .support import config_of, layer_windows
 
 _CHANNELS = 16  # of which the kernels take a multiple
+# Of layers that keep their window only: tokens of a block, of a piece of a long prompt, and behind
+# the window, which crop may still go back.
+_BLOCK, _PIECE, _SLACK = 64, 1024, 32
 
 __all__ = ["KVQuantCache", "KVQuantLayer"]
 
@@ -22,15 +25,16 @@ __all__ = ["KVQuantCache", "KVQuantLayer"]
 class KVQuantLayer(CacheLayerMixin):
     """One layer: `kvquant.QuantizedKVCache` behind the methods that transformers calls.
 
-    Layers with a sliding window keep every token; attention reads the window. The new rows of
-    `update` wait until the attention function takes them (append and attend are one call), or
+    A layer with a sliding window gives back memory behind it, unless ``max_cache_len`` fixes its
+    memory: then it keeps every token, and attention reads the window. The new rows of `update` wait
+    until the attention function takes them (append and attend are one call), or
     until anything else needs them stored. Heads whose channels are no multiple of 16 are stored
     with zeros behind them.
     """
 
     is_compileable = False
     is_croppable = True
-    is_sliding = False  # nothing is ever dropped
+    is_sliding = False  # lengths count every token
     supports_early_init = True
 
     def __init__(
@@ -52,9 +56,11 @@ class KVQuantLayer(CacheLayerMixin):
         self.exact_prompt = exact_prompt
         self.length = 0
         self.storage: QuantizedKVCache | None = None
+        self.slides = sliding_window is not None and max_cache_len is None
+        self._slid = 0  # the length when memory was given back last
         self._options: dict[str, Any] = {
             "max_seq_len": max_cache_len,
-            "block_size": block_size,
+            "block_size": _BLOCK if block_size is None and self.slides else block_size,
             "format": format,
         }
         self._pending: tuple[Tensor, Tensor] | None = None
@@ -158,23 +164,28 @@ class KVQuantLayer(CacheLayerMixin):
         window = sliding_window
         if window is not None and window >= self.length:
             window = None  # it hides nothing yet
+        piece = self.length
+        if window is not None and key is not None and self.slides:
+            self._slide(window, self.length - key.shape[1])
+            piece = _PIECE
         if scaling is None:
             scaling = query.shape[-1] ** -0.5
         if sinks is not None and (self._sinks is None or self._sinks[0] is not sinks):
             self._sinks = (sinks, sinks.detach().float().contiguous())
+        options: dict[str, Any] = {
+            "softmax_scale": scaling,
+            "causal": causal,
+            "sliding_window": window,
+            "softcap": softcap,
+            "sinks": None if sinks is None or self._sinks is None else self._sinks[1],
+            "exact_prompt": self.exact_prompt,
+        }
         try:
-            out = self.storage.attend(
-                0,
-                self._rows(query),
-                key,
-                value,
-                softmax_scale=scaling,
-                causal=causal,
-                sliding_window=window,
-                softcap=softcap,
-                sinks=None if sinks is None or self._sinks is None else self._sinks[1],
-                exact_prompt=self.exact_prompt,
-            )
+            rows = self._rows(query)
+            if key is None or value is None or key.shape[1] <= piece:
+                out = self.storage.attend(0, rows, key, value, **options)
+            else:
+                out = self._attend_in_pieces(rows, key, value, piece, options)
         except BaseException:
             self.drop_call()
             raise
@@ -182,6 +193,36 @@ class KVQuantLayer(CacheLayerMixin):
         assert isinstance(out, Tensor)
         v_dim = self._shape[3]
         return out if out.shape[-1] == v_dim else out[..., :v_dim]
+
+    def _attend_in_pieces(
+        self, query: Tensor, key: Tensor, value: Tensor, piece: int, options: dict[str, Any]
+    ) -> Tensor:
+        """Of a prompt that is longer than the memory of a layer with a window is to be."""
+        assert self.storage is not None
+        parts: list[Any] = []
+        before = self.length - key.shape[1]
+        try:
+            for begin in range(0, key.shape[1], piece):
+                part = slice(begin, begin + piece)
+                if begin:
+                    self._slide(options["sliding_window"], before + begin)
+                parts.append(
+                    self.storage.attend(0, query[:, part], key[:, part], value[:, part], **options)
+                )
+        except BaseException:
+            self.storage.reset()  # what the window has passed is gone
+            self._slid = 0
+            raise
+        self._slide(options["sliding_window"], self.length)
+        self.storage.compact()
+        return torch.cat(parts, dim=1)
+
+    def _slide(self, window: int, length: int) -> None:
+        """Give back memory behind the window of a layer that holds ``length`` tokens."""
+        assert self.storage is not None
+        if length - self._slid >= _BLOCK:
+            self.storage.slide(max(window, self.sliding_window or 0), _SLACK)
+            self._slid = length
 
     def _rows(self, x: Tensor) -> Tensor:
         """Rows (batch, heads, tokens, dim) as the cache takes them, (batch, tokens, heads, dim)."""
@@ -287,12 +328,12 @@ class KVQuantLayer(CacheLayerMixin):
         keep = max(0, keep)
         if self.storage is not None and keep < self.length:
             self.storage.crop(keep)
-            self.length = keep
+            self.length, self._slid = keep, min(self._slid, keep)
 
     def reset(self) -> None:
         """Forget all tokens, keep the memory."""
         self._pending = None
-        self.length = 0
+        self.length = self._slid = 0
         if self.storage is not None:
             self.storage.reset()
         self._starts = None
@@ -335,7 +376,8 @@ class KVQuantCache(Cache):
 
     Args:
         config: The model, or its config.
-        max_cache_len: Capacity a sequence, allocated at once; None: grows.
+        max_cache_len: Capacity a sequence, allocated at once; None: grows, and layers with a
+            sliding window keep little more than their window.
         block_size: Tokens of a block (a power of two from 16), None: one block a sequence.
         format: How rows are stored, ``kvquant.CacheFormat()`` by default.
         exact_prompt: A prompt's own attention uses its exact keys and values where it can (no

@@ -23,6 +23,7 @@ class CacheLayer(Protocol):
     length: int
     leads: bool
     sliding_window: int | None
+    slides: bool
 
     @property
     def batch(self) -> BatchState:
@@ -40,6 +41,9 @@ class CacheLayer(Protocol):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove tokens from the end."""
+
+    def reset(self) -> None:
+        """Forget all tokens."""
 
     def drop_call(self) -> None:
         """Forget the tokens of a call that failed."""
