@@ -33,6 +33,12 @@ CONFIGS: dict[str, Any] = {
     "gemma2": lambda: transformers.Gemma2Config(
         **COMMON, sliding_window=16, query_pre_attn_scalar=32, attn_logit_softcapping=5.0
     ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **COMMON,
+        sliding_window=16,
+        query_pre_attn_scalar=32,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    ),
     "gpt-oss-sinks": lambda: transformers.GptOssConfig(
         **{**COMMON, "initializer_range": 0.1},  # one expert: a router would turn errors into jumps
         sliding_window=16,

@@ -11,9 +11,8 @@ import rich
 import rich.table
 import typer
 
+from ..marked import write
 from .survey import Result, survey
-
-BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 
 
 def markdown(results: list[Result]) -> str:
@@ -30,19 +29,6 @@ def markdown(results: list[Result]) -> str:
         why = reason.replace("|", "\\|")
         lines.append(f"| {', '.join(names[state, reason])} | {state} | {why} |")
     return "\n".join(lines)
-
-
-def write(path: Path, text: str) -> None:
-    """Put ``text`` between the two markers of a file.
-
-    Raises:
-        ValueError: The file lacks them.
-    """
-    old = path.read_text()
-    if BEGIN not in old or END not in old.split(BEGIN, 1)[1]:
-        raise ValueError(f"{path}: needs the lines '{BEGIN}' and '{END}'")
-    head, rest = old.split(BEGIN, 1)
-    path.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}")
 
 
 def main(
@@ -66,7 +52,7 @@ def main(
     rich.print(", ".join(f"{count} {state}" for state, count in sorted(counts.items())))
     rich.print(f"{len(results)} families, {time.monotonic() - start:.0f} s")
     if output is not None:
-        write(output, markdown(results))
+        write(output, "families", markdown(results))
     if counts["wrong"]:
         raise typer.Exit(1)
 

@@ -302,3 +302,17 @@ def test_forks_of_a_prefix_go_on_by_themselves(block_size: int | None, device: s
             ours, theirs = (x.layers[0].storage.layer(0)[1].block_table for x in (cache, fork))
             assert torch.equal(ours[:, :2], theirs[:, :2])
     assert torch.equal(cache.layers[0].dequantize(40)[0], before)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_not_compiled_anew_as_the_text_grows(device: str) -> None:
+    model, ids = make("llama", device), ids_of(1, 60, device)
+    torch._dynamo.reset()
+    counts = torch._dynamo.utils.counters["stats"]
+    compiled = torch.compile(model, backend="eager")
+    cache, other = KVQuantCache(model), KVQuantCache(model)
+    graphs = []
+    for part in ids.split([20, *[1] * 40], dim=1):
+        assert_close(logits(compiled, cache, part), logits(model, other, part), 1e-4)
+        graphs.append(counts["unique_graphs"])
+    assert 0 < graphs[3] == graphs[-1]

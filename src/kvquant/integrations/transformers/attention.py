@@ -24,6 +24,7 @@ def register() -> None:
     refuse_unsupported_models()
 
 
+@torch.compiler.disable
 def kvquant_attention(
     module: torch.nn.Module,
     query: Tensor,

@@ -104,6 +104,7 @@ class KVQuantLayer(CacheLayerMixin):
             raise AttributeError("batch_size: the layer is not initialized yet")
         return int(self._shape[0])
 
+    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[QuantizedHandle, QuantizedHandle]:
@@ -304,10 +305,12 @@ class KVQuantLayer(CacheLayerMixin):
         like = torch.empty(0, dtype=self.dtype, device=device)
         return handles(self, self.length, (batch, heads, k_dim), (batch, heads, v_dim), like, like)
 
+    @torch.compiler.disable
     def get_seq_length(self, *args: Any) -> int:
         """Tokens a sequence, padding among them; known on the host."""
         return self.length
 
+    @torch.compiler.disable
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Length and offset of the keys that a mask must cover."""
         if isinstance(query_length, Tensor):  # 4.56 passes the positions

@@ -88,6 +88,7 @@ class CausalMask(Tensor):
         return func(*tree_map(written, args), **tree_map(written, kwargs or {}))
 
 
+@torch.compiler.disable
 def kvquant_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """A `CausalMask` where causality, a window and left padding say it all; else a 4D mask.
 

@@ -1,0 +1,1 @@
+"""The modes of transformers' generation on the 8-bit cache."""

@@ -1,0 +1,154 @@
+"""Each mode as a function that returns tokens, for whatever model and cache it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kvquant
+from kvquant.integrations.transformers import CACHE_ARGUMENT, KVQuantCache, enable
+from tiny import generate, logits, make
+
+__all__ = ["MODES", "Case"]
+
+_NEW, _PROMPT = 24, 70  # tokens; the models' window is 16
+
+
+@dataclass
+class Case:
+    """What a mode runs on.
+
+    Attributes:
+        name: The model's, in `tiny.CONFIGS`.
+        model: The model.
+        device: Where it is.
+        exact_prompt: Of all caches: False, where tokens are compared with those of an attention
+            that reads stored rows.
+    """
+
+    name: str
+    model: Any
+    device: str
+    exact_prompt: bool = False
+
+    def cache(self, **options: Any) -> KVQuantCache:
+        """A new cache."""
+        return KVQuantCache(self.model, exact_prompt=self.exact_prompt, **options)
+
+    def prompt(self, batch: int = 1, tokens: int = _PROMPT) -> Tensor:
+        """The same random tokens each time."""
+        generator = torch.Generator().manual_seed(batch * 1000 + tokens)
+        return torch.randint(2, 97, (batch, tokens), generator=generator).to(self.device)
+
+    def generate(self, batch: int = 1, **options: Any) -> Tensor:
+        """Tokens from a new cache."""
+        torch.manual_seed(5)
+        return generate(self.model, self.cache(), self.prompt(batch), _NEW, **options)
+
+
+def _padded(case: Case) -> Tensor:
+    ids = case.prompt(3)
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate((0, 9, 60)):
+        mask[row, :padding] = 0
+    # Eager attention does not tell the cache of padding, which key means would then include.
+    cache = case.cache(format=kvquant.CacheFormat(key_mean=None))
+    return generate(case.model, cache, ids * mask, _NEW, attention_mask=mask)
+
+
+def _turns(case: Case) -> Tensor:
+    cache, text = case.cache(), case.prompt()
+    for _ in range(3):
+        text = torch.cat([text, case.prompt(1, 7)], dim=1)
+        mask = torch.ones_like(text)  # or transformers takes a generated 0 for padding
+        text = generate(case.model, cache, text, 8, attention_mask=mask)
+    return text
+
+
+def _forks(case: Case) -> Tensor:
+    prefix = case.cache(block_size=16)
+    ids = case.prompt(1, 64)
+    logits(case.model, prefix, ids)
+    ends = [case.prompt(1, tokens)[:, -5:] for tokens in (20, 21)]
+    texts = [
+        generate(case.model, prefix.fork(), torch.cat([ids, end], dim=1), _NEW) for end in ends
+    ]
+    return torch.cat(texts)
+
+
+def _assisted(case: Case) -> Tensor:
+    torch.manual_seed(5)
+    draft = make(case.name, case.device)
+    for parameter in draft.parameters():  # like the model, but not in every token
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.002)
+    enable(draft)
+    return case.generate(assistant_model=draft)
+
+
+def _fixed(case: Case) -> Tensor:
+    cache = case.cache(max_cache_len=_PROMPT + _NEW)
+    return generate(case.model, cache, case.prompt(2), _NEW)
+
+
+def _enabled(case: Case) -> Tensor:
+    attention = case.model.config._attn_implementation
+    model = enable(case.model, exact_prompt=case.exact_prompt)
+    model.set_attn_implementation(attention)
+    return model.generate(case.prompt(), max_new_tokens=_NEW, do_sample=False)  # type: ignore[no-any-return]
+
+
+def _compiled(case: Case) -> Tensor:
+    torch._dynamo.reset()
+    forward, cache = torch.compile(case.model, backend="eager"), case.cache()
+    ids = case.prompt()
+    found = [logits(forward, cache, ids)[:, -1:].argmax(-1)]
+    for _ in range(6):
+        found.append(logits(forward, cache, found[-1]).argmax(-1))
+    return torch.cat(found, dim=1)
+
+
+def _offloaded(case: Case) -> Tensor:
+    cache = case.cache()
+    tokens = generate(case.model, cache, case.prompt(), _NEW)
+    cache.offload(0, only_non_sliding=False)
+    return tokens
+
+
+def _trained(case: Case) -> Tensor:
+    case.model.train().requires_grad_(True)
+    return logits(case.model, case.cache(), case.prompt())
+
+
+def _weights(case: Case) -> Tensor:
+    return case.model(  # type: ignore[no-any-return]
+        case.prompt(), output_attentions=True, use_cache=True, **{CACHE_ARGUMENT: case.cache()}
+    ).logits
+
+
+def _continuous(case: Case) -> Tensor:
+    case.model.generate_batch([[3, 4, 5], [6, 7]], max_new_tokens=3)
+    raise AssertionError("it ran: compare its tokens")
+
+
+MODES: dict[str, Callable[[Case], Tensor]] = {
+    "greedy": lambda case: case.generate(2),
+    "sampling (top-p)": lambda case: case.generate(2, do_sample=True, top_p=0.9),
+    "beam search": lambda case: case.generate(2, num_beams=3),
+    "assisted by a draft model on an 8-bit cache of its own": _assisted,
+    "prompt lookup": lambda case: case.generate(prompt_lookup_num_tokens=4),
+    "chunked prefill": lambda case: case.generate(2, prefill_chunk_size=32),
+    "left-padded batch": _padded,
+    "turns of a chat on one cache": _turns,
+    "forks of a prefix": _forks,
+    "`max_cache_len`": _fixed,
+    "`enable(model)`": _enabled,
+    "`torch.compile(model)`": _compiled,
+    "`cache.offload()`": _offloaded,
+    "training": _trained,
+    "`output_attentions=True`": _weights,
+    "`generate_batch`": _continuous,
+}
