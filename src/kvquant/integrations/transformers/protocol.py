@@ -18,7 +18,7 @@ class BatchState(Protocol):
 
 
 class CacheLayer(Protocol):
-    """A layer of the cache: see `kvquant.integrations.transformers.cache.KVQuantLayer`."""
+    """A layer of the cache: see `kvquant.integrations.transformers.layer.KVQuantLayer`."""
 
     length: int
     leads: bool
