@@ -144,6 +144,12 @@ class Batch:
         self.starts = self.positions = self._next = None
         self.regular, self._all_padding = True, False
 
+    def restore(self, starts: Tensor | None, length: int) -> None:
+        """Take over a batch of ``length`` tokens a sequence with this padding."""
+        self.reset()
+        self.starts = starts
+        self._all_padding = starts is not None and bool((starts >= length).any())
+
     def select(self, index: Tensor) -> None:
         """Follow a change of the batch's rows."""
         self.positions = None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from copy import deepcopy
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+from typing_extensions import Self
 
-from ... import CacheFormat
+from ... import CacheFormat, QuantizedKVCache
 from .batch import Batch
+from .files import join, spread
 from .layer import KVQuantLayer
 from .support import config_of, layer_windows
 
@@ -75,6 +79,52 @@ class KVQuantCache(Cache):
         for layer in self.layers:
             layer.flush()
         return deepcopy(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to a safetensors file, which `kvquant.QuantizedKVCache.load` reads, too.
+
+        Passes through host memory.
+
+        Raises:
+            ImportError: safetensors is not installed.
+            ValueError: Layers that are empty or unlike each other, that have given back tokens
+                behind their sliding window, or whose head_dim is no multiple of 16; an attention
+                mask that hid more than left padding.
+        """
+        join(self.layers).save(path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        config: Any,
+        *,
+        device: torch.device | str | int | None = None,
+        **options: Any,
+    ) -> Self:
+        """A cache from a file that `save` wrote, of any model of the same shapes.
+
+        Args:
+            path: The file.
+            config: The model, or its config.
+            device: Where; the model's by default, torch's default device for a config.
+            **options: Those of `KVQuantCache` but ``format``, which is the file's.
+
+        Raises:
+            ImportError: safetensors is not installed.
+            FileNotFoundError: No such file.
+            TypeError: Neither a model nor a config; an unknown option.
+            CacheFullError: More tokens than ``max_cache_len``.
+            ValueError: The file does not hold together, or not of as many layers as the model.
+        """
+        if "format" in options:
+            raise TypeError("format: is the file's")
+        whole = QuantizedKVCache.load(path, "cpu")
+        cache = cls(config, format=whole.format, **options)
+        if device is None:
+            device = getattr(config, "device", None)
+        spread(whole, cache.layers, torch.empty(0, device=device).device)
+        return cache
 
     def reset(self) -> None:
         """Forget all tokens, keep the memory."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -50,6 +51,7 @@ class KVQuantLayer(CacheLayerMixin):
         super().__init__()
         self.batch = batch
         self.leads = False  # whether it takes a call's tokens first
+        self.is_narrow = False  # whether rows are stored with zeros behind them
         self.sliding_window = sliding_window
         self.max_cache_len = max_cache_len
         self.exact_prompt = exact_prompt
@@ -81,7 +83,7 @@ class KVQuantLayer(CacheLayerMixin):
         """Make the storage, for the batch, heads and head_dims of the first rows."""
         value_states = key_states if value_states is None else value_states
         self._shape = batch, heads, dim, v_dim, _ = _row_shape(key_states, value_states)
-        self._is_narrow = bool(dim % _CHANNELS or v_dim % _CHANNELS)
+        self.is_narrow = bool(dim % _CHANNELS or v_dim % _CHANNELS)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.storage = QuantizedKVCache(
             1,
@@ -226,7 +228,7 @@ class KVQuantLayer(CacheLayerMixin):
 
     def _rows(self, x: Tensor) -> Tensor:
         """Rows (batch, heads, tokens, dim) as the cache takes them, (batch, tokens, heads, dim)."""
-        if self._is_narrow:
+        if self.is_narrow:
             x = torch.nn.functional.pad(x, (0, -x.shape[-1] % _CHANNELS))
         elif x.stride(-1) != 1:
             x = x.contiguous()
@@ -260,6 +262,21 @@ class KVQuantLayer(CacheLayerMixin):
                 self.drop_call()
                 raise
             self._pending = None
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replace all tokens by those of a `kvquant.QuantizedKVCache.state_dict` of one layer.
+
+        Raises:
+            CacheFullError: More tokens than ``max_cache_len``.
+        """
+        assert self.storage is not None
+        length = int(state["seq_lens"].max())
+        if self.max_cache_len is not None and length > self.max_cache_len:
+            raise CacheFullError(
+                f"max_cache_len: {self.max_cache_len} tokens a sequence, but {length} are stored"
+            )
+        self.storage.load_state_dict(state)
+        self.length, self._slid = length, 0
 
     def dequantize(self, length: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """The first ``length`` rows, keys and values (batch, kv_heads, length, head_dim)."""
