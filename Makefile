@@ -56,6 +56,7 @@ lint: $(state)/lint  ## check style, types and layers; changes nothing
 	PYTHONPATH=src $(bin)lint-imports
 	$(bin)codespell
 	$(bin)validate-pyproject pyproject.toml
+	$(bin)zizmor --offline --quiet .github/workflows
 
 .PHONY: format
 format: $(state)/lint  ## rewrite the sources in the house's style
