@@ -188,13 +188,13 @@ def merging_few(monkeypatch):
     monkeypatch.setattr(backends, "_prepared", {})
 
 
-def check_refused_with_new_keys(device: str) -> None:
+def check_refused_with_new_keys(device: str, attend=dense) -> None:
     cache = filled_cache([30], room=[70_000], block=16, device=device)
     before = snapshot(cache.view)
     rows = {name: torch.randn(1, 1, 2, 64, device=device).to(BF16) for name in ("key", "value")}
     query = torch.randn(1, 1, 4, 64, device=device).to(BF16)
     with pytest.raises(ValueError, match=r"split_size: 256, .* 70000 tokens .* at least 512"):
-        dense(cache, query, split_size=256, **rows)
+        attend(cache, query, split_size=256, **rows)
     assert_unchanged(cache.view, before)
     with use_backend("reference"):
         dense(cache, query, split_size=256, **rows)
@@ -219,6 +219,12 @@ def check_cache_refuses(kind: str, device: str) -> None:
 
 def test_too_many_splits_with_new_keys(merging_few):
     check_refused_with_new_keys("cpu")
+
+
+@pytest.mark.slow
+def test_too_many_splits_with_new_keys_compiled(merging_few):
+    torch._dynamo.reset()
+    check_refused_with_new_keys("cpu", torch.compile(dense, backend="aot_eager", fullgraph=True))
 
 
 @pytest.mark.gpu
