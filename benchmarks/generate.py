@@ -93,7 +93,7 @@ def main(
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :TEXT_TOKENS]
     models = {"float32": model, "bfloat16": copy.deepcopy(model).bfloat16()}
     report = Report("generate on the CPU, SmolLM2-135M, batch 1", threads=torch.get_num_threads())
-    for context in (512, 4096, 8192):
+    for context in (64, 512, 4096, 8192):
         prompt = ids.repeat(1, -(-(context + 1) // TEXT_TOKENS))[:, : context + 1]
         caches = {dtype: fill(models[dtype], ids, context) for dtype in models}
         steps: dict[tuple[str, str], list[float]] = {}
