@@ -9,6 +9,15 @@
 
 namespace kvquant::cuda {
 
+// Lets the next launch of the stream start its blocks as this one's leave room for them, and waits
+// for what the launch before has written. Nothing in memory may be touched ahead of it.
+__device__ __forceinline__ void wait_for_previous_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // Bytes that are read once. Not through the read-only path: the same launch may have written them.
 template <class T>
 __device__ __forceinline__ T load_stream(const void* p);

@@ -195,6 +195,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
     head = blockIdx.x / p.row_tiles;
     row_tile = p.row_tiles - 1 - int(blockIdx.x % p.row_tiles);  // those that see most are first
   }
+  wait_for_previous_launch();
   RowTile rows;
   if (!rows.find_rows(p, sequence, head, row_tile, Traits::kRows)) return;
   // Asked for at once: lengths, the first block, the query. What needs none of them comes next.

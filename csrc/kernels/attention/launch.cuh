@@ -13,6 +13,7 @@ struct Allowance {
   cudaError_t error;
   int stages;  // of a warp's ring
   size_t bytes;
+  unsigned starts_early = 0;  // 1: a launch may start before the one ahead of it has ended
 };
 
 template <class Traits>
@@ -32,6 +33,10 @@ Allowance ask_device(int device) {
   }
   allowed.bytes = Shared::bytes(allowed.stages);
   void (*const kernel)(AttentionCall) = attention_kernel<Traits>;
+  // Code for older GPUs, which the driver may have translated, has no wait_for_previous_launch().
+  cudaFuncAttributes attributes{};
+  allowed.error = cudaFuncGetAttributes(&attributes, kernel);
+  allowed.starts_early = attributes.ptxVersion >= 90;
   const auto set = [&](cudaFuncAttribute attribute, int value) {
     if (allowed.error == cudaSuccess)
       allowed.error = cudaFuncSetAttribute(kernel, attribute, value);
@@ -58,11 +63,20 @@ template <class Traits>
 cudaError_t launch_instance(AttentionCall call, cudaStream_t stream) {
   const Allowance& allowed = allowance<Traits>();
   if (allowed.error != cudaSuccess) return allowed.error;
-  const dim3 grid(unsigned(call.row_tiles * call.cache.num_kv_heads), unsigned(call.seqs.batch),
-                  unsigned(call.splits));
   call.stages = allowed.stages;
-  attention_kernel<Traits><<<grid, Traits::kThreads, allowed.bytes, stream>>>(call);
-  return cudaGetLastError();
+  // The kernel waits for the launch before it (wait_for_previous_launch).
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(call.row_tiles * call.cache.num_kv_heads),
+                        unsigned(call.seqs.batch), unsigned(call.splits));
+  config.blockDim = Traits::kThreads;
+  config.dynamicSmemBytes = allowed.bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = allowed.starts_early;
+  return cudaLaunchKernelEx(&config, attention_kernel<Traits>, call);
 }
 
 // Calls f with the constant that equals `rows`.
