@@ -5,7 +5,7 @@
 #   TORCH=torch==2.9.1       installed if the environment has no torch yet
 #   pip=true                 without a network: install nothing but kvquant itself
 #   KVQUANT_CUDA=OFF         AUTO (default), ON or OFF
-#   KVQUANT_CUDA_ARCHS=...   default: this machine's GPU, else 90-real
+#   KVQUANT_CUDA_ARCHS=...   default: this machine's GPU, else 90-real; for wheels all
 #   ARGS='-k paged'          for the program that the target runs
 
 SHELL := bash
@@ -19,6 +19,7 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 export KVQUANT_CUDA ?= AUTO
 gpu := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -m1 -xE '[0-9]+\.[0-9]')
+wheel_archs := $(KVQUANT_CUDA_ARCHS)
 export KVQUANT_CUDA_ARCHS ?= $(subst .,,$(or $(gpu),90))-real
 
 bin := $(if $(VENV),$(VENV)/bin/)
@@ -28,6 +29,8 @@ pip := $(install)
 state := $(if $(VENV),$(VENV),build)/.state
 # the requirements in a list of pyproject.toml, quoted
 requirements = $(shell sed -n '/^$(1) = \[/,/^\]/p' pyproject.toml | grep -o '"[^"]*"')
+# wheels are built in an environment of their own, one for each PYTHON
+wheel_env := build/env-$(notdir $(PYTHON))
 cxx := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 other_isas := from kvquant.backends import build_info; print(*build_info()["cpu_isas"][1:])
@@ -68,9 +71,16 @@ format: $(state)/lint  ## rewrite the sources in the house's style
 build: $(state)/package  ## compile and install (editable) for this machine's GPU
 
 .PHONY: wheel
-wheel: $(state)/build  ## a wheel for every GPU, in dist/
-	env -u KVQUANT_CUDA_ARCHS $(py) -m pip wheel --no-build-isolation --no-deps -w dist \
-	  -C build-dir=build/wheel-{wheel_tag} .
+wheel: $(wheel_env)/.ready build/glibc  ## a wheel for PYTHON, every GPU and glibc 2.28, in dist/
+	rm -rf build/wheel-raw build/wheel/{CMakeCache.txt,.skbuild-info.json}  # objects stay for another PYTHON
+	KVQUANT_CUDA_ARCHS='$(wheel_archs)' $(wheel_env)/bin/python -m pip wheel --no-build-isolation --no-deps \
+	  -w build/wheel-raw -C build-dir=build/wheel -C cmake.define.KVQUANT_GLIBC_STUBS='$(CURDIR)/build/glibc' .
+	PATH="$(CURDIR)/$(wheel_env)/bin:$$PATH" auditwheel repair --plat manylinux_2_28_$$(uname -m) -w dist \
+	  build/wheel-raw/*.whl
+
+.PHONY: wheel-test
+wheel-test:  ## test the wheel in dist/ for PYTHON, away from the sources, compilers and CUDA
+	tools/wheel_test.sh '$(PYTHON)' '$(TORCH)' $(ARGS)
 
 .PHONY: bench
 bench: $(state)/package $(state)/test  ## benchmarks, each beside its peer and its floor
@@ -100,6 +110,17 @@ $(VENV)/bin/python:
 
 $(state): $(if $(VENV),$(py))
 	mkdir -p $@
+
+$(wheel_env)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(wheel_env)
+	$(wheel_env)/bin/python -m pip --disable-pip-version-check install --quiet \
+	  $(call requirements,requires) $(call requirements,wheel)
+	$(wheel_env)/bin/python -m pip --disable-pip-version-check install --quiet \
+	  pybind11 $$($(wheel_env)/bin/python _build_backend/kvquant_build.py)
+	touch $@
+
+build/glibc: tools/glibc_stubs.sh | $(wheel_env)/.ready
+	PYTHON=$(wheel_env)/bin/python tools/glibc_stubs.sh $@
 
 # First of all: what pulls in torch by itself would take a version of its own choice.
 $(state)/torch: | $(state)
