@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -156,6 +158,34 @@ def gather(
     return key, value
 
 
+@overload
+def attention(
+    query: Tensor, view: CacheView, key: Tensor | None = None, value: Tensor | None = None, *,
+    block_table: Tensor, seq_lens: Tensor, seq_starts: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None,
+    sinks: Tensor | None = None, alibi_slopes: Tensor | None = None, out: Tensor | None = None,
+    return_lse: Literal[False] = False, **options: Unpack[AttentionOptions],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def attention(
+    query: Tensor, view: CacheView, key: Tensor | None = None, value: Tensor | None = None, *,
+    block_table: Tensor, seq_lens: Tensor, seq_starts: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None,
+    sinks: Tensor | None = None, alibi_slopes: Tensor | None = None, out: Tensor | None = None,
+    return_lse: Literal[True], **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def attention(
+    query: Tensor, view: CacheView, key: Tensor | None = None, value: Tensor | None = None, *,
+    block_table: Tensor, seq_lens: Tensor, seq_starts: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None,
+    sinks: Tensor | None = None, alibi_slopes: Tensor | None = None, out: Tensor | None = None,
+    return_lse: bool, **options: Unpack[AttentionOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     query: Tensor,
     view: CacheView,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from collections.abc import Callable
+from typing import Any, Generic, Literal, TypeAlias, TypedDict, cast, overload
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import TypeVar, Unpack
 
 from . import backends, ops
 from .arguments import check_flag, check_tensor
@@ -17,10 +18,13 @@ from .calls import check_out, problem_of
 from .checks import check_index
 from .view import CacheView, Options, Sequences
 
-__all__ = ["AttentionOptions", "Plan", "dispatch", "options_of", "plan", "planned"]
+__all__ = ["AnyPlan", "AttentionOptions", "Plan", "dispatch", "options_of", "plan", "planned"]
 
 _MOST = 1 << 12
-_plans: dict[tuple[Problem, str], Plan] = {}  # by numbers and the forced backend
+_plans: dict[tuple[Problem, str], AnyPlan] = {}  # by numbers and the forced backend
+
+Result = TypeVar("Result", covariant=True, default=Tensor)  # (Tensor, Tensor) with return_lse
+AnyPlan: TypeAlias = "Plan[Tensor | tuple[Tensor, Tensor]]"
 
 
 class AttentionOptions(TypedDict, total=False):
@@ -62,11 +66,12 @@ class _Rows:
         )
 
 
-class Plan:
+class Plan(Generic[Result]):
     """An attention call, and the append of its keys and values, that is ready to run.
 
     Made by `plan`. It holds no tensor: layers whose memory looks alike share it, and it stays valid
-    as lengths grow. ``print`` shows what it does.
+    as lengths grow. ``print`` shows what it does. To type checkers ``Plan`` is one whose `run`
+    returns the output; with ``return_lse`` it is ``Plan[tuple[Tensor, Tensor]]``.
 
     Attributes:
         options: The numbers of the call.
@@ -84,7 +89,8 @@ class Plan:
         self._view, self._seqs, self._lse = problem.view, problem.seqs, problem.lse
         self._sinks, self._slopes = problem.sinks, problem.alibi_slopes
         self._v_head_dim = problem.view.v_head_dim
-        self.launch = prepared.launch  # `run` on arguments that are known to fit
+        # `run` on arguments that are known to fit
+        self.launch = cast("Callable[..., Result]", prepared.launch)
         self.options = problem.options
         self.backend, self.regime = prepared.backend, prepared.regime
         self.details = dict(prepared.details)
@@ -152,7 +158,7 @@ class Plan:
         alibi_slopes: Tensor | None = None,
         out: Tensor | None = None,
         lse: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Result:
         """Append key and value if given, and attend: one call below Python.
 
         Rows that the block table has no place for are dropped, on every device.
@@ -185,10 +191,11 @@ class Plan:
             ):
                 raise ValueError(problem)
             self._check_extra(query, sinks, alibi_slopes, out, lse)
-            return dispatch(
+            result = dispatch(
                 query, view, seqs, key, value, self.options, sinks, alibi_slopes, out, lse,
                 self._lse,
             )  # fmt: skip
+            return cast("Result", result)
         if (
             type(view) is not CacheView
             or type(seqs) is not Sequences
@@ -235,6 +242,28 @@ class Plan:
     __repr__ = __str__
 
 
+@overload
+def plan(
+    query: Tensor, view: CacheView, seqs: Sequences, key: Tensor | None = None,
+    value: Tensor | None = None, *, sinks: bool = False, alibi_slopes: bool = False,
+    return_lse: Literal[False] = False, exact: bool = False, **options: Unpack[AttentionOptions],
+) -> Plan[Tensor]: ...  # fmt: skip
+
+
+@overload
+def plan(
+    query: Tensor, view: CacheView, seqs: Sequences, key: Tensor | None = None,
+    value: Tensor | None = None, *, sinks: bool = False, alibi_slopes: bool = False,
+    return_lse: Literal[True], exact: bool = False, **options: Unpack[AttentionOptions],
+) -> Plan[tuple[Tensor, Tensor]]: ...  # fmt: skip
+
+
+@overload
+def plan(
+    query: Tensor, view: CacheView, seqs: Sequences, key: Tensor | None = None,
+    value: Tensor | None = None, *, sinks: bool = False, alibi_slopes: bool = False,
+    return_lse: bool, exact: bool = False, **options: Unpack[AttentionOptions],
+) -> Plan[Tensor | tuple[Tensor, Tensor]]: ...  # fmt: skip
 def plan(
     query: Tensor,
     view: CacheView,
@@ -247,7 +276,7 @@ def plan(
     return_lse: bool = False,
     exact: bool = False,
     **options: Unpack[AttentionOptions],
-) -> Plan:
+) -> Plan[Any]:
     """Choose the kernels of an attention call, for `Plan.run` at every step that looks alike.
 
     Takes what `Plan.run` takes and reads no element. It is remembered by its numbers: to ask again
@@ -323,7 +352,7 @@ def planned(
     value: Tensor | None,
     options: Options,
     **asked: bool,
-) -> Plan:
+) -> AnyPlan:
     """The remembered plan of a call, or a new one."""
     problem = problem_of(query, view, seqs, key, value, options, **asked)
     if problem.exact and refuses_exact(problem):

@@ -6,11 +6,11 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from .. import backends, ops
 from ..arguments import (
@@ -24,7 +24,7 @@ from ..arguments import (
 from ..calls import check_append, check_out
 from ..checks import check_index, check_packed, check_rows
 from ..functional import gather
-from ..plan import Plan, planned
+from ..plan import AnyPlan, AttentionOptions, planned
 from ..view import CacheView, Options, Sequences
 from . import files, serialize
 from .config import CacheConfig
@@ -115,6 +115,32 @@ class QuantizedKVCache(CacheSequences):
                 raise
             state.lengths.stale = was_stale
 
+    @overload
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor | None = None, value: Tensor | None = None, *,
+        cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None,
+        sinks: Tensor | None = None, alibi_slopes: Tensor | None = None, out: Tensor | None = None,
+        return_lse: Literal[False] = False, exact_prompt: bool = True,
+        **options: Unpack[AttentionOptions],
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor | None = None, value: Tensor | None = None, *,
+        cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None,
+        sinks: Tensor | None = None, alibi_slopes: Tensor | None = None, out: Tensor | None = None,
+        return_lse: Literal[True], exact_prompt: bool = True,
+        **options: Unpack[AttentionOptions],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor | None = None, value: Tensor | None = None, *,
+        cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None,
+        sinks: Tensor | None = None, alibi_slopes: Tensor | None = None, out: Tensor | None = None,
+        return_lse: bool, exact_prompt: bool = True,
+        **options: Unpack[AttentionOptions],
+    ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
     def attend(
         self,
         layer: int,
@@ -248,7 +274,7 @@ class QuantizedKVCache(CacheSequences):
             self._known[asked] = plan
         return result
 
-    def _known_plan(self, asked: tuple[Any, ...]) -> Plan | None:
+    def _known_plan(self, asked: tuple[Any, ...]) -> AnyPlan | None:
         """The last plan with these options; a tensor or a list in a number's place has none."""
         try:
             return self._known.get(asked)

@@ -18,7 +18,7 @@ from ..arguments import (
 )
 from ..checks import check_index
 from ..formats import CacheFormat
-from ..plan import Plan
+from ..plan import AnyPlan
 from ..view import CacheView, Sequences
 from . import window
 from .config import CacheConfig
@@ -65,7 +65,7 @@ class CacheSequences:
         """Take what ``state`` holds."""
         old: CacheState | None = getattr(self, "_state", None)
         self._state = state
-        self._known: dict[tuple[Any, ...], Plan] = {}  # the last plan, by a call's options
+        self._known: dict[tuple[Any, ...], AnyPlan] = {}  # the last plan, by a call's options
         if old is not None:
             old.release()
 
