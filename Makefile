@@ -31,6 +31,7 @@ state := $(if $(VENV),$(VENV),build)/.state
 requirements = $(shell sed -n '/^$(1) = \[/,/^\]/p' pyproject.toml | grep -o '"[^"]*"')
 # wheels are built in an environment of their own, one for each PYTHON
 wheel_env := build/env-$(notdir $(PYTHON))
+tag = $(shell $(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
 cxx := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 other_isas := from kvquant.backends import build_info; print(*build_info()["cpu_isas"][1:])
@@ -80,7 +81,7 @@ wheel: $(wheel_env)/.ready build/glibc  ## a wheel for PYTHON, every GPU and gli
 
 .PHONY: wheel-test
 wheel-test:  ## test the wheel in dist/ for PYTHON, away from the sources, compilers and CUDA
-	tools/wheel_test.sh '$(PYTHON)' '$(TORCH)' $(ARGS)
+	PYTHON='$(PYTHON)' TORCH='$(TORCH)' tools/wheel_test.sh "$$(ls -t dist/*-$(tag)-*.whl | head -n 1)" $(ARGS)
 
 .PHONY: bench
 bench: $(state)/package $(state)/test  ## benchmarks, each beside its peer and its floor
@@ -137,7 +138,7 @@ $(state)/settings: FORCE | $(state)
 	@{ echo '$(KVQUANT_CUDA) $(KVQUANT_CUDA_ARCHS)'; find src -name '*.py' | sort; } >$@.new
 	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
-sources := $(cxx) CMakeLists.txt pyproject.toml $(wildcard cmake/* csrc/exports.map csrc/kernels/*/*.in)
+sources := $(cxx) CMakeLists.txt pyproject.toml src/kvquant/version.py $(wildcard cmake/* csrc/exports.map csrc/kernels/*/*.in)
 $(state)/package: $(sources) $(state)/settings $(state)/torch $(state)/build
 	$(install) --no-build-isolation --no-deps --editable .
 	touch $@

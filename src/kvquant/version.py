@@ -1,4 +1,4 @@
-"""The version, which the compiled extension must have, too."""
+"""The version: the build reads it here, and an extension of another one is not used."""
 
 __all__ = ["__version__"]
 

@@ -312,9 +312,11 @@ def test_layer_past_needs_a_plain_format_and_one_length():
         cache.layer_past(0)
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in DATA.glob("cache-*.safetensors")))
-def test_files_of_earlier_versions_load(name, device):
-    """Written by version 1 of the files, one of each layout; they are never written again."""
+@pytest.mark.parametrize(
+    "name", sorted(str(path.relative_to(DATA)) for path in DATA.glob("*/cache-*.safetensors"))
+)
+def test_files_of_every_released_version_load(name, device):
+    """One of each layout, written by `saved.py` and never again."""
     loaded = QuantizedKVCache.load(DATA / name, device=device)
     stored = files.load_file(DATA / name)
     state = loaded.state_dict()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import kvquant
+from kvquant.backends import native
 
 _C = pytest.importorskip("kvquant._C")
 PATH = Path(_C.__file__)
@@ -40,3 +41,19 @@ def test_holds_no_path_of_the_building_machine() -> None:
 
 def test_versions_agree() -> None:
     assert version("kvquant") == kvquant.__version__ == _C.build_info()["version"]
+
+
+@pytest.mark.parametrize("change", ["version", "fields"])
+def test_an_extension_of_another_version_is_not_used(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Other:
+        def build_info(self) -> dict[str, str]:
+            return {"version": "0.0.9" if change == "version" else kvquant.__version__}
+
+        def fields(self) -> dict[str, list[str]]:
+            return {**_C.fields(), "Options": ["scale"]}
+
+    expected = "version 0.0.9, but this package of" if change == "version" else "its Options has"
+    with pytest.raises(ImportError, match=expected):
+        native._check(Other())
