@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ _NVCC = [
 
 
 def _nvcc_requires() -> list[str]:
+    if not sys.platform.startswith("linux") or os.environ.get("KVQUANT_PURE"):
+        return []
     if os.environ.get("KVQUANT_CUDA", "AUTO").upper() in {"OFF", "0", "FALSE", "NO"}:
         return []
     if os.environ.get("CUDACXX") or os.environ.get("CMAKE_CUDA_COMPILER") or shutil.which("nvcc"):

@@ -1,13 +1,13 @@
-"""A copy of the package under another name, beside the installed one, in one process."""
+"""The package under another name, beside the installed one in one process: docs/vendoring.md."""
 
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+from scratch import run, unpacked_sdist, wheel_of
 
 import kvquant
 from kvquant.backends import native
@@ -65,14 +65,75 @@ else:
 """
 
 
-@pytest.mark.skipif(native.module is None, reason="the extension is not there")
+needs_extension = pytest.mark.skipif(native.module is None, reason="the extension is not there")
+
+
+@needs_extension
 def test_two_copies_in_one_process(tmp_path: Path) -> None:
     vendored = tmp_path / "mylib" / "_vendor" / "kvquant"
     shutil.copytree(Path(kvquant.__file__).parent, vendored)
     shutil.copy(native.module.__file__, vendored)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CODE],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
+    assert run("python", "-W", "ignore", "-c", CODE, cwd=tmp_path).startswith("with")
+
+
+CMAKE = """
+cmake_minimum_required(VERSION 3.25)
+project(mylib LANGUAGES CXX)
+set(KVQUANT_PACKAGE mylib/_vendor/kvquant)
+add_subdirectory(third_party/kvquant)
+"""
+
+PYPROJECT = """
+[build-system]
+requires = ["scikit-build-core>=0.11", "pybind11>=3.0,<4"]
+build-backend = "scikit_build_core.build"
+
+[project]
+name = "mylib"
+version = "1.0"
+dependencies = ["torch>=2.4"]
+"""
+
+
+@needs_extension
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # it compiles
+def test_whole_with_the_library_s_own_build(tmp_path: Path) -> None:
+    sources = unpacked_sdist(tmp_path)
+    project = tmp_path / "project"
+    package = project / "src" / "mylib"
+    package.mkdir(parents=True)
+    package.joinpath("__init__.py").touch()
+    shutil.move(sources, project / "third_party" / "kvquant")
+    project.joinpath("CMakeLists.txt").write_text(CMAKE)
+    project.joinpath("pyproject.toml").write_text(PYPROJECT)
+    with zipfile.ZipFile(wheel_of(project, "cmake.build-type=MinSizeRel")) as wheel:
+        names = {name.removeprefix("mylib/_vendor/kvquant/") for name in wheel.namelist()}
+        assert {"LICENSE", "py.typed", "version.py"} <= names
+        assert not any(name.startswith(("kvquant/", "_C")) for name in wheel.namelist())
+        wheel.extractall(tmp_path / "site")
+    assert run("python", "-W", "ignore", "-c", CODE, cwd=tmp_path / "site").startswith("with")
+
+
+PURE = """
+import sys
+import torch
+import mylib._vendor.kvquant as copied
+
+assert "kvquant" not in sys.modules
+assert copied.explain().backend == "reference"
+assert "No module named 'mylib._vendor.kvquant._C'" in copied.explain().reason, copied.explain()
+"""
+
+
+def test_pure_torch_in_one_folder(tmp_path: Path) -> None:
+    sources = unpacked_sdist(tmp_path)
+    vendored = tmp_path / "site" / "mylib" / "_vendor" / "kvquant"
+    shutil.copytree(
+        sources / "src" / "kvquant", vendored,
+        ignore=shutil.ignore_patterns("cli.py", "demo", "integrations"),
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.startswith("with")
+    shutil.copy(sources / "LICENSE", vendored)
+    both, _, _ = CODE.partition("try:")  # without transformers
+    run("python", "-W", "ignore", "-c", PURE, cwd=tmp_path / "site")
+    run("python", "-W", "ignore", "-c", both, cwd=tmp_path / "site", KVQUANT_BACKEND="reference")
