@@ -76,6 +76,7 @@ wheel: $(wheel_env)/.ready build/glibc  ## a wheel for PYTHON, every GPU and gli
 	rm -rf build/wheel-raw build/wheel/{CMakeCache.txt,.skbuild-info.json}  # objects stay for another PYTHON
 	KVQUANT_CUDA_ARCHS='$(wheel_archs)' $(wheel_env)/bin/python -m pip wheel --no-build-isolation --no-deps \
 	  -w build/wheel-raw -C build-dir=build/wheel -C cmake.define.KVQUANT_GLIBC_STUBS='$(CURDIR)/build/glibc' .
+	$(wheel_env)/bin/python tools/wheel_symbols.py build/wheel-raw/*.whl
 	PATH="$(CURDIR)/$(wheel_env)/bin:$$PATH" auditwheel repair --plat manylinux_2_28_$$(uname -m) -w dist \
 	  build/wheel-raw/*.whl
 
