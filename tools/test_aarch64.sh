@@ -3,6 +3,7 @@
 # qemu-user, on any Debian machine with g++-aarch64-linux-gnu, qemu-user-static and debootstrap.
 # Everything lies in build/aarch64: an arm64 Debian with its Python, torch for it, and our build.
 #
+#   KVQUANT_CPU_ISA=neon    one instruction set instead of each
 #   TORCH=torch==2.4.1      another torch (a CPU build for aarch64; numpy<2 comes with versions before 2.5)
 #   DEBIAN_MIRROR=http://…  where debootstrap finds Debian
 set -euo pipefail
@@ -41,8 +42,9 @@ rm -f "$package"/kvquant/_C*
 cp "$here/cmake/"_C.*.so "$package/kvquant"
 
 run=(env PYTHONPATH="$package:$site" OMP_NUM_THREADS=2 qemu-aarch64-static -L "$root" "$root/usr/bin/python3.11")
-for isa in $("${run[@]}" -c 'from kvquant.backends import build_info; print(*build_info()["cpu_isas"])'); do
+isas=$("${run[@]}" -c 'from kvquant.backends import build_info; print(*build_info()["cpu_isas"])')
+for isa in ${KVQUANT_CPU_ISA:-$isas}; do
   echo "aarch64, $torch, $isa"
   KVQUANT_CPU_ISA=$isa "${run[@]}" -m pytest -q -p no:cacheprovider -o timeout=1200 \
-    "${@:-tests/kernels}" -k 'not cuda'
+    -k 'not cuda' "${@:-tests/kernels}"
 done
