@@ -38,7 +38,7 @@ other_isas := from kvquant.backends import build_info; print(*build_info()["cpu_
 
 .PHONY: help
 help:  ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
 
 .PHONY: demo
 demo: $(state)/package $(state)/demo  ## a small language model on an 8-bit cache, figures and pictures
