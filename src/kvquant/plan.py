@@ -73,6 +73,7 @@ class Plan:
         backend: "cuda", "cpu", "reference", or "torch" for an exact prompt.
         regime: Which of the backend's kernels.
         details: More to know about it, by name.
+        reads_lengths: It takes the batch's lengths from `Sequences.on_host`, or reads them back.
     """
 
     def __init__(self, problem: Problem, prepared: Prepared) -> None:
@@ -87,7 +88,7 @@ class Plan:
         self.launch = prepared.launch  # `run` on arguments that are known to fit
         self.options = problem.options
         self.backend, self.regime = prepared.backend, prepared.regime
-        self.details = dict(prepared.details)
+        self.details, self.reads_lengths = dict(prepared.details), prepared.reads_lengths
 
     def mismatch(
         self,

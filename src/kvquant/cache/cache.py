@@ -186,6 +186,8 @@ class QuantizedKVCache(CacheSequences):
         ):
             view, seqs = state.memory.views[layer], state.seqs(layer)
             if not state.pool.is_shared and plan.fits(query, view, seqs, key, value):
+                if plan.reads_lengths:
+                    seqs = state.told(layer, seqs, None)
                 if key is None:
                     if ops.is_plain(query):
                         return plan.launch(query, view, seqs, None, None)
@@ -235,6 +237,10 @@ class QuantizedKVCache(CacheSequences):
             if key is not None:
                 view, seqs = self._with_room(layer, seqs, counts)
                 plan = planned(query, view, seqs, key, value, options, **wanted)
+            if plan.reads_lengths:
+                is_known = cu_seqlens_q is not None and cu_seqlens_q.device.type == "cpu"
+                seqs = state.told(layer, seqs, counts if is_known else None)
+            if key is not None:
                 self._expect(layer, counts, cu_seqlens_q is not None)
             try:
                 result = plan.run(query, view, seqs, key, value, out=out, **vectors)
