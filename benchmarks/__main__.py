@@ -3,10 +3,16 @@
 import torch
 import typer
 
-from benchmarks import cpu, decode, generate, host, overhead, rows, slab
+from benchmarks import cpu, decode, generate, host, overhead, prefill, rows, slab, store
 
 app = typer.Typer(add_completion=False)
-ON_GPU = {"decode": decode.main, "rows": rows.main, "overhead": overhead.main}
+ON_GPU = {
+    "decode": decode.main,
+    "prefill": prefill.main,
+    "rows": rows.main,
+    "store": store.main,
+    "overhead": overhead.main,
+}
 PROGRAMS = {
     "cpu": cpu.main,
     "generate": generate.main,

@@ -45,7 +45,7 @@ class _Cuda(Compiled):
     def __init__(self) -> None:
         self._workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by device and stream
         self._parts: dict[Problem, Prepared] = {}
-        self._steps = pieces.Steps(
+        self.steps = pieces.Steps(
             self._read_piece, _dense_kernels, self._merge, self.append, self._prepare_codes,
             lambda x: self.is_capturing(self.queue(x)),
         )  # fmt: skip
@@ -61,7 +61,7 @@ class _Cuda(Compiled):
         if isinstance(names, str) or reason:
             prepared.details["pieces"] = f"not of this call: {reason}"
             return prepared
-        return pieces.Pieces(problem, self._steps, prepared, CHUNK_MEMORY, names)
+        return pieces.Pieces(problem, self.steps, prepared, CHUNK_MEMORY, names)
 
     def _prepare_codes(self, problem: Problem) -> Prepared:
         """The kernel that reads codes, for a part of a call that it serves as a whole, too."""
