@@ -173,7 +173,8 @@ def piece_case(
 
     rows = [torch.empty(2, heads, tokens, dim, dtype=dtype, device=table.device) for dim in dims]
     CUDA.steps.read(view, table, first, backwards, *rows)
-    results = [Result(*pair, backwards and i == 0) for i, pair in enumerate(zip(outs, sums))]
+    pairs = enumerate(zip(outs, sums, strict=True))
+    results = [Result(*pair, backwards and i == 0) for i, pair in pairs]
     folded = torch.empty(outs[0].shape, dtype=torch.float32, device=table.device)
     folded_lse, out, lse = torch.empty_like(sums[0]), torch.empty_like(outs[0]), sums[0].clone()
     CUDA.steps.merge(results[:2], None, folded, folded_lse)

