@@ -5,8 +5,8 @@ itself, a triangle. With a sliding window, the far end of the history is a trian
 becomes a causal one if rows and tokens are taken in reverse order. So kernels that know nothing but
 full and causal attention serve all of them, a bounded number of tokens at a time.
 
-cuDNN makes a kernel for every size that it meets, which takes 70 ms (H200, cuDNN 9.19). So there are
-few sizes: numbers of rows (filled up) and of tokens are 2**k or 3 * 2**k, of sequences 2**k. What is
+cuDNN makes a kernel for every size that it meets, which takes 70 ms (H200, cuDNN 9.19). So sizes
+are few: numbers of rows (filled up) and of tokens are 2**k or 3 * 2**k, of sequences 2**k. What is
 left of a history is a piece for a kernel that knows no sizes.
 """
 
