@@ -169,6 +169,32 @@ def test_a_cache_tells_its_lengths(device, used, monkeypatch):
     assert torch.allclose(out.float(), expected, atol=2e-2)
 
 
+@pytest.mark.parametrize("small_table", [True, False])
+@pytest.mark.parametrize("what", ["a block", "a row"])
+def test_odd_batches_are_left_to_the_kernel_that_reads_codes(
+    device, used, monkeypatch, what, small_table
+):
+    """A block that is none, or a length that the rows do not fit: as that kernel has it."""
+    from kvquant.backends import runs
+
+    monkeypatch.setattr(runs, "_SMALL_TABLE", 4096 if small_table else 0)
+    cache = filled_cache((700, 300), kv_heads=2, k_dim=64, block=16, dtype=FP16, device=device)
+    seqs = Sequences(cache.table, cache.lens)
+    query = torch.randn(2, 100, 8, 64).to(FP16).to(device)
+    made = plan(query, cache.view, seqs)
+    prepared = made.launch.__self__
+    assert isinstance(prepared, pieces.Pieces)
+    assert runs.runs_of_call(query, cache.view, seqs, False, 100)
+    if what == "a block":
+        cache.table[0, 3] = -1
+    else:
+        cache.lens[1] = 90
+    assert not runs.runs_of_call(query, cache.view, seqs, False, 100)
+    out = made.run(query, cache.view, seqs)
+    expected = prepared.otherwise.launch(query, cache.view, seqs, None, None)
+    assert torch.equal(out, expected)
+
+
 def test_little_memory_gives_the_same(monkeypatch):
     cache = filled_cache((3000, 3000), kv_heads=2, k_dim=64, dtype=FP16)
     queries = queries_of((500, 500), 8, 64, FP16, "cpu")
@@ -241,7 +267,9 @@ def problem(**changes):
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_refusals_are_named(changes, why):
+def test_refusals_are_named(monkeypatch, changes, why):
+    assert "too little work" in pieces.refuses(problem(), 256 << 20)
+    monkeypatch.setattr(cuts, "MIN_WORK", 0.0)
     assert pieces.refuses(problem(), 256 << 20) is None
     assert why in pieces.refuses(problem(**changes), 256 << 20)
     assert "KVQUANT_CHUNK_MEMORY" in pieces.refuses(problem(), 1 << 20)

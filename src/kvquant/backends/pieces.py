@@ -60,8 +60,13 @@ def refuses(problem: Problem, memory: int) -> str | None:
         return "split_size: a result must not depend on the batch"
     if 0 < options.sliding_window < cuts.MIN_WINDOW:
         return f"a sliding_window under {cuts.MIN_WINDOW} tokens"
-    if problem.seqs.max_blocks * problem.view.block_size >= 2**30:
+    capacity = problem.seqs.max_blocks * problem.view.block_size
+    if capacity >= 2**30:
         return "a capacity over 2**30 tokens"
+    most = Run(0, problem.seqs.batch, problem.max_seqlen_q, capacity, 0, True)
+    call = Call(options.causal, options.sliding_window)
+    if capacity < most.rows or not cuts.is_worth_it(most, call, costs_of(problem, memory)):
+        return "too little work, whatever the lengths"
     if (least := cuts.least_memory(costs_of(problem, memory))) > memory:
         return f"KVQUANT_CHUNK_MEMORY: {memory} bytes, and it takes {least}"
     return None

@@ -12,6 +12,8 @@ from .cuts import Run, runs_of
 
 __all__ = ["runs_of_call"]
 
+_SMALL_TABLE = 4096  # entries
+
 
 def runs_of_call(
     query: Tensor, view: CacheView, seqs: Sequences, appends: bool, most_rows: int
@@ -42,23 +44,40 @@ def runs_of_call(
 def _read_back(seqs: Sequences, view: CacheView, appends: bool, tokens: int) -> HostLengths | None:
     """The lengths that the device has; None: a block that is needed is none, or rows are odd.
 
-    ``tokens``: the call's rows of a sequence, if they are dense.
+    ``tokens``: the call's rows of a sequence, if they are dense. A small block table comes along:
+    the host checks it sooner than the device would.
     """
-    batch, lens = seqs.spec.batch, seqs.seq_lens
+    batch, table, cu = seqs.spec.batch, seqs.block_table, seqs.cu_seqlens_q
+    lens = seqs.seq_lens
     starts = torch.zeros_like(lens) if seqs.seq_starts is None else seqs.seq_starts
-    cu = lens.new_zeros(1) if seqs.cu_seqlens_q is None else seqs.cu_seqlens_q
-    first = torch.arange(seqs.spec.max_blocks, device=lens.device) * view.block_size
-    table, size = seqs.block_table, view.block_size
-    added = 0 if not appends else tokens if seqs.cu_seqlens_q is None else cu.diff()
-    missing = (first < (lens + added)[:, None]) & ((table < 0) | (table >= view.num_blocks))
-    missing &= first + size > starts[:, None]
-    numbers = torch.cat([lens, starts, cu, missing.any().to(torch.int32)[None]]).tolist()
-    if numbers[-1] or min(numbers[:batch]) < 0:
+    edges = lens.new_zeros(0) if cu is None else cu
+    is_small = table.numel() <= _SMALL_TABLE
+    if is_small:
+        of_table = table.flatten()
+    else:
+        added: int | Tensor = 0 if not appends else tokens if cu is None else cu.diff()
+        of_table = _lacks_blocks(table, lens + added, starts, view).to(torch.int32)[None]
+    numbers = torch.cat([lens, starts, edges, of_table]).tolist()
+    known = HostLengths(tuple(numbers[:batch]), tuple(numbers[batch : 2 * batch]))
+    if min(known.seq_lens, default=0) < 0:
         return None
-    rows = None
-    if seqs.cu_seqlens_q is not None:
-        edges = numbers[2 * batch : 3 * batch + 1]
-        rows = tuple(b - a for a, b in pairwise(edges))
-        if edges[0] or min(rows) < 0:
+    at = 2 * batch + len(edges)
+    if cu is not None:
+        rows = tuple(b - a for a, b in pairwise(numbers[2 * batch : at]))
+        if numbers[2 * batch] or min(rows) < 0:
             return None
-    return HostLengths(tuple(numbers[:batch]), tuple(numbers[batch : 2 * batch]), rows)
+        known = known._replace(rows=rows)
+    if not is_small:
+        return None if numbers[at] else known
+    counts = (known.rows or (tokens,) * batch) if appends else (0,) * batch
+    ends = torch.tensor([n + new for n, new in zip(known.seq_lens, counts, strict=True)])
+    on_host = torch.tensor(numbers[at:]).view(table.shape)
+    lacks = _lacks_blocks(on_host, ends, torch.tensor(numbers[batch : 2 * batch]), view)
+    return None if bool(lacks) else known
+
+
+def _lacks_blocks(table: Tensor, ends: Tensor, starts: Tensor, view: CacheView) -> Tensor:
+    """Whether a sequence has no block for some of its tokens from its start to its end."""
+    first = torch.arange(table.shape[1], device=table.device) * view.block_size
+    needed = (first < ends[:, None]) & (first + view.block_size > starts[:, None])
+    return (needed & ((table < 0) | (table >= view.num_blocks))).any()

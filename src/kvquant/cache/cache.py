@@ -43,8 +43,9 @@ class QuantizedKVCache(CacheSequences):
     """Keys and values of a model as 8-bit rows, which attention reads as they are.
 
     Contiguous, or paged with ``block_size``; without a ``max_seq_len`` (and ``num_blocks``) it
-    grows layer by layer. Lengths live on the device, and `append` and `attend` never wait for it:
-    the host checks the capacity by upper bounds. So decode steps can be captured in a CUDA graph;
+    grows layer by layer. Lengths live on the device, and `append` and `attend` do not wait for it
+    (but for long chunks on CUDA after replays of a graph, or behind left padding): the host checks
+    the capacity by upper bounds. So decode steps can be captured in a CUDA graph;
     replays advance the lengths on the device only (the kernels drop rows past the capacity): call
     `reserve` before the capture and `sync_lengths` after the replays.
 
