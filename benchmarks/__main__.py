@@ -3,12 +3,13 @@
 import torch
 import typer
 
-from benchmarks import cpu, decode, generate, host, overhead, prefill, rows, slab, store
+from benchmarks import cpu, decode, generate, host, mixed, overhead, prefill, rows, slab, store
 
 app = typer.Typer(add_completion=False)
 ON_GPU = {
     "decode": decode.main,
     "prefill": prefill.main,
+    "mixed": mixed.main,
     "rows": rows.main,
     "store": store.main,
     "overhead": overhead.main,

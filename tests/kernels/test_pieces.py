@@ -8,7 +8,14 @@ import pytest
 import torch
 
 import kvquant
-from attending import attend, check_attention
+from attending import (
+    assert_as_good,
+    assert_lse,
+    attend,
+    check_attention,
+    expected,
+    torch_own,
+)
 from kvquant import HostLengths, QuantizedKVCache, Sequences, attention, plan
 from kvquant.backends import cuts, pieces
 from kvquant.backends.dense import Dense
@@ -146,6 +153,34 @@ def test_a_mixed_batch_is_split(device, used):
     check_attention(cache, queries_of(rows, 8, 64, BF16, device))
 
 
+@pytest.mark.parametrize("advance", [False, True])
+@pytest.mark.parametrize("on_host", [False, True])
+def test_a_mixed_batch_appends(device, used, advance, on_host):
+    """Packed rows with their keys and values: decode steps, a long chunk, a short one."""
+    lens, rows = (40, 41, 500, 600, 17, 500), (1, 1, 300, 300, 17, 2)
+    room = [n + new for n, new in zip(lens, rows, strict=True)]
+    cache = filled_cache(lens, room=room, kv_heads=2, k_dim=64, block=16, dtype=FP16,
+                         device=device)  # fmt: skip
+    total = sum(rows)
+    query, key, value = (torch.randn(total, h, 64).to(FP16).to(device) for h in (8, 2, 2))
+    cu = index([0, *torch.tensor(rows).cumsum(0).tolist()], device)
+    seqs = Sequences(
+        cache.table, cache.lens, cu_seqlens_q=cu, max_seqlen_q=300, advance=advance,
+        on_host=HostLengths(lens, None, rows) if on_host else None,
+    )  # fmt: skip
+    made = plan(query, cache.view, seqs, key, value, return_lse=True)
+    assert made.regime == "pieces"
+    out, lse = made.run(query, cache.view, seqs, key, value)
+    assert cache.lengths == (room if advance else list(lens))
+    cache.lens = index(room, device)
+    cache.keys = cache.values = []
+    queries = list(query.split(rows))
+    ref, ref_lse = expected(cache, queries)
+    own, own_lse = torch_own(cache, queries)
+    assert_as_good(out, ref, own)
+    assert_lse(lse, ref_lse, own_lse, FP16)
+
+
 def test_a_cache_tells_its_lengths(device, used, monkeypatch):
     """No length is read back where the host knows it; results are those of what is stored."""
     from kvquant.backends import runs
@@ -165,8 +200,8 @@ def test_a_cache_tells_its_lengths(device, used, monkeypatch):
     query = rows(2, 64)[0]
     out = cache.attend(0, query)
     view, seqs = cache.layer(0)
-    expected = attention(query.float(), view, block_table=seqs.block_table, seq_lens=seqs.seq_lens)
-    assert torch.allclose(out.float(), expected, atol=2e-2)
+    exact = attention(query.float(), view, block_table=seqs.block_table, seq_lens=seqs.seq_lens)
+    assert torch.allclose(out.float(), exact, atol=2e-2)
 
 
 @pytest.mark.parametrize("small_table", [True, False])
@@ -191,8 +226,8 @@ def test_odd_batches_are_left_to_the_kernel_that_reads_codes(
         cache.lens[1] = 90
     assert not runs.runs_of_call(query, cache.view, seqs, False, 100)
     out = made.run(query, cache.view, seqs)
-    expected = prepared.otherwise.launch(query, cache.view, seqs, None, None)
-    assert torch.equal(out, expected)
+    own = prepared.otherwise.launch(query, cache.view, seqs, None, None)
+    assert torch.equal(out, own)
 
 
 def test_little_memory_gives_the_same(monkeypatch):
