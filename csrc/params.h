@@ -104,15 +104,15 @@ struct GatherParams {
 };
 
 // CUDA: attention of long chunks by dense kernels, on pieces of the history. Dequantizes the tokens
-// [first, first + tokens) of each sequence, all of which are stored, into contiguous rows. A token
-// that is not finite, or has no place, becomes a NaN key and a zero value: dense attention is NaN
-// then for whoever sees it, and for no one else.
+// [first, first + tokens) of each sequence into contiguous rows; those of [low, high) are stored. A
+// token that is not finite, not stored, or has no place, becomes a NaN key and a zero value: dense
+// attention is NaN then for whoever sees it, and for no one else.
 struct PieceParams {
   CacheView cache;
   Sequences seqs;     // block_table, batch and max_blocks
   void *key, *value;  // out, [batch, num_kv_heads, tokens, dim]
   Dtype dtype;
-  int32_t first, tokens;
+  int32_t first, tokens, low, high;
   bool backwards;  // row i is token first + tokens - 1 - i
 };
 

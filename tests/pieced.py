@@ -51,8 +51,9 @@ def merge(results: list[Result], sinks: Tensor | None, out: Tensor, lse: Tensor 
 
 
 def read(
-    view: kvquant.CacheView, table: Tensor, first: int, backwards: bool, key: Tensor, value: Tensor
-) -> None:
+    view: kvquant.CacheView, table: Tensor, first: int, stored: tuple[int, int], backwards: bool,
+    key: Tensor, value: Tensor,
+) -> None:  # fmt: skip
     """Dequantized tokens, by the reference's formula."""
     memory, count = _Memory(view), key.shape[2]
     tokens = torch.arange(first, first + count, device=key.device)
@@ -62,6 +63,7 @@ def read(
         k, there = memory.keys(table[b], tokens)
         v, _ = memory.values(table[b], tokens)
         k, v = rotate(k, memory.k_rotation), rotate(v, memory.v_rotation)
+        there = there & (tokens >= stored[0]) & (tokens < stored[1])
         good = there[:, None, None] & k.isfinite().all(-1, keepdim=True)
         good = good & v.isfinite().all(-1, keepdim=True)
         key[b] = k.where(good, torch.nan).transpose(0, 1).to(key.dtype)

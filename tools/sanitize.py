@@ -172,7 +172,7 @@ def piece_case(
     from kvquant.backends.pieces import Result
 
     rows = [torch.empty(2, heads, tokens, dim, dtype=dtype, device=table.device) for dim in dims]
-    CUDA.steps.read(view, table, first, backwards, *rows)
+    CUDA.steps.read(view, table, first, (first, first + tokens), backwards, *rows)
     pairs = enumerate(zip(outs, sums, strict=True))
     results = [Result(*pair, backwards and i == 0) for i, pair in pairs]
     folded = torch.empty(outs[0].shape, dtype=torch.float32, device=table.device)

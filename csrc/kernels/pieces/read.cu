@@ -63,7 +63,8 @@ __global__ void __launch_bounds__(kThreads, 3) read_kernel(const PieceParams p) 
       const int i = first + r * kWarps * at.rows;
       const bool mine = at.row >= 0 && i < p.tokens;
       const int token = p.first + (p.backwards ? p.tokens - 1 - i : i);
-      const Place from = mine ? place_of(cache, p.seqs, paging, sequence, token) : Place{-1, 0};
+      const bool stored = mine && token >= p.low && token < p.high;
+      const Place from = stored ? place_of(cache, p.seqs, paging, sequence, token) : Place{-1, 0};
       usable[r] = from.block >= 0;
       mean[r] = nullptr;
       affine[r] = {0.f, 0.f};

@@ -75,12 +75,13 @@ class _Cuda(Compiled):
         return found
 
     def _read_piece(
-        self, view: CacheView, table: Tensor, first: int, backwards: bool, key: Tensor,
-        value: Tensor,
+        self, view: CacheView, table: Tensor, first: int, stored: tuple[int, int],
+        backwards: bool, key: Tensor, value: Tensor,
     ) -> None:  # fmt: skip
         native.module.read_piece(
             view_twin(view), table.data_ptr(), table.stride(0), *table.shape, first, key.shape[2],
-            backwards, key.data_ptr(), value.data_ptr(), DTYPES[key.dtype], *self.queue(key),
+            *stored, backwards, key.data_ptr(), value.data_ptr(), DTYPES[key.dtype],
+            *self.queue(key),
         )  # fmt: skip
 
     def _merge(

@@ -92,10 +92,11 @@ class Steps:
     """What runs on the device.
 
     Attributes:
-        read: ``(view, block_table, first, is_backwards, key, value)``: dequantizes the tokens from
-            ``first`` on of each row of the table into ``(n, kv_heads, tokens, dim)``, in reverse
-            order if asked to. A token that is not finite, or has no place, becomes a NaN key and a
-            zero value, so that attention is NaN for those who see it, and for no one else.
+        read: ``(view, block_table, first, stored, is_backwards, key, value)``: dequantizes the
+            tokens from ``first`` on of each row of the table into ``(n, kv_heads, tokens, dim)``,
+            in reverse order if asked to. A token that is not finite, has no place, or is not of the
+            range ``stored`` becomes a NaN key and a zero value, so that attention is NaN for those
+            who see it, and for no one else.
         kernels: Dense attentions, the fastest first; none: pieces do not serve here. Waits for the
             device when it is first called.
         merge: ``(results, sinks, out, lse)``: the softmax over all results, and sinks (heads,).
@@ -104,7 +105,7 @@ class Steps:
         is_capturing: Whether launches on a tensor's device are being captured in a graph.
     """
 
-    read: Callable[[CacheView, Tensor, int, bool, Tensor, Tensor], None]
+    read: Callable[[CacheView, Tensor, int, tuple[int, int], bool, Tensor, Tensor], None]
     kernels: Callable[[Problem], tuple[Dense, ...]]
     merge: Callable[[list[Result], Tensor | None, Tensor, Tensor | None], None]
     append: Callable[[Tensor, Tensor, CacheView, Sequences, None], None]
@@ -293,7 +294,9 @@ class _Work:
             tokens = piece.end - piece.first if is_full else filled
             first = piece.end - tokens if is_edge else piece.first
             key, value = self._scratch(part, tokens)
-            self._steps.read(self._view, table, first, is_edge, key, value)
+            self._steps.read(
+                self._view, table, first, (piece.first, piece.end), is_edge, key, value
+            )
             query = _filled(q.flip(1) if is_edge else q, filled)
             out, lse = self._dense(query, key, value, not is_full, piece.recurs)
             results.append(Result(out[:, :rows], lse[:, :rows], is_edge))
