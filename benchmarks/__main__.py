@@ -3,10 +3,17 @@
 import torch
 import typer
 
-from benchmarks import cpu, decode, generate, host, overhead, rows, slab
+from benchmarks import cpu, decode, generate, host, mixed, overhead, prefill, rows, slab, store
 
 app = typer.Typer(add_completion=False)
-ON_GPU = {"decode": decode.main, "rows": rows.main, "overhead": overhead.main}
+ON_GPU = {
+    "decode": decode.main,
+    "prefill": prefill.main,
+    "mixed": mixed.main,
+    "rows": rows.main,
+    "store": store.main,
+    "overhead": overhead.main,
+}
 PROGRAMS = {
     "cpu": cpu.main,
     "generate": generate.main,

@@ -103,6 +103,36 @@ struct GatherParams {
   Dtype dtype;
 };
 
+// CUDA: attention of long chunks by dense kernels, on pieces of the history. Dequantizes the tokens
+// [first, first + tokens) of each sequence into contiguous rows; those of [low, high) are stored. A
+// token that is not finite, not stored, or has no place, becomes a NaN key and a zero value: dense
+// attention is NaN then for whoever sees it, and for no one else.
+struct PieceParams {
+  CacheView cache;
+  Sequences seqs;     // block_table, batch and max_blocks
+  void *key, *value;  // out, [batch, num_kv_heads, tokens, dim]
+  Dtype dtype;
+  int32_t first, tokens, low, high;
+  bool backwards;  // row i is token first + tokens - 1 - i
+};
+
+// Merges attention over several sets of tokens to that over all of them, by their log-sum-exps.
+struct MergeSource {
+  Rows out;                 // of the call's dtype, or float32
+  Rows lse;                 // float32, like out without dim
+  bool float32, backwards;  // backwards: row i is the call's row tokens - 1 - i
+};
+constexpr int kMostMerged = 6;
+struct MergeParams {
+  MergeSource sources[kMostMerged];
+  int32_t count, batch, tokens, heads, dim;
+  Dtype dtype;
+  Rows out;            // of dtype; all strides in elements
+  Rows lse;            // float32; null: not wanted
+  const float* sinks;  // [heads] logits with no value; null: none
+  bool float32;        // out is float32 whatever dtype says
+};
+
 // Plain (q, scale, zero) tensors: x^ = scale * (q - zero).
 enum class Granularity : int32_t { kToken = 0, kHead = 1, kChannel = 2 };
 

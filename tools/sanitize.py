@@ -147,6 +147,41 @@ def plain_case(move: Move, dim: int, dtype: torch.dtype, granularity: str) -> li
     ]  # fmt: skip
 
 
+def piece_case(
+    move: Move, dims: tuple[int, int], dtype: torch.dtype, block: int, backwards: bool
+) -> list[Tensor]:
+    """What attention by dense kernels needs besides them: a piece of the history, a merge."""
+    blocks, tokens, first, heads = -(-320 // block), 150, 37, 3
+    table = move(torch.randperm(2 * blocks, dtype=torch.int32).view(2, blocks))
+    view = kvquant.CacheView.allocate(2 * blocks, heads, block, *dims, device=table.device)
+    lens = move(torch.zeros(2, dtype=torch.int32))
+    where = {"block_table": table, "seq_lens": lens}
+    key, value = (move(torch.randn(2, 300, heads, dim).to(dtype)) for dim in dims)
+    kvquant.append_(key, value, view, **where, advance=True)
+    outs = [move(torch.randn(2, 50, 4, dims[1]).to(dtype)) for _ in range(3)]
+    sums = [move(torch.randn(2, 50, 4)) for _ in range(3)]
+    sinks = move(torch.randn(4))
+    if not table.is_cuda:
+        rows = [x[:, first : first + tokens] for x in kvquant.gather(view, **where, dtype=dtype)]
+        rows = [(x.flip(1) if backwards else x).transpose(1, 2) for x in rows]
+        outs[0], sums[0] = (x.flip(1) if backwards else x for x in (outs[0], sums[0]))
+        weights = torch.stack([*sums, sinks.expand_as(sums[0])]).softmax(0)[:3]
+        out = (weights[..., None] * torch.stack(outs).float()).sum(0)
+        return [*rows, out.to(dtype), torch.stack([*sums, sinks.expand_as(sums[0])]).logsumexp(0)]
+    from kvquant.backends.cuda import CUDA
+    from kvquant.backends.pieces import Result
+
+    rows = [torch.empty(2, heads, tokens, dim, dtype=dtype, device=table.device) for dim in dims]
+    CUDA.steps.read(view, table, first, (first, first + tokens), backwards, *rows)
+    pairs = enumerate(zip(outs, sums, strict=True))
+    results = [Result(*pair, backwards and i == 0) for i, pair in pairs]
+    folded = torch.empty(outs[0].shape, dtype=torch.float32, device=table.device)
+    folded_lse, out, lse = torch.empty_like(sums[0]), torch.empty_like(outs[0]), sums[0].clone()
+    CUDA.steps.merge(results[:2], None, folded, folded_lse)
+    CUDA.steps.merge([Result(folded, folded_lse), results[2]], sinks, out, lse)
+    return [*rows, out, lse]
+
+
 def main(device: str = "cuda") -> None:
     """Run all cases; exit with an error at the first that differs."""
     for dim, dtype, granularity in itertools.product(
@@ -159,6 +194,14 @@ def main(device: str = "cuda") -> None:
         )  # fmt: skip
     for _ in cache_cases(device):
         pass
+    for dims, dtype, (block, backwards) in itertools.product(
+        [(128, 128), (80, 64), (48, 256)], DTYPES[:2], [(16, False), (320, True)]
+    ):
+        name = f"pieces {dims} {dtype} {block}"
+        both(
+            lambda move, a=(dims, dtype, block, backwards): piece_case(move, *a),
+            device, name, TOLERANCE[dtype],
+        )  # fmt: skip
     print("all cases agree")
 
 

@@ -17,6 +17,7 @@ namespace py = pybind11;
 namespace kvquant::bindings {
 
 void define_cache(py::module_& m);
+void define_pieces(py::module_& m);
 void define_plain(py::module_& m);
 void define_info(py::module_& m);
 

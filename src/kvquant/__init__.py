@@ -14,13 +14,14 @@ from .plain import (
 )
 from .plan import Plan, plan
 from .version import __version__
-from .view import CacheView, RowsView, Sequences
+from .view import CacheView, HostLengths, RowsView, Sequences
 
 __all__ = [
     "CacheFormat",
     "CacheFullError",
     "CacheView",
     "Explanation",
+    "HostLengths",
     "Plan",
     "QuantizedKVCache",
     "RowsView",

@@ -24,7 +24,7 @@ def _listed(cls: type, prefix: str = "", path: tuple[str, ...] = ()) -> list[tup
     """(flat name, kind in torch's schemas, path to the value) of each field."""
     found: list[tuple[str, str, Any]] = []
     for f in fields(cls):
-        if not f.init:
+        if not f.init or not f.metadata.get("is_flat", True):
             continue
         here = (*path, f.name)
         if f.type == "RowsView":

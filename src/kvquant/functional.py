@@ -208,7 +208,9 @@ def attention(
     One contract for decode, speculative chunks and prefill over a history. Query token ``i`` of
     ``n`` stands at position ``seq_len - n + i``. With ``key`` and ``value``, these are appended
     first, and ``seq_lens`` is what was stored before them (it is not changed). For a loop of many
-    steps, `plan` once and `Plan.run` at each.
+    steps, `plan` once and `Plan.run` at each. On CUDA, long chunks attend to dequantized pieces of
+    the history in bounded scratch memory, for which the lengths are read back (`Sequences.on_host`
+    avoids it).
 
     Args:
         query: ``(batch, tokens, q_heads, head_dim)``, or packed ``(total, q_heads, head_dim)`` with

@@ -78,6 +78,7 @@ class Plan(Generic[Result]):
         backend: "cuda", "cpu", "reference", or "torch" for an exact prompt.
         regime: Which of the backend's kernels.
         details: More to know about it, by name.
+        reads_lengths: It takes the batch's lengths from `Sequences.on_host`, or reads them back.
     """
 
     def __init__(self, problem: Problem, prepared: Prepared) -> None:
@@ -93,7 +94,7 @@ class Plan(Generic[Result]):
         self.launch = cast("Callable[..., Result]", prepared.launch)
         self.options = problem.options
         self.backend, self.regime = prepared.backend, prepared.regime
-        self.details = dict(prepared.details)
+        self.details, self.reads_lengths = dict(prepared.details), prepared.reads_lengths
 
     def mismatch(
         self,

@@ -27,7 +27,15 @@ from .arguments import (
 from .checks import check_index, check_split_size, check_table, check_window
 from .formats import CacheFormat, RowFormat, check_format
 
-__all__ = ["CacheView", "Options", "RowsView", "SeqsSpec", "Sequences", "ViewSpec"]
+__all__ = [
+    "CacheView",
+    "HostLengths",
+    "Options",
+    "RowsView",
+    "SeqsSpec",
+    "Sequences",
+    "ViewSpec",
+]
 
 
 class ViewSpec(NamedTuple):
@@ -350,6 +358,20 @@ class CacheView:
         return CacheView, (self.k, self.v, self.mean, self.mean_group)
 
 
+class HostLengths(NamedTuple):
+    """What a batch's index tensors hold, where the host knows it exactly.
+
+    Attributes:
+        seq_lens: Tokens of each sequence, stored before the call.
+        seq_starts: Its tokens of padding; None: of none.
+        rows: The call's rows of each sequence, where they are packed.
+    """
+
+    seq_lens: tuple[int, ...]
+    seq_starts: tuple[int, ...] | None = None
+    rows: tuple[int, ...] | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Sequences:
     """One step's batch: whose tokens lie where. A cache has one a layer, an engine one a step.
@@ -365,6 +387,8 @@ class Sequences:
         cu_seqlens_q: int32 ``(batch + 1,)``: where each sequence's packed rows begin.
         max_seqlen_q: With ``cu_seqlens_q``, a bound on the rows of one sequence; 0: their total.
         advance: The call adds its tokens to ``seq_lens``.
+        on_host: What the tensors hold, taken at its word. Attention of long chunks on CUDA needs
+            it, and reads the tensors back where it is not given.
 
     Raises:
         TypeError: An argument of another type or dtype.
@@ -377,6 +401,7 @@ class Sequences:
     cu_seqlens_q: Tensor | None = None
     max_seqlen_q: int = 0
     advance: bool = False
+    on_host: HostLengths | None = field(default=None, metadata={"is_flat": False})
     spec: SeqsSpec = field(init=False, repr=False)
     _twin: Any = field(init=False, repr=False)
 
@@ -393,6 +418,8 @@ class Sequences:
             raise ValueError(f"max_seqlen_q: only with cu_seqlens_q, got {most}")
         object.__setattr__(self, "max_seqlen_q", most)
         check_flag("advance", self.advance)
+        if self.on_host is not None:
+            _check_on_host(self.on_host, batch, self)
         spec = SeqsSpec(
             batch, self.block_table.shape[1], self.cu_seqlens_q is not None,
             self.seq_starts is not None, most, self.advance, device,
@@ -407,7 +434,31 @@ class Sequences:
 
     def __reduce__(self) -> tuple[Any, ...]:
         parts = (self.block_table, self.seq_lens, self.seq_starts, self.cu_seqlens_q)
-        return Sequences, (*parts, self.max_seqlen_q, self.advance)
+        return Sequences, (*parts, self.max_seqlen_q, self.advance, self.on_host)
+
+
+def _check_on_host(x: HostLengths, batch: int, seqs: Sequences) -> None:
+    """As many lengths as sequences, and those that the batch has."""
+    if not isinstance(x, HostLengths):
+        raise TypeError(f"on_host: expected HostLengths, got {type(x).__name__}")
+    for name, numbers, needed in (
+        ("seq_lens", x.seq_lens, True),
+        ("seq_starts", x.seq_starts, seqs.seq_starts is not None),
+        ("rows", x.rows, seqs.cu_seqlens_q is not None),
+    ):
+        if (numbers is not None) != needed:
+            raise ValueError(
+                f"on_host.{name}: expected {'them' if needed else 'none'} with this batch, got "
+                f"{numbers}"
+            )
+        if numbers is None:
+            continue
+        if not isinstance(numbers, tuple) or any(type(n) is not int for n in numbers):
+            raise TypeError(f"on_host.{name}: expected a tuple of int, got {numbers!r}")
+        if len(numbers) != batch or min(numbers, default=0) < 0:
+            raise ValueError(
+                f"on_host.{name}: expected {batch} numbers from 0 on, got {list(numbers)}"
+            )
 
 
 @dataclass(frozen=True)

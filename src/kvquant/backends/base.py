@@ -90,11 +90,13 @@ class Prepared(ABC):
         backend: Who runs it.
         regime: Which of the backend's kernels.
         details: More to know about it, by name.
+        reads_lengths: It needs the batch's lengths on the host: see `Sequences.on_host`.
     """
 
     backend: str
     regime: str
     details: dict[str, Any]
+    reads_lengths: bool = False
 
     @abstractmethod
     def launch(

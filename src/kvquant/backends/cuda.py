@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -9,17 +10,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native
-from .compiled import Compiled
+from ..view import CacheView
+from . import dense, native, pieces
+from .affine import DTYPES
+from .base import Prepared, Problem
+from .compiled import Compiled, view_twin
+from .cuts import MIN_ROWS
 
 __all__ = ["CUDA"]
 
 _MIN_CAPABILITY = (7, 5)
 _MIN_COUNTERS, _MIN_FLOATS = 1 << 12, 1 << 20
+_MOST_PARTS = 1 << 10
 # Private, hence guarded: they take a tenth of what the public ones do.
 _raw_stream: Callable[[int], int] = getattr(
     torch._C, "_cuda_getCurrentRawStream", lambda d: torch.cuda.current_stream(d).cuda_stream
 )
+
+
+def _chunk_memory() -> int:
+    """Bytes that attention of a long chunk may take beside its output."""
+    text = os.environ.get("KVQUANT_CHUNK_MEMORY", "256")
+    if not text.isdecimal():
+        raise ValueError(f"KVQUANT_CHUNK_MEMORY: expected MiB, 0 or more, got {text!r}")
+    return int(text) << 20
+
+
+CHUNK_MEMORY = _chunk_memory()
 
 
 class _Cuda(Compiled):
@@ -27,6 +44,59 @@ class _Cuda(Compiled):
 
     def __init__(self) -> None:
         self._workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by device and stream
+        self._parts: dict[Problem, Prepared] = {}
+        self.steps = pieces.Steps(
+            self._read_piece, _dense_kernels, self._merge, self.append, self._prepare_codes,
+            lambda x: self.is_capturing(self.queue(x)),
+        )  # fmt: skip
+
+    def prepare(self, problem: Problem) -> Prepared | str:
+        prepared = super().prepare(problem)
+        if isinstance(prepared, str) or problem.max_seqlen_q < MIN_ROWS:
+            return prepared
+        device = _index(problem.query.device)
+        dims = problem.view.head_dim, problem.view.v_head_dim
+        names = dense.candidates(*dims, torch.cuda.get_device_capability(device))
+        reason = names if isinstance(names, str) else pieces.refuses(problem, CHUNK_MEMORY)
+        if isinstance(names, str) or reason:
+            prepared.details["pieces"] = f"not of this call: {reason}"
+            return prepared
+        return pieces.Pieces(problem, self.steps, prepared, CHUNK_MEMORY, names)
+
+    def _prepare_codes(self, problem: Problem) -> Prepared:
+        """The kernel that reads codes, for a part of a call that it serves as a whole, too."""
+        found = self._parts.get(problem)
+        if found is None:
+            prepared = super().prepare(problem)
+            assert not isinstance(prepared, str), prepared
+            if len(self._parts) >= _MOST_PARTS:
+                self._parts.clear()
+            found = self._parts[problem] = prepared
+        return found
+
+    def _read_piece(
+        self, view: CacheView, table: Tensor, first: int, stored: tuple[int, int],
+        backwards: bool, key: Tensor, value: Tensor,
+    ) -> None:  # fmt: skip
+        native.module.read_piece(
+            view_twin(view), table.data_ptr(), table.stride(0), *table.shape, first, key.shape[2],
+            *stored, backwards, key.data_ptr(), value.data_ptr(), DTYPES[key.dtype],
+            *self.queue(key),
+        )  # fmt: skip
+
+    def _merge(
+        self, results: list[pieces.Result], sinks: Tensor | None, out: Tensor, lse: Tensor | None
+    ) -> None:
+        sources = [
+            (_place(x.out), _place(x.lse), x.out.dtype == torch.float32, x.is_backwards)
+            for x in results
+        ]
+        dtype = next((x.out.dtype for x in results if x.out.dtype != torch.float32), out.dtype)
+        native.module.merge(
+            sources, tuple(out.shape), DTYPES[dtype], _place(out), out.dtype == torch.float32,
+            None if lse is None else _place(lse), 0 if sinks is None else sinks.data_ptr(),
+            *self.queue(out),
+        )  # fmt: skip
 
     def queue(self, x: Tensor) -> tuple[int, int]:
         device = x.get_device()
@@ -56,6 +126,18 @@ class _Cuda(Compiled):
                 torch.full((max(_MIN_FLOATS, floats),), -1, dtype=torch.int32, device=queue[0]),
             )
         return kept[1].data_ptr(), kept[0].data_ptr(), kept
+
+
+def _dense_kernels(problem: Problem) -> tuple[dense.Dense, ...]:
+    query, view = problem.query, problem.view
+    heads = query.shape[-2], view.num_kv_heads
+    return dense.find(_index(query.device), query.dtype, heads, (view.head_dim, view.v_head_dim))
+
+
+def _place(x: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides of a sequence, a row and a head."""
+    sequence, row, head = x.stride()[:3]
+    return x.data_ptr(), sequence, row, head
 
 
 def _index(device: torch.device) -> int:

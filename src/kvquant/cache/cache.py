@@ -43,8 +43,9 @@ class QuantizedKVCache(CacheSequences):
     """Keys and values of a model as 8-bit rows, which attention reads as they are.
 
     Contiguous, or paged with ``block_size``; without a ``max_seq_len`` (and ``num_blocks``) it
-    grows layer by layer. Lengths live on the device, and `append` and `attend` never wait for it:
-    the host checks the capacity by upper bounds. So decode steps can be captured in a CUDA graph;
+    grows layer by layer. Lengths live on the device, and `append` and `attend` do not wait for it
+    (but for long chunks on CUDA after replays of a graph, or behind left padding): the host checks
+    the capacity by upper bounds. So decode steps can be captured in a CUDA graph;
     replays advance the lengths on the device only (the kernels drop rows past the capacity): call
     `reserve` before the capture and `sync_lengths` after the replays.
 
@@ -212,6 +213,8 @@ class QuantizedKVCache(CacheSequences):
         ):
             view, seqs = state.memory.views[layer], state.seqs(layer)
             if not state.pool.is_shared and plan.fits(query, view, seqs, key, value):
+                if plan.reads_lengths:
+                    seqs = state.told(layer, seqs, None)
                 if key is None:
                     if ops.is_plain(query):
                         return plan.launch(query, view, seqs, None, None)
@@ -261,6 +264,10 @@ class QuantizedKVCache(CacheSequences):
             if key is not None:
                 view, seqs = self._with_room(layer, seqs, counts)
                 plan = planned(query, view, seqs, key, value, options, **wanted)
+            if plan.reads_lengths:
+                is_known = cu_seqlens_q is not None and cu_seqlens_q.device.type == "cpu"
+                seqs = state.told(layer, seqs, counts if is_known else None)
+            if key is not None:
                 self._expect(layer, counts, cu_seqlens_q is not None)
             try:
                 result = plan.run(query, view, seqs, key, value, out=out, **vectors)

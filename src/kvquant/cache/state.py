@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheFullError
-from ..view import CacheView, Sequences
+from ..view import CacheView, HostLengths, Sequences
 from .blocks import BlockIds, BlockMap, BlockPool, Change, ceil_to, index_tensor, step_up
 from .config import CacheConfig
 from .lengths import Lengths, is_capturing
@@ -94,6 +94,19 @@ class CacheState:
             found = Sequences(self.blocks.table, lens, self.seq_starts, advance=True)
             self._seqs[layer] = found
         return found
+
+    def told(self, layer: int, seqs: Sequences, rows: Sequence[int] | None) -> Sequences:
+        """A layer's batch with the lengths that the host knows, where it knows them exactly.
+
+        ``rows``: the call's of each sequence, where they are packed and known.
+        """
+        is_packed = seqs.cu_seqlens_q is not None
+        if self.lengths.stale or self.seq_starts is not None or is_packed != (rows is not None):
+            return seqs
+        known = HostLengths(
+            tuple(self.lengths.bounds(layer)), None, None if rows is None else tuple(rows)
+        )
+        return replace(seqs, on_host=known)
 
     # ------------------------------------------------------------------------------------- lengths
 

@@ -1,0 +1,65 @@
+// read_piece and merge: what attention by dense kernels needs besides them.
+#include "bindings/bindings.h"
+#include "bindings/fields.h"
+
+namespace kvquant::bindings {
+namespace {
+
+// (address, batch stride, token stride, head stride), in elements.
+Rows rows_of(const py::handle& given) {
+  const auto t = py::reinterpret_borrow<py::tuple>(given);
+  return {pointer<void>(t[0].cast<uintptr_t>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
+          t[3].cast<int64_t>()};
+}
+
+void read_piece(const CacheView& cache, uintptr_t block_table, int64_t table_stride, int batch,
+                int max_blocks, int first, int tokens, int low, int high, bool backwards,
+                uintptr_t key, uintptr_t value, int dtype, int device, uintptr_t queue) {
+  Sequences seqs{};
+  seqs.block_table = pointer<const int32_t>(block_table);
+  seqs.block_table_stride = table_stride;
+  seqs.batch = batch, seqs.max_blocks = max_blocks;
+  PieceParams params{};
+  params.cache = cache, params.seqs = seqs;
+  params.key = pointer<void>(key), params.value = pointer<void>(value);
+  params.dtype = Dtype(dtype), params.backwards = backwards;
+  params.first = first, params.tokens = tokens, params.low = low, params.high = high;
+  Status status;
+  {
+    py::gil_scoped_release release;
+    status = KVQUANT_CUDA_OR_REFUSE(cuda::read_piece(params, {device, pointer<void>(queue)}));
+  }
+  check(status, "read_piece");
+}
+
+// sources: (out, lse, float32, backwards) each; sizes: (batch, tokens, heads, dim).
+void merge(const py::list& sources, const py::tuple& sizes, int dtype, const py::tuple& out,
+           bool float32, const py::object& lse, uintptr_t sinks, int device, uintptr_t queue) {
+  MergeParams params{};
+  if (sources.size() > kMostMerged) throw py::value_error("so many results at once");
+  for (const py::handle& given : sources) {
+    const auto t = py::reinterpret_borrow<py::tuple>(given);
+    params.sources[params.count++] = {rows_of(t[0]), rows_of(t[1]), t[2].cast<bool>(),
+                                      t[3].cast<bool>()};
+  }
+  params.batch = sizes[0].cast<int>(), params.tokens = sizes[1].cast<int>();
+  params.heads = sizes[2].cast<int>(), params.dim = sizes[3].cast<int>();
+  params.dtype = Dtype(dtype), params.out = rows_of(out), params.float32 = float32;
+  if (!lse.is_none()) params.lse = rows_of(lse);
+  params.sinks = pointer<const float>(sinks);
+  Status status;
+  {
+    py::gil_scoped_release release;
+    status = KVQUANT_CUDA_OR_REFUSE(cuda::merge(params, {device, pointer<void>(queue)}));
+  }
+  check(status, "merge");
+}
+
+}  // namespace
+
+void define_pieces(py::module_& m) {
+  m.def("read_piece", &read_piece);
+  m.def("merge", &merge);
+}
+
+}  // namespace kvquant::bindings
