@@ -1,0 +1,19 @@
+"""``kvquant fit``: what a model's cache takes, and the largest batch and length that fit."""
+
+from .layers import LayerShape, ModelShape, shape_of
+from .models import MODELS, read_config
+from .sizes import FORMATS, Layout, Peer, cache_bytes, largest, peer_bytes
+
+__all__ = [
+    "FORMATS",
+    "MODELS",
+    "LayerShape",
+    "Layout",
+    "ModelShape",
+    "Peer",
+    "cache_bytes",
+    "largest",
+    "peer_bytes",
+    "read_config",
+    "shape_of",
+]
