@@ -193,20 +193,20 @@ def test_bad_numbers_are_refused() -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("typer")
     pytest.importorskip("matplotlib")
-    KINDS["mixed"]().save_pretrained(tmp_path)
+    KINDS["gqa"]().save_pretrained(tmp_path)
     file, picture = tmp_path / "fit.json", tmp_path / "fit.png"
-    arguments = ["fit", str(tmp_path), "--batch", "2", "--length", "790", "--generated", "90"]
+    arguments = ["fit", str(tmp_path), "--batch", "2", "--length", "160", "--generated", "60"]
     with pytest.raises(SystemExit) as end:
         cli.main([*arguments, "--device-memory", "1", "--spare", "0.9", "--json", str(file),
                   "--picture", str(picture)])  # fmt: skip
     assert not end.value.code
     figures = json.loads(file.read_text())
-    cache, _ = filled(KINDS["mixed"](), "cpu", "mixed")
+    cache, _ = filled(KINDS["gqa"](), "cpu", "contiguous-grown")
     assert figures["cache_bytes"]["8 bits"] == cache.nbytes
     fits = figures["fits"]
     assert fits["8 bits"]["largest_batch"] > 1.5 * fits["DynamicCache, 16 bits"]["largest_batch"]
     assert picture.stat().st_size > 10_000
-    assert "sliding, 64" in capsys.readouterr().out
+    assert "What fits in 1.00 GiB" in capsys.readouterr().out
 
 
 def test_the_command_names_what_is_wrong() -> None:
