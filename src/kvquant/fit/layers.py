@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,7 @@ def shape_of(config: Any) -> ModelShape:
 
     from ..integrations.transformers import CACHE_ARGUMENT, KVQuantCache
 
-    text = config.get_text_config(decoder=True)
+    text = copy.deepcopy(config.get_text_config(decoder=True))  # a model sets its attention in it
     cache = KVQuantCache(text)  # refuses what it does not serve
     model, why = None, None
     for attention in ("kvquant", "eager"):
