@@ -3,11 +3,12 @@
 import torch
 import typer
 
-from benchmarks import cpu, decode, generate, host, overhead, rows, slab
+from benchmarks import batch, cpu, decode, generate, host, overhead, rows, slab
 
 app = typer.Typer(add_completion=False)
 ON_GPU = {"decode": decode.main, "rows": rows.main, "overhead": overhead.main}
 PROGRAMS = {
+    "batch": batch.main,
     "cpu": cpu.main,
     "generate": generate.main,
     "host": host.main,

@@ -1,4 +1,4 @@
-"""The command ``kvquant``: ``info`` needs torch alone, the others the extra ``kvquant[demo]``."""
+"""The command ``kvquant``: ``info`` and ``doctor`` need torch alone, others ``kvquant[demo]``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from .backends import build_info
 
 __all__ = ["collect", "main"]
 
-_USAGE = "usage: kvquant info [--json FILE] | kvquant demo | fit (pip install 'kvquant[demo]')"
+_USAGE = "usage: kvquant info|doctor [--json FILE], or with pip install 'kvquant[demo]': demo|fit"
 _EXTRA = (
     "kvquant {command} needs more packages ({missing} is missing): pip install 'kvquant[{extra}]'"
 )
@@ -159,13 +160,42 @@ def _info(file: Path | None) -> None:
         file.write_text(json.dumps(info, indent=2) + "\n")
 
 
+def _doctor(
+    model: str | None, file: Path | None, *, batch: int = 1, length: int = 8192,
+    device_memory: float | None = None,
+) -> int:  # fmt: skip
+    """Print what is wrong; 1 if something stops what was asked for, else 0."""
+    from .doctor import examine
+
+    logging.getLogger("kvquant").setLevel(logging.ERROR)  # the rows say it
+    rows = examine(collect())
+    if model is not None:
+        from .doctor import examine_model
+
+        memory = None if device_memory is None else int(device_memory * 2**30)
+        rows += examine_model(model, batch=batch, length=length, device_memory=memory)
+    for row in rows:
+        print(f"{row.state:<6} {row.check:<21} {row.what}")
+        if row.advice and row.state != "ok":
+            print(f"{'':<28} -> {row.advice}")
+    stopped = sum(row.state == "stops" for row in rows)
+    slow = sum(row.state == "slow" for row in rows)
+    print(f"{stopped or 'nothing'} stops it, {slow or 'nothing'} makes it slow")
+    if file is not None:
+        file.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    return int(stopped > 0)
+
+
 def _plain(args: list[str]) -> int | str:
     """The command line without typer: ``info`` works; returns what to exit with."""
     command, rest = (args[0] if args else "--help"), args[1:]
     if command in ("demo", "fit"):
         return _EXTRA.format(command=command, missing="typer", extra="demo")
-    if command == "info" and (not rest or (len(rest) == 2 and rest[0] == "--json")):
-        _info(Path(rest[1]) if rest else None)
+    if command in ("info", "doctor") and (not rest or (len(rest) == 2 and rest[0] == "--json")):
+        file = Path(rest[1]) if rest else None
+        if command == "doctor":
+            return _doctor(None, file)
+        _info(file)
         return 0
     if command in ("-h", "--help"):
         print(_USAGE)
@@ -255,6 +285,25 @@ def _app(typer: Any) -> Any:
                 )
             )  # fmt: skip
 
-    for command in (info, demo, fit):
+    def doctor(
+        model: str | None = typer.Argument(
+            None, help="Also a model: a folder, a config.json, or a well-known name."
+        ),
+        batch: int = typer.Option(1, help="Sequences that the model's cache is to hold."),
+        length: int = typer.Option(8192, help="Tokens of each."),
+        device_memory: float | None = typer.Option(None, help="GiB that all must fit in."),
+        json_file: Path | None = json_option,
+    ) -> None:
+        """What is wrong on this machine, or with a model, and what to do; exit code 1 if it stops.
+
+        Example: kvquant doctor llama-3.1-8b --batch 16 --length 32768 --device-memory 80
+        """
+        with _needing("doctor", "transformers"):
+            status = _doctor(
+                model, json_file, batch=batch, length=length, device_memory=device_memory
+            )
+        raise SystemExit(status)
+
+    for command in (info, doctor, demo, fit):
         app.command()(command)
     return app

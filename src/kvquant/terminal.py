@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["console", "device_name", "gib", "progress", "write_json"]
+__all__ = ["console", "device_name", "progress", "write_json"]
 
 
 def console() -> Console:
@@ -39,11 +39,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def gib(nbytes: float) -> str:
-    """Bytes in GiB, or in MiB where they are few."""
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 / 10 else f"{nbytes / 2**20:.1f} MiB"
 
 
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:

@@ -90,8 +90,8 @@ def test_info_needs_torch_alone(tmp_path: Path) -> None:
     ("arguments", "status", "text"),
     [
         pytest.param(["demo"], 1, "pip install 'kvquant[demo]'", id="demo"),
-        pytest.param(["--help"], 0, "usage: kvquant info", id="help"),
-        pytest.param(["nonsense"], 1, "usage: kvquant info", id="unknown"),
+        pytest.param(["--help"], 0, "usage: kvquant info|doctor", id="help"),
+        pytest.param(["nonsense"], 1, "usage: kvquant info|doctor", id="unknown"),
     ],
 )
 def test_without_typer(

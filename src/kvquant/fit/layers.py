@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["LayerShape", "ModelShape", "shape_of"]
+__all__ = ["LayerShape", "ModelShape", "shape_of", "uses_kvquant"]
 
 _PROBE = 8  # tokens of the forward
 
@@ -139,3 +139,13 @@ def _watch(layer: Any) -> list[int]:
 
     layer.dequantize = watched
     return seen
+
+
+def uses_kvquant(model: Any) -> bool:
+    """Whether a transformers model's attention is kvquant's."""
+    from transformers import AttentionInterface
+
+    from ..integrations.transformers import kvquant_attention  # registers its name
+
+    name = model.config.get_text_config(decoder=True)._attn_implementation
+    return AttentionInterface().get(name) is kvquant_attention

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from ..terminal import console, gib, progress, write_json
+from ..terminal import console, progress, write_json
 from .layers import ModelShape, shape_of
 from .models import read_config
-from .sizes import FORMATS, Layout, cache_bytes, largest, peer_bytes
+from .sizes import FORMATS, Layout, cache_bytes, gib, largest, peer_bytes
 
 __all__ = ["Options", "run"]
 

@@ -11,7 +11,7 @@ import torch
 from .. import CacheFormat
 from .layers import LayerShape, ModelShape
 
-__all__ = ["FORMATS", "Layout", "Peer", "cache_bytes", "largest", "peer_bytes"]
+__all__ = ["FORMATS", "Layout", "Peer", "cache_bytes", "gib", "largest", "peer_bytes"]
 
 #: What rows can be stored as, by the name in tables.
 FORMATS: dict[str, CacheFormat] = {
@@ -133,3 +133,8 @@ def _check(**numbers: int) -> None:
     for name, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ValueError(f"{name}: expected a positive integer, got {number!r}")
+
+
+def gib(nbytes: float) -> str:
+    """Bytes in GiB, or in MiB where they are few."""
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 / 10 else f"{nbytes / 2**20:.1f} MiB"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import CacheFormat
-from ...fit import Layout, ModelShape, cache_bytes, peer_bytes, shape_of
+from ...fit import Layout, ModelShape, cache_bytes, peer_bytes, shape_of, uses_kvquant
 
 __all__ = ["batch_size_for", "generate_batch"]
 
@@ -133,7 +133,7 @@ def batch_size_for(
     except ValueError as error:
         raise ValueError(f"batch_size: cannot be worked out, pass a number ({error})") from error
     total = length + max_new_tokens
-    if _is_quantized(model):
+    if uses_kvquant(model):
         layout = Layout(
             reserved=_reserves(shape),
             format=CacheFormat() if format is None else format,
@@ -159,15 +159,6 @@ def _free(device: torch.device) -> int:
     share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
     room: int = min(free + kept, int(total * share) - taken)
     return max(0, room)
-
-
-def _is_quantized(model: Any) -> bool:
-    from transformers import AttentionInterface
-
-    from ...integrations.transformers import kvquant_attention  # registers the name
-
-    name = model.config.get_text_config(decoder=True)._attn_implementation
-    return AttentionInterface().get(name) is kvquant_attention
 
 
 def _reserves(shape: ModelShape) -> bool:
@@ -210,7 +201,7 @@ def _generate(
         row[longest - len(tokens) :] = torch.tensor(tokens)
     lengths = torch.tensor([len(tokens) for tokens in rows])
     mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
-    if _is_quantized(model):
+    if uses_kvquant(model):
         shape = _shapes.get(model)
         whole = longest + max_new_tokens if shape is not None and _reserves(shape) else None
         options = {
