@@ -3,7 +3,7 @@
 import torch
 import typer
 
-from benchmarks import batch, cpu, decode, generate, host, overhead, rows, slab
+from benchmarks import batch, cpu, decode, generate, host, memory, overhead, rows, slab
 
 app = typer.Typer(add_completion=False)
 ON_GPU = {"decode": decode.main, "rows": rows.main, "overhead": overhead.main}
@@ -12,6 +12,7 @@ PROGRAMS = {
     "cpu": cpu.main,
     "generate": generate.main,
     "host": host.main,
+    "memory": memory.main,
     "slab": slab.main,
     **ON_GPU,
 }

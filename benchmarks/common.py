@@ -137,6 +137,10 @@ class Report:
     def finish(self, path: Path | None) -> None:
         """Print the table, write ``path``."""
         self.print()
+        self.save(path)
+
+    def save(self, path: Path | None) -> None:
+        """Write what there is so far, where a file is asked for."""
         if path:
             path.write_text(json.dumps({**self.facts, "rows": self.rows}, indent=1))
 
