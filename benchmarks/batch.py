@@ -102,8 +102,8 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     count: int = 64,
-    tokens: int = 64,
-    longest: int = 240,
+    tokens: int = 32,
+    longest: int = 160,
     model: str = "llama-3.1-8b",
 ) -> None:
     """Print tokens/s of `generate_batch` and of its peers, and how many answers agree.

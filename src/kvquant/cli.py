@@ -20,7 +20,9 @@ from .backends import build_info
 
 __all__ = ["collect", "main"]
 
-_USAGE = "usage: kvquant info|doctor [--json FILE], or with pip install 'kvquant[demo]': demo|fit"
+_USAGE = (
+    "usage: kvquant info|doctor [--json FILE], or with pip install 'kvquant[demo]': demo|fit|bench"
+)
 _EXTRA = (
     "kvquant {command} needs more packages ({missing} is missing): pip install 'kvquant[{extra}]'"
 )
@@ -189,7 +191,7 @@ def _doctor(
 def _plain(args: list[str]) -> int | str:
     """The command line without typer: ``info`` works; returns what to exit with."""
     command, rest = (args[0] if args else "--help"), args[1:]
-    if command in ("demo", "fit"):
+    if command in ("bench", "demo", "fit"):
         return _EXTRA.format(command=command, missing="typer", extra="demo")
     if command in ("info", "doctor") and (not rest or (len(rest) == 2 and rest[0] == "--json")):
         file = Path(rest[1]) if rest else None
@@ -304,6 +306,20 @@ def _app(typer: Any) -> Any:
             )
         raise SystemExit(status)
 
-    for command in (info, doctor, demo, fit):
+    def bench(
+        device: str | None = typer.Option(None, help="cpu or cuda; by default a GPU if any."),
+        json_file: Path | None = json_option,
+        picture: Path | None = png_option,
+    ) -> None:
+        """This machine's decode, prompt and store beside torch's attention, in about a minute.
+
+        Example: kvquant bench --json bench.json --picture bench.png
+        """
+        with _needing("bench", "demo"):
+            from .bench.run import Options, run
+
+            run(Options(device=device, json=json_file, picture=picture))
+
+    for command in (info, doctor, demo, fit, bench):
         app.command()(command)
     return app
