@@ -21,7 +21,7 @@ from .backends import build_info
 __all__ = ["collect", "main"]
 
 _USAGE = (
-    "usage: kvquant info|doctor [--json FILE], or with pip install 'kvquant[demo]': demo|fit|bench"
+    "usage: kvquant info|doctor [--json FILE]; with pip install 'kvquant[demo]': bench|demo|fit"
 )
 _EXTRA = (
     "kvquant {command} needs more packages ({missing} is missing): pip install 'kvquant[{extra}]'"
