@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("rich")
 
-from kvquant import CacheFormat, cli  # noqa: E402
-from kvquant.bench import run as module  # noqa: E402
+from kvquant import CacheFormat, cli
+from kvquant.bench import run as module
 
 
 def small(device: str, **more: object) -> module.Options:

@@ -118,3 +118,14 @@ def test_demo_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     with pytest.raises(SystemExit, match=r"rich.* is missing.*kvquant\[demo\]"):
         cli.main(["demo"])
+
+
+@pytest.mark.parametrize("command", ["info", "doctor", "demo", "fit", "bench"])
+def test_help_has_an_example_and_json(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("typer")
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "--help"])
+    assert not end.value.code
+    printed = capsys.readouterr().out
+    assert f"Example: kvquant {command}" in printed
+    assert "--json" in printed
