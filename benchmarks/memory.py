@@ -260,14 +260,20 @@ def draw(rows: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> None:
     """Memory by batch and by length, measured and as the original states it."""
     from kvquant import pictures
 
-    figure, axes = pictures.panels(2)
+    present = [name for name in ("batch", "length") if any(row["table"] == name for row in rows)]
+    if not present:
+        raise typer.BadParameter(
+            "--plot: draws the tables 'batch' and 'length', none was asked for"
+        )
+    figure, axes = pictures.panels(len(present))
     pick: Callable[[str, str, str, str], list[tuple[float, float]]] = lambda table, kind, x, y: [  # noqa: E731
         (row[x], row[y])
         for row in rows
         if row["table"] == table and row["cache"] == kind and row[y] is not None
         and row[x] is not None and row[y] == row[y]
     ]  # fmt: skip
-    for axis, (table, x) in zip(axes, (("batch", "batch"), ("length", "length")), strict=True):
+    for axis, table in zip(axes, present, strict=True):
+        x = table  # the column that the table goes by
         series = {
             "DynamicCache, 16 bits": pick(table, "DynamicCache", x, "peak_gib"),
             "kvquant, 8 bits": pick(table, "KVQuantCache", x, "peak_gib"),
