@@ -262,9 +262,7 @@ def draw(rows: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> None:
 
     present = [name for name in ("batch", "length") if any(row["table"] == name for row in rows)]
     if not present:
-        raise typer.BadParameter(
-            "--plot: draws the tables 'batch' and 'length', none was asked for"
-        )
+        raise typer.BadParameter("--plot: needs the table 'batch' or 'length'")
     figure, axes = pictures.panels(len(present))
     pick: Callable[[str, str, str, str], list[tuple[float, float]]] = lambda table, kind, x, y: [  # noqa: E731
         (row[x], row[y])
