@@ -26,8 +26,8 @@ def test_figures(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     figures = module.run(small(device, json=file, picture=picture))
     assert json.loads(file.read_text()) == figures
     assert picture.stat().st_size > 10_000
-    whats = [row["what"] for row in figures["rows"]]
-    assert whats == ["decode", "decode", "decode", "prompt", "store"]
+    kinds = [row["what"] for row in figures["rows"]]
+    assert kinds == ["decode", "decode", "decode", "prompt", "store"]
     for row in figures["rows"]:
         assert row["ms"] > 0
         assert row["torch_ms"] > 0
