@@ -3,7 +3,20 @@
 import torch
 import typer
 
-from benchmarks import cpu, decode, generate, host, mixed, overhead, prefill, rows, slab, store
+from benchmarks import (
+    batch,
+    cpu,
+    decode,
+    generate,
+    host,
+    memory,
+    mixed,
+    overhead,
+    prefill,
+    rows,
+    slab,
+    store,
+)
 
 app = typer.Typer(add_completion=False)
 ON_GPU = {
@@ -15,9 +28,11 @@ ON_GPU = {
     "overhead": overhead.main,
 }
 PROGRAMS = {
+    "batch": batch.main,
     "cpu": cpu.main,
     "generate": generate.main,
     "host": host.main,
+    "memory": memory.main,
     "slab": slab.main,
     **ON_GPU,
 }

@@ -7,10 +7,8 @@ compared take turns, a few rounds each, so that all meet the same machine.
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from json import dumps
 from pathlib import Path
@@ -25,6 +23,7 @@ import kvquant
 from benchmarks.caches import RandomCache
 from benchmarks.common import Call, Report, buffers_for
 from kvquant.backends import build_info
+from kvquant.bench.timing import cpu_bandwidth, wall_ms
 
 SHAPES = [  # batch, q_heads, kv_heads, tokens, head_dim
     (1, 32, 8, 4096, 128),
@@ -37,26 +36,6 @@ PROMPTS = [(1, 9, 3, 2048, 64), (1, 32, 8, 2048, 128)]  # the first: SmolLM2's
 ROWS = (2, 8, 2048, 128)
 LAST_CACHE = 100_000_000  # bytes, more than it holds
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def wall_ms(*rotations: Sequence[Call], rounds: int, turns: int = 3) -> list[float]:
-    """Median milliseconds of a call of each rotation, in turns that warm up with one round."""
-    times: list[list[float]] = [[] for _ in rotations]
-    for _ in range(turns):
-        for calls, mine in zip(rotations, times, strict=True):
-            for call in calls:
-                call()
-            for call in [*calls] * rounds:
-                start = time.perf_counter()
-                call()
-                mine.append((time.perf_counter() - start) * 1e3)
-    return [statistics.median(mine) for mine in times]
-
-
-def read_bandwidth() -> float:
-    """GB/s of a sum over 512 MiB by all threads: the ceiling for whatever reads a cache."""
-    x = torch.ones(1 << 27)
-    return x.nbytes / min(wall_ms([x.sum], rounds=3, turns=1)[0] for _ in range(5)) / 1e6
 
 
 def decode(report: Report, rounds: int) -> None:
@@ -177,7 +156,7 @@ def main(
     """Print decode, prompt and row figures, each beside torch's."""
     torch.set_grad_enabled(False)
     facts = {"isa": build_info()["cpu_isa"], "threads": torch.get_num_threads()}
-    bandwidth = round(read_bandwidth(), 1)
+    bandwidth = round(cpu_bandwidth(), 1)
     reports = {
         decode: Report("Decode attention on the CPU", **facts, read_gbs=bandwidth),
         prompt: Report("A prompt's attention on the CPU", **facts),

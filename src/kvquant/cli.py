@@ -1,4 +1,4 @@
-"""The command ``kvquant``: ``info`` needs torch alone, ``demo`` the extra ``kvquant[demo]``."""
+"""The command ``kvquant``: ``info`` and ``doctor`` need torch alone, others ``kvquant[demo]``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 import logging
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,12 @@ from .backends import build_info
 
 __all__ = ["collect", "main"]
 
-_USAGE = "usage: kvquant info [--json FILE] | kvquant demo (pip install 'kvquant[demo]')"
-_EXTRA = "kvquant demo needs more packages ({missing} is missing): pip install 'kvquant[demo]'"
+_USAGE = (
+    "usage: kvquant info|doctor [--json FILE]; with pip install 'kvquant[demo]': bench|demo|fit"
+)
+_EXTRA = (
+    "kvquant {command} needs more packages ({missing} is missing): pip install 'kvquant[{extra}]'"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -156,13 +162,42 @@ def _info(file: Path | None) -> None:
         file.write_text(json.dumps(info, indent=2) + "\n")
 
 
+def _doctor(
+    model: str | None, file: Path | None, *, batch: int = 1, length: int = 8192,
+    device_memory: float | None = None,
+) -> int:  # fmt: skip
+    """Print what is wrong; 1 if something stops what was asked for, else 0."""
+    from .doctor import examine
+
+    logging.getLogger("kvquant").setLevel(logging.ERROR)  # the rows say it
+    rows = examine(collect())
+    if model is not None:
+        from .doctor import examine_model
+
+        memory = None if device_memory is None else int(device_memory * 2**30)
+        rows += examine_model(model, batch=batch, length=length, device_memory=memory)
+    for row in rows:
+        print(f"{row.state:<6} {row.check:<21} {row.what}")
+        if row.advice and row.state != "ok":
+            print(f"{'':<28} -> {row.advice}")
+    stopped = sum(row.state == "stops" for row in rows)
+    slow = sum(row.state == "slow" for row in rows)
+    print(f"{stopped or 'nothing'} stops it, {slow or 'nothing'} makes it slow")
+    if file is not None:
+        file.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    return int(stopped > 0)
+
+
 def _plain(args: list[str]) -> int | str:
     """The command line without typer: ``info`` works; returns what to exit with."""
     command, rest = (args[0] if args else "--help"), args[1:]
-    if command == "demo":
-        return _EXTRA.format(missing="typer")
-    if command == "info" and (not rest or (len(rest) == 2 and rest[0] == "--json")):
-        _info(Path(rest[1]) if rest else None)
+    if command in ("bench", "demo", "fit"):
+        return _EXTRA.format(command=command, missing="typer", extra="demo")
+    if command in ("info", "doctor") and (not rest or (len(rest) == 2 and rest[0] == "--json")):
+        file = Path(rest[1]) if rest else None
+        if command == "doctor":
+            return _doctor(None, file)
+        _info(file)
         return 0
     if command in ("-h", "--help"):
         print(_USAGE)
@@ -170,14 +205,31 @@ def _plain(args: list[str]) -> int | str:
     return _USAGE
 
 
+@contextmanager
+def _needing(command: str, extra: str) -> Iterator[None]:
+    """End with one line where a package is missing or an option is out of range."""
+    logging.getLogger("kvquant").setLevel(logging.ERROR)  # the tables say it
+    try:
+        yield
+    except ImportError as error:
+        missing = error.name or str(error)
+        raise SystemExit(_EXTRA.format(command=command, missing=missing, extra=extra)) from error
+    except ValueError as error:
+        raise SystemExit(f"kvquant {command}: {error}") from error
+
+
 def _app(typer: Any) -> Any:
     """The command line with typer."""
     app = typer.Typer(no_args_is_help=True, add_completion=False, help=about)
     json_option = typer.Option(None, "--json", metavar="FILE", help="Also write it as JSON.")
+    png_option = typer.Option(None, "--picture", metavar="FILE", help="Also draw it as PNG.")
     picture_option = typer.Option(Path("kvquant-demo.png"), help="Where to save the picture.")
 
     def info(json_file: Path | None = json_option) -> None:
-        """Versions, hardware, and which backends work; if one does not, why and what to do."""
+        """Versions, hardware, and which backends work; if one does not, why and what to do.
+
+        Example: kvquant info --json info.json
+        """
         _info(json_file)
 
     def demo(
@@ -189,10 +241,13 @@ def _app(typer: Any) -> Any:
         picture: Path = picture_option,
         device: str | None = typer.Option(None, help="cpu or cuda; by default a GPU if any."),
     ) -> None:
-        """A small language model on an 8-bit cache: answers, quality, bytes and speed."""
+        """A small language model on an 8-bit cache: answers, quality, bytes and speed.
+
+        Example: kvquant demo --key-bias --json demo.json
+        """
         if context < 512:
             raise typer.BadParameter("--context: expected at least 512")
-        try:
+        with _needing("demo", "demo"):
             from .demo import AssetError, Options, run
 
             options = Options(
@@ -202,10 +257,69 @@ def _app(typer: Any) -> Any:
                 run(options)
             except AssetError as error:
                 raise SystemExit(f"kvquant demo: {error}") from error
-        except ImportError as error:
-            missing = error.name or str(error)
-            raise SystemExit(_EXTRA.format(missing=missing)) from error
 
-    app.command()(info)
-    app.command()(demo)
+    def fit(
+        model: str = typer.Argument(help="A folder, a config.json, or a well-known name."),
+        batch: int = typer.Option(1, help="Sequences."),
+        length: int = typer.Option(8192, help="Tokens of each."),
+        generated: int = typer.Option(0, help="Of these, tokens that come one at a time."),
+        block_size: int | None = typer.Option(None, help="Tokens of a block; else contiguous."),
+        device_memory: float | None = typer.Option(
+            None, help="GiB; by default this machine's GPU's, 80 without one."
+        ),
+        spare: float = typer.Option(1.0, help="GiB for activations and CUDA."),
+        weights_bits: float = typer.Option(16, help="Bits of a weight of a linear layer."),
+        json_file: Path | None = json_option,
+        picture: Path | None = png_option,
+    ) -> None:
+        """What a model's cache takes, and the largest batch and length that fit.
+
+        Example: kvquant fit llama-3.1-8b --batch 16 --length 32768 --device-memory 80
+        """
+        with _needing("fit", "demo"):
+            from .fit.run import Options, run
+
+            run(
+                Options(
+                    model=model, batch=batch, length=length, generated=generated,
+                    block_size=block_size, device_memory=device_memory, spare=spare,
+                    weights_bits=weights_bits, json=json_file, picture=picture,
+                )
+            )  # fmt: skip
+
+    def doctor(
+        model: str | None = typer.Argument(
+            None, help="Also a model: a folder, a config.json, or a well-known name."
+        ),
+        batch: int = typer.Option(1, help="Sequences that the model's cache is to hold."),
+        length: int = typer.Option(8192, help="Tokens of each."),
+        device_memory: float | None = typer.Option(None, help="GiB that all must fit in."),
+        json_file: Path | None = json_option,
+    ) -> None:
+        """What is wrong on this machine, or with a model, and what to do; exit code 1 if it stops.
+
+        Example: kvquant doctor llama-3.1-8b --batch 16 --length 32768 --device-memory 80
+        """
+        with _needing("doctor", "transformers"):
+            status = _doctor(
+                model, json_file, batch=batch, length=length, device_memory=device_memory
+            )
+        raise SystemExit(status)
+
+    def bench(
+        device: str | None = typer.Option(None, help="cpu or cuda; by default a GPU if any."),
+        json_file: Path | None = json_option,
+        picture: Path | None = png_option,
+    ) -> None:
+        """This machine's decode, prompt and store beside torch's attention, in about a minute.
+
+        Example: kvquant bench --json bench.json --picture bench.png
+        """
+        with _needing("bench", "demo"):
+            from .bench.run import Options, run
+
+            run(Options(device=device, json=json_file, picture=picture))
+
+    for command in (info, doctor, demo, fit, bench):
+        app.command()(command)
     return app

@@ -84,7 +84,7 @@ CONSTRUCTOR = Operation(
         "num_blocks": Integer(optional=True, bad=(0, -1)),
         "format": FORMAT,
         "dtype": Dtype(),
-        "device": Device(bad=("meta", "nonsense", "", "cuda:99")),
+        "device": Device(bad=("nonsense", "", "cuda:99")),
     },
     (
         Relation(

@@ -185,7 +185,6 @@ def test_bad_makings():
         with pytest.raises(error, match=message):
             kvquant.CacheFormat(**options)
     for options, error, message in (
-        ({"device": "meta"}, ValueError, "device: expected one that holds data, got meta"),
         ({"device": "nowhere"}, ValueError, "device: 'nowhere' is no device to be used here"),
         ({"num_kv_heads": 0}, ValueError, "num_kv_heads: expected a positive number, got 0"),
         ({"num_layers": 2.0}, TypeError, "num_layers: expected an integer, got 2.0"),

@@ -90,8 +90,8 @@ def test_info_needs_torch_alone(tmp_path: Path) -> None:
     ("arguments", "status", "text"),
     [
         pytest.param(["demo"], 1, "pip install 'kvquant[demo]'", id="demo"),
-        pytest.param(["--help"], 0, "usage: kvquant info", id="help"),
-        pytest.param(["nonsense"], 1, "usage: kvquant info", id="unknown"),
+        pytest.param(["--help"], 0, "usage: kvquant info|doctor", id="help"),
+        pytest.param(["nonsense"], 1, "usage: kvquant info|doctor", id="unknown"),
     ],
 )
 def test_without_typer(
@@ -118,3 +118,14 @@ def test_demo_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     with pytest.raises(SystemExit, match=r"rich.* is missing.*kvquant\[demo\]"):
         cli.main(["demo"])
+
+
+@pytest.mark.parametrize("command", ["info", "doctor", "demo", "fit", "bench"])
+def test_help_has_an_example_and_json(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("typer")
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "--help"])
+    assert not end.value.code
+    printed = capsys.readouterr().out
+    assert f"Example: kvquant {command}" in printed
+    assert "--json" in printed

@@ -111,7 +111,7 @@ def _prepare(problem: Problem) -> Prepared:
     prepared = backend.prepare(problem)
     if isinstance(prepared, str):
         reason, prepared = prepared, REFERENCE.prepare(problem)
-    if prepared.backend == REFERENCE.name:
+    if prepared.backend == REFERENCE.name and problem.query.device.type != "meta":
         _report("attention", reason)
         prepared.details = {"reason": reason, **prepared.details}
     return Exact(problem, backend, prepared) if problem.exact else prepared

@@ -63,7 +63,8 @@ class QuantizedKVCache(CacheSequences):
         num_blocks: Blocks of the pool; by default enough for every sequence's ``max_seq_len``.
         format: What is stored; ``CacheFormat()`` by default.
         dtype: What `dequantize` gives by default.
-        device: Where; torch's default device by default.
+        device: Where; torch's default device by default. On "meta", as with torch's own tensors,
+            nothing is stored or computed; what the cache would allocate (`nbytes`) is exact.
 
     Raises:
         ValueError: An argument outside the range above.

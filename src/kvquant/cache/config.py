@@ -47,7 +47,6 @@ class CacheConfig:
             self.num_blocks is None or self.block_size is not None,
             "num_blocks: only with a block_size",
         )
-        require(self.device.type != "meta", "device: expected one that holds data, got meta")
 
     @property
     def capacity(self) -> int | None:

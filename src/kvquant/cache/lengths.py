@@ -62,6 +62,7 @@ class Lengths:
         return min(high - lag[sequence] for high, lag in zip(self.high, self._lag, strict=True))
 
     def sync(self) -> None:
-        """Read the lengths back: the bounds are exact then."""
-        self.set_bounds(self.seq_lens.tolist())
+        """Read the lengths back: the bounds are exact then. On meta they are all there is."""
+        if not self.seq_lens.is_meta:
+            self.set_bounds(self.seq_lens.tolist())
         self.stale = False

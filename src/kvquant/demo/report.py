@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-__all__ = ["LABELS", "answers_table", "console", "plot", "quality_table", "summary_table"]
+from ..pictures import BLUE, GREY, RED, bars, panels, save
+
+__all__ = ["LABELS", "answers_table", "plot", "quality_table", "summary_table"]
 
 LABELS = {
     "bf16": "bf16",
@@ -75,13 +76,7 @@ def summary_table(figures: dict[str, Any]) -> Table:
 
 def plot(figures: dict[str, Any], path: Path) -> None:
     """KL, bytes and decode time as a picture."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    grey, blue, red = "#9aa5b1", "#2563eb", "#dc2626"
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8), width_ratios=(2, 1, 1))
+    figure, (left, middle, right) = panels(3, widths=(2, 1, 1))
     names = list(LABELS)
     series = [("as it is", figures["quality"], 0.0)]
     if "key_bias" in figures:
@@ -91,11 +86,11 @@ def plot(figures: dict[str, Any], path: Path) -> None:
         ]
     width = 0.7 / len(series)
     for (label, scores, shift), plain in zip(series, (True, False), strict=False):
-        colours = [blue if name == "kvquant" else grey for name in names] if plain else red
+        colours = [BLUE if name == "kvquant" else GREY for name in names] if plain else RED
         at = [index + shift for index in range(len(names))]
         values = [scores[name]["kl"] for name in names]
-        bars = left.bar(at, values, width, color=colours, label=label, alpha=1 if plain else 0.75)
-        left.bar_label(bars, [f"{value:.1e}" for value in values], fontsize=8)
+        drawn = left.bar(at, values, width, color=colours, label=label, alpha=1 if plain else 0.75)
+        left.bar_label(drawn, [f"{value:.1e}" for value in values], fontsize=8)
     left.set_yscale("log")
     left.set_xticks(range(len(names)), [LABELS[name] for name in names], fontsize=8)
     left.set_title(f"KL from an fp32 cache, {figures['context']} tokens")
@@ -108,19 +103,6 @@ def plot(figures: dict[str, Any], path: Path) -> None:
         (right, [times["dense"], times["kvquant"]], "dense", "Decode step, ms"),
     )
     for axis, values, name, title in pairs:
-        bars = axis.bar([name, "kvquant"], values, 0.6, color=[grey, blue])
-        axis.bar_label(bars, fmt="%.1f", fontsize=9)
-        axis.margins(y=0.15)
-        axis.set_title(title)
+        bars(axis, [name, "kvquant"], values, title)
     right.set_xlabel(f"{figures['decode_context']} tokens, {figures['decode_dtype']}", fontsize=8)
-    for axis in (left, middle, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{figures['model']} on {figures['device']}", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def console() -> Console:
-    """Where the demo prints."""
-    return Console(highlight=False)
+    save(figure, path, f"{figures['model']} on {figures['device']}")

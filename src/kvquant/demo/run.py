@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import __version__
+from ..terminal import console, device_name, progress, write_json
 from . import answers, quality, report, speed
 from .assets import TEXT, cache_folder, fetch
 from .model import load
@@ -60,10 +58,10 @@ def run(options: Options, *, loaded: tuple[Any, Any, str] | None = None) -> dict
         import_module(needed, __package__)  # says what is missing before anything is fetched
     import transformers
 
-    console = report.console()
+    out = console()
     began = time.perf_counter()
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tokenizer, model, text = loaded or _load(console.print)
+    tokenizer, model, text = loaded or _load(out.print)
     model = model.to(device)
     ids = tokenizer(text, return_tensors="pt").input_ids.to(device)
     context = min(options.context, ids.shape[1])
@@ -71,7 +69,7 @@ def run(options: Options, *, loaded: tuple[Any, Any, str] | None = None) -> dict
     decode_context = options.decode_context or (8192 if on_gpu else 4096)
     figures: dict[str, Any] = {
         "model": getattr(model.config, "name_or_path", "").rpartition("/")[2] or "model",
-        "device": _device_name(device),
+        "device": device_name(device),
         "versions": {
             "kvquant": __version__,
             "torch": torch.__version__,
@@ -84,14 +82,14 @@ def run(options: Options, *, loaded: tuple[Any, Any, str] | None = None) -> dict
     fast = model.to(torch.bfloat16) if on_gpu else model  # a GPU answers in its own precision
     wide = "DynamicCache, bf16" if on_gpu else "DynamicCache rounded to bf16, model in fp32"
     said = []
-    with _progress("answering", len(answers.PROMPTS)) as advance:
+    with progress("answering", len(answers.PROMPTS)) as advance:
         for prompt in answers.PROMPTS:
             said.append(asdict(answers.answer(tokenizer, fast, prompt)))
             advance(1)
     figures |= {"answers": said, "wide_cache": wide}
-    console.print(report.answers_table(said, wide))
+    out.print(report.answers_table(said, wide))
 
-    with _progress("decoding", 46) as advance:
+    with progress("decoding", 46) as advance:
         times = speed.decode_times(fast, ids[:, :512], context=decode_context, advance=advance)
     figures |= {
         "decode_ms": times,
@@ -100,21 +98,19 @@ def run(options: Options, *, loaded: tuple[Any, Any, str] | None = None) -> dict
     }
 
     if on_gpu:  # rounding the weights to bf16 cannot be undone
-        model = (loaded or _load(console.print))[1].to(device, torch.float32)
+        model = (loaded or _load(out.print))[1].to(device, torch.float32)
     figures |= _quality(model, ids[:, :context], "quality")
-    _show(console.print, figures, "quality", "as it is")
+    _show(out.print, figures, "quality", "as it is")
     if options.key_bias:
         with quality.key_bias(model):
             figures |= _quality(model, ids[:, :context], "key_bias")
-        _show(console.print, figures, "key_bias", f"key biases of {quality.KEY_BIAS:g} injected")
+        _show(out.print, figures, "key_bias", f"key biases of {quality.KEY_BIAS:g} injected")
     figures["seconds"] = round(time.perf_counter() - began, 1)
 
-    console.print(report.summary_table(figures))
+    out.print(report.summary_table(figures))
     report.plot(figures, options.picture)
-    console.print(f"picture: {options.picture}   ({figures['seconds']:.0f} s in all)")
-    if options.json is not None:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
-        console.print(f"figures: {options.json}")
+    out.print(f"picture: {options.picture}   ({figures['seconds']:.0f} s in all)")
+    write_json(options.json, figures)
     return figures
 
 
@@ -128,7 +124,7 @@ def _load(log: Callable[[str], None]) -> tuple[Any, Any, str]:
 def _quality(model: Any, ids: Any, key: str) -> dict[str, Any]:
     """Figures of all caches under ``key``, and the bytes."""
     by_name = quality.caches(model.config, ids.shape[1])
-    with _progress("reading", ids.shape[1] * len(by_name)) as advance:
+    with progress("reading", ids.shape[1] * len(by_name)) as advance:
         scores = quality.measure(model, ids, by_name, advance=advance)
     reference = scores.pop("fp32")
     return {
@@ -144,17 +140,3 @@ def _quality(model: Any, ids: Any, key: str) -> dict[str, Any]:
 def _show(log: Callable[..., None], figures: dict[str, Any], key: str, how: str) -> None:
     title = f"{figures['context']} tokens read through each cache, model {how}"
     log(report.quality_table(title, figures[key], figures[f"{key}_reference_ppl"]))
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=report.console(), transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda amount: progress.advance(task, amount)

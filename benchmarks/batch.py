@@ -1,0 +1,148 @@
+"""64 prompts of mixed length through `generate_batch`, beside one by one and beside DynamicCache.
+
+On the CPU: SmolLM2-135M reads pieces of a text; each answer is compared with that of one prompt at
+a time on the same cache. On a GPU: random weights in the shape of Llama 3.1 8B.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks.common import Report
+from kvquant.compat.qwen import apply_switches, generate_batch
+
+TIE = 0.05  # logits this near may change places: 8 bits of a batch's rows round alike, sums do not
+
+
+def prompts_of(text: str, count: int, longest: int) -> list[str]:
+    """Pieces of a text, of 40 to ``longest`` characters."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(40, longest, (count,), generator=generator).tolist()
+    begins = torch.randint(0, len(text) - longest, (count,), generator=generator).tolist()
+    return [text[begin : begin + length] for begin, length in zip(begins, lengths, strict=True)]
+
+
+def one_by_one(
+    model: Any, tokenizer: Any, prompts: list[str], tokens: int
+) -> tuple[list[tuple[Tensor, Tensor]], float]:
+    """New tokens and their margins, prompt after prompt, and the seconds of all."""
+    from kvquant.demo.model import cache_argument
+    from kvquant.integrations.transformers import KVQuantCache
+
+    found, begin = [], time.perf_counter()
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        out = model.generate(
+            **inputs,
+            **cache_argument(KVQuantCache(model, exact_prompt=False)),
+            do_sample=False,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        top = torch.stack(out.logits)[:, 0].float().topk(2).values
+        new = out.sequences[0, inputs["input_ids"].shape[1] :].cpu()
+        found.append((new, (top[:, 0] - top[:, 1]).cpu()))
+    return found, time.perf_counter() - begin
+
+
+def agreement(expected: list[tuple[Tensor, Tensor]], found: list[Tensor]) -> dict[str, int]:
+    """Answers that are equal, that part at a near tie, and that part elsewhere."""
+    counts = {"equal": 0, "near_ties": 0, "other": 0}
+    for (want, margins), got in zip(expected, found, strict=True):
+        differs = (want != got[: len(want)]).nonzero()
+        if not len(differs):
+            counts["equal"] += 1
+        else:
+            counts["near_ties" if margins[differs[0]] < TIE else "other"] += 1
+    return counts
+
+
+def timed(model: Any, tokenizer: Any, prompts: list[str], tokens: int) -> tuple[list[Any], float]:
+    """New tokens through `generate_batch`, and the seconds of all."""
+    begin = time.perf_counter()
+    found = generate_batch(
+        model, tokenizer, prompts, max_new_tokens=tokens, min_new_tokens=tokens,
+        exact_prompt=False, do_sample=False, return_tokens=True,
+    )  # fmt: skip
+    return found, time.perf_counter() - begin
+
+
+class Letters:
+    """A tokenizer of single characters, for models of random weights."""
+
+    pad_token_id = eos_token_id = 0
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        """Ids of a text."""
+        return {"input_ids": [1 + ord(c) % 1000 for c in text]}
+
+
+def random_model(name: str, device: str) -> Any:
+    """Random weights in bf16, in the shape of a model of `kvquant.fit`."""
+    from transformers import AutoModelForCausalLM
+
+    from kvquant.fit import read_config
+
+    config = read_config(name)
+    config.eos_token_id = config.bos_token_id = None
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return model.eval().requires_grad_(False)
+
+
+def main(
+    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+    device: str = "cuda" if torch.cuda.is_available() else "cpu",
+    count: int = 64,
+    tokens: int = 32,
+    longest: int = 160,
+    model: str = "llama-3.1-8b",
+) -> None:
+    """Print tokens/s of `generate_batch` and of its peers, and how many answers agree.
+
+    Example: python -m benchmarks batch --device cpu --json batch.json
+    """
+    from kvquant.demo.assets import TEXT, cache_folder, fetch
+    from kvquant.demo.model import load
+
+    torch.set_grad_enabled(False)
+    on_gpu = device == "cuda"
+    if on_gpu:
+        tokenizer, loaded = Letters(), random_model(model, device)
+        text = "".join(chr(33 + (i * i * 7 + i) % 90) for i in range(longest * 3))
+    else:
+        folder = cache_folder()
+        tokenizer, loaded = load(folder)
+        text = fetch(TEXT, folder).read_text(encoding="latin-1")[20_000:]
+    name = f"random weights, {model}" if on_gpu else "SmolLM2-135M"
+    prompts = prompts_of(text, count, longest)
+    report = Report(f"{count} prompts, {tokens} new tokens each, {name}")
+    apply_switches(loaded, use_cache_quantization=True)
+    timed(loaded, tokenizer, prompts[:2], 2)  # warm up
+    found, seconds = timed(loaded, tokenizer, prompts, tokens)
+    ours = count * tokens / seconds
+    report.add(how="generate_batch, 8 bits", seconds=seconds, tokens_per_s=ours, ratio=1.0, note="")
+    if not on_gpu:
+        expected, alone = one_by_one(loaded, tokenizer, prompts, tokens)
+        counts = agreement(expected, found)
+        report.add(
+            how="one by one, 8 bits", seconds=alone, tokens_per_s=count * tokens / alone,
+            ratio=alone / seconds, note=" ".join(f"{k} {v}" for k, v in counts.items()),
+        )  # fmt: skip
+    apply_switches(loaded, use_cache_quantization=False)
+    loaded.set_attn_implementation("sdpa")
+    timed(loaded, tokenizer, prompts[:2], 2)
+    _, wide = timed(loaded, tokenizer, prompts, tokens)
+    report.add(
+        how="generate_batch, DynamicCache", seconds=wide, tokens_per_s=count * tokens / wide,
+        ratio=wide / seconds, note="",
+    )  # fmt: skip
+    report.finish(json)
