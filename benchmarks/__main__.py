@@ -3,7 +3,7 @@
 import torch
 import typer
 
-from benchmarks import cpu, decode, generate, host, overhead, rows, slab
+from benchmarks import cpu, decode, generate, host, overhead, rows, serve, slab
 
 app = typer.Typer(add_completion=False)
 ON_GPU = {"decode": decode.main, "rows": rows.main, "overhead": overhead.main}
@@ -11,6 +11,7 @@ PROGRAMS = {
     "cpu": cpu.main,
     "generate": generate.main,
     "host": host.main,
+    "serve": serve.main,
     "slab": slab.main,
     **ON_GPU,
 }

@@ -144,12 +144,13 @@ def _main(job: Job) -> Report:
         inputs = [x if isinstance(x, str) else TokensPrompt(prompt_token_ids=x) for x in prompts]
         answers = []
         for request in llm.generate(inputs, sampling, use_tqdm=False):
-            best = [sorted(x.logprob for x in step.values()) for step in request.outputs[0].logprobs]
+            answer = request.outputs[0]
+            best = [sorted(x.logprob for x in step.values()) for step in answer.logprobs]
             answers.append(
                 Answer(
-                    tokens=list(request.outputs[0].token_ids),
+                    tokens=list(answer.token_ids),
                     margins=[x[-1] - x[-2] for x in best],
-                    text=request.outputs[0].text,
+                    text=answer.text,
                     cached=request.num_cached_tokens or 0,
                 )
             )

@@ -16,7 +16,10 @@ pytestmark = pytest.mark.timeout(3600)
 
 # Blocks of 64 tokens for about half of what 16 requests hold at once.
 ENGINE = {"block_size": 64, "num_gpu_blocks_override": 40}
-TOLERANCE = {"KVQUANT_PLAIN": 1e-2, "KVQUANT": 5e-2, None: 1e-2}
+OWN, OWN16 = "the engine's own", "the engine's own, 16 bits"
+TOLERANCE = {"KVQUANT_PLAIN": 1e-2, "KVQUANT": 5e-2, OWN: 1e-2, OWN16: 1e-2}
+OURS = ["KVQUANT_PLAIN", "KVQUANT"]
+MOST_DIVERGENCE = {"KVQUANT_PLAIN": 1e-3, "KVQUANT": 3e-4}  # plain rows know no rotation and mean
 
 
 @pytest.fixture(scope="module")
@@ -30,59 +33,72 @@ def scored(model: str, text: str) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def reports(
     model: str, prompts: list[str], scored: list[list[int]], scratch: Path
-) -> dict[str | None, Report]:
-    """Of each backend; None: the engine's own."""
+) -> dict[str, Report]:
+    """Of each cache. vLLM's own has 16 bits only where the whole model has."""
     found = {}
-    for backend in TOLERANCE:
-        found[backend] = run(
+    for name in TOLERANCE if LONG else OURS:
+        found[name] = run(
             Job(
-                model=model, prompts=prompts, backend=backend, engine=ENGINE, again=4,
-                alone=len(prompts), max_tokens=16, logits=str(scratch / f"{backend}.pt"),
-                scored=scored,
+                model=model, prompts=prompts, backend=name if name in OURS else None,
+                engine={**ENGINE, "dtype": "bfloat16" if name == OWN16 else "float32"}, again=4,
+                alone=len(prompts), logits=str(scratch / f"{name}.pt"), scored=scored,
             )
         )  # fmt: skip
-        report = found[backend]
-        ties, wrong = differences(report.batch, report.alone, TOLERANCE[backend])
-        print(
-            f"{backend}: {len(prompts)} requests, {report.preemptions} preemptions, "
-            f"{sum(a.cached for a in report.batch)} tokens from the prefix cache, {ties} differ at "
-            f"near-equal logits, {len(wrong)} elsewhere"
-        )
+        _tell(name, found[name])
     return found
 
 
-@pytest.mark.parametrize("backend", ["KVQUANT_PLAIN", "KVQUANT"])
-def test_a_request_gets_the_text_that_it_gets_alone(
-    backend: str, reports: dict[str | None, Report]
-) -> None:
-    report = reports[backend]
-    ties, wrong = differences(report.batch, report.alone, TOLERANCE[backend])
+def _tell(name: str, report: Report) -> None:
+    ties, wrong = differences(report.batch, report.alone, TOLERANCE[name])
+    print(
+        f"\n{name}: {len(report.batch)} requests, {report.preemptions} preemptions, "
+        f"{sum(a.cached for a in report.batch)} tokens from the prefix cache, {ties} differ at "
+        f"near-equal logits, {len(wrong)} elsewhere"
+    )
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_request_gets_the_text_that_it_gets_alone(name: str, reports: dict[str, Report]) -> None:
+    report = reports[name]
+    ties, wrong = differences(report.batch, report.alone, TOLERANCE[name])
     assert not wrong
-    own, _ = differences(reports[None].batch, reports[None].alone, TOLERANCE[backend])
-    if backend == "KVQUANT_PLAIN":
-        assert ties <= own + len(report.batch) // 32
+    if LONG and name == "KVQUANT_PLAIN":
+        own = differences(reports[OWN16].batch, reports[OWN16].alone, TOLERANCE[name])
+        assert ties <= own[0] + len(own[1])
 
 
-@pytest.mark.parametrize("backend", ["KVQUANT_PLAIN", "KVQUANT"])
-def test_requests_were_preempted_and_read_shared_pages(
-    backend: str, reports: dict[str | None, Report]
-) -> None:
-    report = reports[backend]
-    if LONG:
-        assert report.preemptions
+@pytest.mark.parametrize("name", OURS)
+def test_requests_read_the_pages_of_others(name: str, reports: dict[str, Report]) -> None:
+    report = reports[name]
     assert sum(answer.cached for answer in report.batch)
-    assert all(answer.cached for answer in report.again if len(answer.tokens) > 16)
-    _, wrong = differences(report.again, report.batch[: len(report.again)], TOLERANCE[backend])
+    assert sum(answer.cached for answer in report.again)
+    _, wrong = differences(report.again, report.batch[: len(report.again)], TOLERANCE[name])
     assert not wrong
 
 
-@pytest.mark.parametrize("backend", ["KVQUANT_PLAIN", "KVQUANT"])
+@pytest.mark.parametrize("name", OURS if LONG else ["KVQUANT"])
+def test_preempted_requests_go_on(name: str, model: str, text: str) -> None:
+    """Eight requests fill all blocks, and each needs one more before it ends."""
+    prompts = [text[4000 + 900 * i :][:180] for i in range(8)]
+    engine = {"block_size": 64, "num_gpu_blocks_override": 9, "max_model_len": 256}
+    report = run(
+        Job(model=model, prompts=prompts, backend=name, engine=engine, max_tokens=40, alone=8)
+    )
+    _tell(name, report)
+    assert report.preemptions
+    _, wrong = differences(report.batch, report.alone, TOLERANCE[name])
+    assert not wrong
+
+
+@pytest.mark.skipif(not LONG, reason="needs the engine's own cache too: make test-vllm")
+@pytest.mark.parametrize("name", OURS)
 def test_prompt_logprobs_are_those_of_the_engine_s_own_cache(
-    backend: str, reports: dict[str | None, Report], scratch: Path
+    name: str, reports: dict[str, Report], scratch: Path
 ) -> None:
-    own, ours = (torch.load(scratch / f"{name}.pt") for name in (None, backend))
+    own, ours = (torch.load(scratch / f"{of}.pt") for of in (OWN, name))
+    assert own.shape == ours.shape
     divergence = torch.nn.functional.kl_div(
         ours.log_softmax(-1), own.log_softmax(-1), log_target=True, reduction="batchmean"
     )
-    print(f"{backend}: mean KL divergence {divergence:.2e} over {len(own)} tokens")
-    assert divergence <= 3e-4
+    print(f"\n{name}: mean KL divergence {divergence:.2e} over {len(own)} tokens")
+    assert divergence <= MOST_DIVERGENCE[name]

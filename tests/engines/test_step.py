@@ -131,7 +131,7 @@ STEPS = ([70, 5, 130], [1, 1, 1], [1, 40, 1], [1, 1, 1], [17, 1, 90], [1, 1, 1])
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("block_size", [64, 128, 256])
 @pytest.mark.parametrize(
-    "layout", getattr(backend, "KVQUANT").supported_kv_cache_layouts(), ids=lambda x: x.name
+    "layout", backend.KVQUANT.supported_kv_cache_layouts(), ids=lambda x: x.name
 )
 def test_steps_are_kvquant_s_own_calls(name: str, block_size: int, layout: KVCacheLayout) -> None:
     engine = Engine(name, block_size, layout)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["SERVED", "CACHE_DTYPE", "cache_dtype", "check_version"]
+__all__ = ["CACHE_DTYPE", "SERVED", "cache_dtype", "check_version"]
 
 #: The versions that are served, as (major, minor).
 SERVED = ((0, 32), (0, 33))

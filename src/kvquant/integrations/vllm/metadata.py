@@ -91,7 +91,8 @@ class Step(AttentionMetadata):
         )  # fmt: skip
 
     def _dense(self, rows: Tensor, batch: int) -> Tensor:
-        return rows[: batch * self.tokens].unflatten(0, (batch, self.tokens))
+        dense: Tensor = rows[: batch * self.tokens].unflatten(0, (batch, self.tokens))
+        return dense
 
 
 class StepBuilder(AttentionMetadataBuilder[Step]):
@@ -148,7 +149,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         return Step(seqs, common.seq_lens, tokens)
 
     def _uniform(self, common: CommonAttentionMetadata) -> int:
-        """Tokens of each sequence of a decode step, sequences that pad it aside; 0: no such step."""
+        """Tokens of each sequence of a decode step, padding aside; 0: it is none."""
         tokens, batch = common.max_query_len, common.num_reqs
         if tokens > self._most or batch * tokens > common.num_actual_tokens:
             return 0
