@@ -136,7 +136,7 @@ def _main(job: Job) -> Report:
     if job.backend is not None:
         engine["attention_backend"] = job.backend
     if job.backend in FORMATS:
-        engine["kv_cache_dtype"] = cache_dtype()
+        engine.setdefault("kv_cache_dtype", cache_dtype())
     llm = LLM(model=job.model, disable_log_stats=False, **engine)
     sampling = SamplingParams(temperature=0, max_tokens=job.max_tokens, logprobs=2)
 

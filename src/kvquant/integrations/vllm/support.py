@@ -100,7 +100,7 @@ def _refusals(
     if dtype not in _DTYPES:
         yield f"kvquant serves float16, bfloat16 and float32, got {dtype}: pass --dtype bfloat16"
     served = True
-    for name, dim in (("head_size", head_size), ("head_size of values", v_head_size)):
+    for dim, name in {v_head_size: "head_size of values", head_size: "head_size"}.items():
         if dim % 16 or not 0 < dim <= MAX_HEAD_DIM:
             served = False
             yield (
