@@ -115,7 +115,9 @@ def test_a_process_that_is_started_afresh_finds_the_backend(tmp_path: Path) -> N
         "from vllm.v1.attention.backends.registry import AttentionBackendEnum as E;"
         "pickle.dump(E['KVQUANT_PLAIN'], open(sys.argv[1], 'wb'))"
     )
-    read = "import pickle, sys; x = pickle.load(open(sys.argv[1], 'rb')); print(x.get_class().format)"
+    read = (
+        "import pickle, sys; x = pickle.load(open(sys.argv[1], 'rb')); print(x.get_class().format)"
+    )
     file = str(tmp_path / "backend.pkl")
     subprocess.run([sys.executable, "-c", write, file], check=True)
     found = subprocess.run(

@@ -9,8 +9,7 @@ from torch import Tensor
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl
 
-import kvquant
-
+from ... import CacheFormat, CacheView
 from .metadata import Step
 from .support import refusals
 
@@ -60,7 +59,7 @@ class KVQuantAttention(AttentionImpl):
             )
         # vLLM's CPU platform does not ask the backend first.
         reasons = refusals(
-            kvquant.CacheFormat(),
+            CacheFormat(),
             device=torch.device(current_platform.device_type),
             head_size=head_size,
             dtype=torch.get_default_dtype(),
@@ -84,7 +83,7 @@ class KVQuantAttention(AttentionImpl):
             "alibi_slopes": alibi_slopes is not None,
         }
         self._pages: Tensor | None = None
-        self._view: kvquant.CacheView | None = None
+        self._view: CacheView | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Take sinks as the kernels read them, once their values are there."""

@@ -11,8 +11,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-import kvquant
-
+from ... import CacheFormat, CacheView
 from ._version import cache_dtype, check_version
 from .attention import KVQuantAttention
 from .formats import BLOCK_SIZES, FORMATS, block_size_of, content_bytes, format_of
@@ -28,11 +27,11 @@ class KVQuantBackend(AttentionBackend):
     """A cache of one of the formats; each has a subclass here, by the name in `FORMATS`.
 
     vLLM's memory for a layer is (blocks, heads, tokens, bytes). A block of a head is contiguous:
-    `kvquant.CacheView.slab` divides its bytes into codes, parameters and the key mean, so that
+    `CacheView.slab` divides its bytes into codes, parameters and the key mean, so that
     whatever copies, shares or moves a page takes all of it along.
     """
 
-    format: ClassVar[kvquant.CacheFormat]
+    format: ClassVar[CacheFormat]
     supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]  # noqa: RUF012
     supported_kv_cache_dtypes = [cache_dtype()]  # noqa: RUF012
     forward_includes_kv_cache_update = True
@@ -82,7 +81,7 @@ class KVQuantBackend(AttentionBackend):
         return replace(spec, state_content_bytes=content)
 
     @classmethod
-    def view(cls, pages: Tensor, head_dim: int, v_head_dim: int) -> kvquant.CacheView:
+    def view(cls, pages: Tensor, head_dim: int, v_head_dim: int) -> CacheView:
         """A layer's memory.
 
         Args:
@@ -92,7 +91,7 @@ class KVQuantBackend(AttentionBackend):
         """
         blocks, heads, size, content = pages.shape
         slabs = pages.view(torch.uint8).view(blocks, heads, size * content)
-        return kvquant.CacheView.slab(
+        return CacheView.slab(
             slabs,
             head_dim,
             v_head_dim=v_head_dim,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import kvquant
+from ... import CacheFormat
 
 __all__ = ["BLOCK_SIZES", "FORMATS", "block_size_of", "content_bytes", "format_of"]
 
 #: The formats by the names of their backends in vLLM: a new format is one more row.
-FORMATS: dict[str, kvquant.CacheFormat] = {
-    "KVQUANT": kvquant.CacheFormat(),
-    "KVQUANT_PLAIN": kvquant.CacheFormat.plain(),
+FORMATS: dict[str, CacheFormat] = {
+    "KVQUANT": CacheFormat(),
+    "KVQUANT_PLAIN": CacheFormat.plain(),
 }
 #: Tokens of a block that kernels run on, the preferred size first.
 BLOCK_SIZES = (256, 128, 64)
@@ -32,7 +32,7 @@ def block_size_of(tokens: int) -> int:
     )
 
 
-def format_of(format: kvquant.CacheFormat, block_size: int) -> kvquant.CacheFormat:
+def format_of(format: CacheFormat, block_size: int) -> CacheFormat:
     """The format in blocks of ``block_size``: a group of keys with one mean never leaves its block.
 
     vLLM may join blocks of different requests to one prefix, and frees blocks behind a sliding
@@ -44,9 +44,7 @@ def format_of(format: kvquant.CacheFormat, block_size: int) -> kvquant.CacheForm
     return replace(format, key_mean=block_size)
 
 
-def content_bytes(
-    format: kvquant.CacheFormat, head_dim: int, v_head_dim: int, block_size: int
-) -> int:
+def content_bytes(format: CacheFormat, head_dim: int, v_head_dim: int, block_size: int) -> int:
     """Bytes that vLLM has to count for a token of one head: its rows, and a share of the mean."""
     slab = format_of(format, block_size).slab_bytes(head_dim, v_head_dim, block_size)
     return -(-slab // block_size)

@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import (
     max_decode_query_len,
 )
 
-import kvquant
+from ... import CacheView, Plan, Sequences, plan
 
 __all__ = ["Step", "StepBuilder"]
 
@@ -33,16 +33,16 @@ class Step(AttentionMetadata):
         tokens: Of each sequence, if all have as many; 0: packed rows.
     """
 
-    seqs: kvquant.Sequences
+    seqs: Sequences
     seq_lens: Tensor
     tokens: int
-    _plans: dict[Any, kvquant.Plan] = field(default_factory=dict)
+    _plans: dict[Any, Plan] = field(default_factory=dict)
 
     @cached_property
-    def stored(self) -> kvquant.Sequences:
+    def stored(self) -> Sequences:
         """The sequences for a layer that appends nothing: another one has stored the tokens."""
         seqs = self.seqs
-        return kvquant.Sequences(
+        return Sequences(
             seqs.block_table,
             self.seq_lens,
             cu_seqlens_q=seqs.cu_seqlens_q,
@@ -51,7 +51,7 @@ class Step(AttentionMetadata):
 
     def attend(
         self,
-        view: kvquant.CacheView,
+        view: CacheView,
         query: Tensor,
         key: Tensor | None,
         value: Tensor | None,
@@ -83,10 +83,10 @@ class Step(AttentionMetadata):
             tuple(options.values()), view.spec, query.stride(), query.dtype,
             None if key is None else key.stride(), None if value is None else value.stride(),
         )  # fmt: skip
-        plan = self._plans.get(at)
-        if plan is None:
-            plan = self._plans[at] = kvquant.plan(query, view, seqs, key, value, **options)
-        plan.run(
+        planned = self._plans.get(at)
+        if planned is None:
+            planned = self._plans[at] = plan(query, view, seqs, key, value, **options)
+        planned.run(
             query, view, seqs, key, value, sinks=sinks, alibi_slopes=alibi_slopes, out=out
         )  # fmt: skip
 
@@ -140,7 +140,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         # Rows that pad a graph are sequences without a token, and without a block.
         own_table.copy_(table.masked_fill(counts[:, None] <= 0, -1))
         tokens = self._uniform(common)
-        seqs = kvquant.Sequences(
+        seqs = Sequences(
             own_table,
             before,
             cu_seqlens_q=None if tokens else starts,

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-import kvquant
-
+from ... import CacheFormat, explain
 from ._version import cache_dtype
 from .formats import block_size_of
 
@@ -42,7 +41,7 @@ _UNSERVED = {
 
 
 def refusals(
-    format: kvquant.CacheFormat,
+    format: CacheFormat,
     *,
     device: torch.device,
     head_size: int,
@@ -75,7 +74,7 @@ def refusals(
 
 
 def _refusals(
-    format: kvquant.CacheFormat,
+    format: CacheFormat,
     device: torch.device,
     head_size: int,
     v_head_size: int,
@@ -113,7 +112,7 @@ def _refusals(
         except ValueError as why:
             yield str(why)
     if served and dtype in _DTYPES:
-        found = kvquant.explain(
+        found = explain(
             device=device, head_dim=head_size, v_head_dim=v_head_size, dtype=dtype, format=format
         )
         if found.backend == "reference":
