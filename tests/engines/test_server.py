@@ -104,6 +104,4 @@ def test_requests_at_once_get_what_they_get_alone(
     ties, wrong = differences(found, alone, 5e-2)
     texts = sum(a.text == b.text for a, b in zip(found, alone, strict=True))
     print(f"\n{len(found)} requests, {texts} with the same text, {ties} differ near ties")
-        f"\n{len(found)} requests, {texts} with the same text, {ties} differ at near-equal logits"
-    )
     assert not wrong
