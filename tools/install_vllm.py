@@ -1,4 +1,4 @@
-"""Install vLLM for CPUs, and what its tests need, into the environment of the Python that runs this.
+"""Install vLLM for CPUs, and what its tests need, into the environment that runs this program.
 
 Of vLLM's requirements those for images, sound and video are left out: no test uses them, and they
 are bound to other builds of torch.
