@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace, customize_attention_spec
 
 import kvquant
-from kvquant.integrations.vllm import FORMATS, backend
+from kvquant.integrations.vllm import FORMATS, backend, cache_dtype
 from kvquant.integrations.vllm.formats import format_of
 from kvquant.integrations.vllm.metadata import Step, StepBuilder
 
@@ -209,6 +210,18 @@ def test_a_layer_that_shares_another_s_cache_appends_nothing() -> None:
     attend(made, engine.view, [rows[0], None, None], again)
     assert torch.equal(engine.pages, before)
     torch.testing.assert_close(again, out)
+
+
+def test_a_layer_keeps_no_memory_that_the_engine_gave_up() -> None:
+    kind = backend.KVQUANT
+    layer = SimpleNamespace(get_attn_backend=lambda: kind, head_size_v=DIM)
+    attention = kind.get_impl_cls()(HEADS, DIM, 0.1, KV_HEADS, kv_cache_dtype=cache_dtype())
+    pages = pages_of("KVQUANT", 64, KVCacheLayout.LBHNC, layers=1)[0].clone()
+    view = attention.view_of(layer, pages)
+    assert attention.view_of(layer, pages) is view
+    memory = weakref.ref(view.k.codes)
+    del view, pages
+    assert memory() is None
 
 
 def test_attention_that_is_not_causal_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -71,7 +72,8 @@ class KVQuantAttention(AttentionImpl):
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self._sinks, self._slopes = sinks, None
+        self._given_sinks, self._sinks = sinks, sinks
+        self._slopes: Tensor | None = None
         if alibi_slopes is not None:
             self._slopes = torch.tensor(alibi_slopes, dtype=torch.float32)
         self._reads_another = kv_sharing_target_layer_name is not None
@@ -82,13 +84,30 @@ class KVQuantAttention(AttentionImpl):
             "sinks": sinks is not None,
             "alibi_slopes": alibi_slopes is not None,
         }
-        self._pages: Tensor | None = None
+        self._pages: weakref.ref[Tensor] | None = None
         self._view: CacheView | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Take sinks as the kernels read them, once their values are there."""
-        if self._sinks is not None:
-            self._sinks = self._sinks.detach().float().contiguous()
+        if self._given_sinks is not None:
+            self._sinks = self._given_sinks.detach().float().contiguous()
+
+    def view_of(self, layer: Any, pages: Tensor) -> CacheView:
+        """A layer's memory, divided once; it does not outlive vLLM's ``pages``.
+
+        vLLM takes memory back, after it has measured how much graphs need, by dropping ``pages``.
+        """
+        if self._view is None or self._pages is None or self._pages() is not pages:
+            backend = layer.get_attn_backend()
+            # Detached: a view of another tensor would keep that one.
+            self._view = backend.view(pages.detach(), self.head_size, layer.head_size_v)
+            self._pages = weakref.ref(pages, self._forget)
+            if self._slopes is not None:
+                self._slopes = self._slopes.to(pages.device)
+        return self._view
+
+    def _forget(self, pages: Any) -> None:
+        self._view = None
 
     def forward(
         self,
@@ -118,13 +137,8 @@ class KVQuantAttention(AttentionImpl):
         """
         if attn_metadata is None:
             return output.zero_()
-        if self._pages is not kv_cache or self._view is None:
-            self._view = layer.get_attn_backend().view(kv_cache, self.head_size, layer.head_size_v)
-            self._pages = kv_cache
-            if self._slopes is not None:
-                self._slopes = self._slopes.to(kv_cache.device)
         attn_metadata.attend(
-            self._view,
+            self.view_of(layer, kv_cache),
             query,
             None if self._reads_another else key,
             None if self._reads_another else value,

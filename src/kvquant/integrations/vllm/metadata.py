@@ -134,9 +134,11 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         starts, table = common.query_start_loc[: batch + 1], common.block_table_tensor
         if self._table.shape[1] != table.shape[1]:
             self._table = table.new_zeros(len(self._before), table.shape[1])
-        before, own_table = self._before[:batch], self._table[:batch]
+        after, before, own_table = (
+            common.seq_lens[:batch], self._before[:batch], self._table[:batch],
+        )  # fmt: skip
         counts = starts.diff()
-        torch.sub(common.seq_lens, counts, out=before)
+        torch.sub(after, counts, out=before)
         # Rows that pad a graph are sequences without a token, and without a block.
         own_table.copy_(table.masked_fill(counts[:, None] <= 0, -1))
         tokens = self._uniform(common)
@@ -146,7 +148,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
             cu_seqlens_q=None if tokens else starts,
             max_seqlen_q=0 if tokens else common.max_query_len,
         )
-        return Step(seqs, common.seq_lens, tokens)
+        return Step(seqs, after, tokens)
 
     def _uniform(self, common: CommonAttentionMetadata) -> int:
         """Tokens of each sequence of a decode step, padding aside; 0: it is none."""
