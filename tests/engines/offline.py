@@ -98,7 +98,7 @@ def run(job: Job, **environment: str) -> Report:
             text=True,
         )
         if done.returncode:
-            raise RuntimeError(done.stdout[-12000:])
+            raise RuntimeError(f"{done.stdout[-12000:]}\nexit status {done.returncode}")
         found = json.loads(path.read_text())
     for name in ("batch", "again", "alone"):
         found[name] = [Answer(**answer) for answer in found[name]]
