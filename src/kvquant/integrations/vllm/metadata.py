@@ -69,7 +69,7 @@ class Step(AttentionMetadata):
             key: Likewise.
             value: Likewise.
             out: Likewise, written.
-            options: Of `kvquant.plan`; the same object at each call of a layer.
+            options: Of `kvquant.plan`.
             sinks: As `kvquant.Plan.run` takes them.
             alibi_slopes: Likewise.
         """
@@ -80,7 +80,7 @@ class Step(AttentionMetadata):
             key = None if key is None else self._dense(key, batch)
             value = None if value is None else self._dense(value, batch)
         at = (
-            tuple(options.values()), view.spec, query.stride(), query.dtype,
+            tuple(options.values()), view.spec, query.shape[-2:], query.stride(), query.dtype,
             None if key is None else key.stride(), None if value is None else value.stride(),
         )  # fmt: skip
         planned = self._plans.get(at)
