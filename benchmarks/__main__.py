@@ -14,6 +14,7 @@ from benchmarks import (
     overhead,
     prefill,
     rows,
+    serve,
     slab,
     store,
 )
@@ -33,6 +34,7 @@ PROGRAMS = {
     "generate": generate.main,
     "host": host.main,
     "memory": memory.main,
+    "serve": serve.main,
     "slab": slab.main,
     **ON_GPU,
 }
