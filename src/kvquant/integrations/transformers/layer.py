@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ... import CacheFormat, CacheFullError, QuantizedKVCache
 from .batch import Batch, KVLength
 from .handle import QuantizedHandle, handles
+from .sequences import LayerSequences
 
 _CHANNELS = 16  # of which the kernels take a multiple
 # Of layers that keep their window only: tokens of a block, of a piece of a long prompt, and behind
@@ -22,7 +22,7 @@ _BLOCK, _PIECE, _SLACK = 64, 1024, 32
 __all__ = ["KVQuantLayer"]
 
 
-class KVQuantLayer(CacheLayerMixin):
+class KVQuantLayer(LayerSequences, CacheLayerMixin):
     """One layer: `kvquant.QuantizedKVCache` behind the methods that transformers calls.
 
     A layer with a sliding window gives back memory behind it, unless ``max_cache_len`` fixes its
@@ -161,7 +161,7 @@ class KVQuantLayer(CacheLayerMixin):
         """
         assert self.storage is not None
         assert self._shape is not None
-        self._set_starts()
+        self.set_starts()
         key, value = (None, None) if self._pending is None else self._pending
         window = sliding_window
         if window is not None and window >= self.length:
@@ -255,28 +255,13 @@ class KVQuantLayer(CacheLayerMixin):
         """Store rows that no attention has taken."""
         if self._pending is not None and self.storage is not None:
             key, value = self._pending
-            self._set_starts()
+            self.set_starts()
             try:
                 self.storage.append(0, key, value)
             except BaseException:
                 self.drop_call()
                 raise
             self._pending = None
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Replace all tokens by those of a `kvquant.QuantizedKVCache.state_dict` of one layer.
-
-        Raises:
-            CacheFullError: More tokens than ``max_cache_len``.
-        """
-        assert self.storage is not None
-        length = int(state["seq_lens"].max())
-        if self.max_cache_len is not None and length > self.max_cache_len:
-            raise CacheFullError(
-                f"max_cache_len: {self.max_cache_len} tokens a sequence, but {length} are stored"
-            )
-        self.storage.load_state_dict(state)
-        self.length, self._slid = length, 0
 
     def dequantize(self, length: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """The first ``length`` rows, keys and values (batch, kv_heads, length, head_dim)."""
@@ -289,12 +274,6 @@ class KVQuantLayer(CacheLayerMixin):
             key[:, :length, :, :k_dim].transpose(1, 2).contiguous(),
             value[:, :length, :, :v_dim].transpose(1, 2).contiguous(),
         )
-
-    def _set_starts(self) -> None:
-        if self.storage is not None and self.batch.starts is not self._starts:
-            self._starts = self.batch.starts
-            on_device = None if self._starts is None else self._starts.to(self.device)
-            self.storage.set_seq_starts(on_device)
 
     @property
     def keys(self) -> QuantizedHandle | None:
@@ -338,53 +317,6 @@ class KVQuantLayer(CacheLayerMixin):
         return -1 if self.max_cache_len is None else self.max_cache_len
 
     get_max_cache_shape = get_max_length  # its name in 4.56
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove tokens from the end: -n of them, or (as 4.56 did) all behind a positive length."""
-        self.flush()
-        self.batch.positions = None
-        keep = tokens_to_remove if tokens_to_remove > 0 else self.length + tokens_to_remove
-        keep = max(0, keep)
-        if self.storage is not None and keep < self.length:
-            self.storage.crop(keep)
-            self.length, self._slid = keep, min(self._slid, keep)
-
-    def reset(self) -> None:
-        """Forget all tokens, keep the memory."""
-        self._pending = None
-        self.length = self._slid = 0
-        if self.storage is not None:
-            self.storage.reset()
-        self._starts = None
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence i becomes sequence ``beam_idx[i]`` (beam search)."""
-        self._change("reorder", beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these sequences."""
-        self._change("select", indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sequence."""
-        self._change("repeat_interleave", repeats)
-
-    def _change(self, method: str, argument: Any) -> None:
-        self.flush()
-        if self.storage is None:
-            return
-        self._set_starts()
-        if isinstance(argument, Tensor):
-            argument = argument.to(self.device)
-        getattr(self.storage, method)(argument)
-        assert self._shape is not None
-        self._shape = (self.storage.batch_size, *self._shape[1:])
-
-    def offload(self) -> None:
-        """Not supported."""
-        raise NotImplementedError("KVQuantCache does not offload: its rows stay on their device")
-
-    prefetch = offload
 
 
 def _row_shape(key: Tensor, value: Tensor) -> tuple[int, int, int, int, torch.device]:
