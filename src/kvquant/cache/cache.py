@@ -46,7 +46,7 @@ class QuantizedKVCache(CacheSequences):
     grows layer by layer. Lengths live on the device, and `append` and `attend` never wait for it:
     the host checks the capacity by upper bounds. So decode steps can be captured in a CUDA graph;
     replays advance the lengths on the device only (the kernels drop rows past the capacity): call
-    `reserve` before the capture, and `before_replay` before each replay or `sync_lengths` after all.
+    `reserve` before the capture, and `before_replay` before each replay, or `sync_lengths` after.
 
     A call that fails changes nothing. Methods that need exact lengths (all but `append`, `attend`,
     `crop` and `reset`) wait for a device that is not the CPU.

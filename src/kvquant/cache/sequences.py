@@ -211,7 +211,7 @@ class CacheSequences:
         self._state.expect(check_integer("tokens", tokens, 0, INT32_MAX))
 
     def sync_lengths(self) -> None:
-        """Read the lengths back from the device, after replays that `before_replay` did not count."""
+        """Read the lengths back from the device, after replays that were not counted before."""
         self._state.sync_lengths()
 
     def crop(self, max_length: int) -> None:

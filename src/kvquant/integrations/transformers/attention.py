@@ -89,8 +89,8 @@ def kvquant_attention(
             _check_length(attention_mask, snapshot)
             if window is None and layer.sliding_window is not None:
                 dropped = _dropped(snapshot, query.shape[2])
-                if dropped and query.shape[2] == 1:
-                    window = snapshot.length - dropped
+                if query.shape[2] == 1:
+                    window = layer.sliding_window
                 elif dropped:
                     token = torch.arange(snapshot.length, device=query.device)
                     attention_mask = attention_mask.dense() & (token >= dropped)
@@ -115,6 +115,8 @@ def kvquant_attention(
                 sinks=s_aux,
             )
             return out, None
+        if layer.batch.is_captured:
+            raise RuntimeError(reason)
         warn_once(f"{reason}: attention runs on a dequantized copy of the 8-bit cache")
         key, value = (x.dequantize() if isinstance(x, QuantizedHandle) else x for x in (key, value))
         if attention_mask is None:
@@ -145,7 +147,7 @@ def kvquant_attention(
 
 def _check_length(mask: CausalMask, snapshot: Snapshot) -> None:
     """Refuse a mask that cannot fit the keys: layers differ where an earlier call failed."""
-    if mask.kv_length != snapshot.length:
+    if mask.kv_length != snapshot.length and not snapshot.layer.batch.is_captured:
         snapshot.layer.drop_call()
         raise ValueError(
             f"cache: the mask is of {mask.kv_length} tokens, but a layer holds {snapshot.length}: "

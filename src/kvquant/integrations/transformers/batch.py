@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ class Batch:
             the mask itself, over dequantized rows.
         masked: Whether the model has asked for a mask of "kvquant", its attention's name.
         positions: position_ids of the last call; None: not known.
+        is_captured: A decode step is being captured in a graph, which will be replayed at other
+            lengths: what is known of padding holds, and lengths are the device's.
     """
 
     def __init__(self, check_positions: bool) -> None:
@@ -35,6 +39,7 @@ class Batch:
         self.regular = True
         self.masked = False
         self.positions: Tensor | None = None
+        self.is_captured = False
         self._checks = check_positions
         self._version: int | None = None  # of the tensor of positions; None: not known
         self._all_padding = False  # of a sequence at least, as far as masks have been looked at
@@ -53,6 +58,8 @@ class Batch:
             ValueError: No new token, or a mask of fewer tokens than the cache then holds.
         """
         self.masked = True
+        if self.is_captured:
+            return self.regular
         if query_length == 0:
             raise ValueError(f"input_ids: no token is new to a cache of {kv_length}. {_ONE_TEXT}")
         if mask is None:
@@ -79,6 +86,30 @@ class Batch:
             self._next = self.starts, True
         return bool(regular)
 
+    def steps_alike(self, mask: Tensor | None, kv_length: int) -> bool:
+        """Whether a decode step with this mask leaves things as they are, whatever is in it.
+
+        That of `generate` does: it adds a token to the prompt's.
+        """
+        if not self.regular or self._all_padding:
+            return False
+        if mask is None:
+            return self.starts is None
+        return mask.dim() == 2 and mask.shape[1] >= kv_length
+
+    @contextmanager
+    def captured(self) -> Iterator[None]:
+        """While a decode step is being captured; leaves what is known of the batch as it was."""
+        before = self.starts, self.regular, self._next, self._before, self.positions, self._version
+        self.is_captured = True
+        try:
+            yield
+        finally:
+            self.is_captured = False
+            (
+                self.starts, self.regular, self._next, self._before, self.positions, self._version
+            ) = before  # fmt: skip
+
     def take(self, layer: CacheLayer) -> None:
         """Note that ``layer`` has taken a call's tokens: what the masks said holds now."""
         if self.waits:
@@ -102,8 +133,15 @@ class Batch:
             return
         if self._checks and tokens > 1 and before is not None and self._holds(before, positions):
             self._compare(before[..., -1], positions[..., 0], layer.length - tokens)
+        self.note(positions)
+
+    def note(self, positions: Tensor | None) -> None:
+        """Keep the positions of the last call."""
         self.positions = positions
-        self._version = None if positions.is_inference() else positions._version
+        if positions is None or positions.is_inference():
+            self._version = None
+        else:
+            self._version = positions._version
 
     def _holds(self, before: Tensor, positions: Tensor) -> bool:
         """Whether the last call's positions are still there: a loop may write over them."""

@@ -15,6 +15,7 @@ from ... import CacheFormat, QuantizedKVCache
 from .batch import Batch
 from .files import join, spread
 from .layer import KVQuantLayer
+from .steps import GraphStep
 from .support import config_of, layer_windows
 
 __all__ = ["KVQuantCache"]
@@ -65,6 +66,7 @@ class KVQuantCache(Cache):
             for window in layer_windows(config_of(config))
         ]
         super().__init__(layers=self.batch.layers)
+        self.step: GraphStep | None = None  # see `graph_step`
 
     @property
     def nbytes(self) -> int:

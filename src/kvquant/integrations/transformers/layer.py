@@ -126,12 +126,11 @@ class KVQuantLayer(LayerSequences, CacheLayerMixin):
                 f"{self._shape}, got {shape}"
             )
         new = key_states.shape[-2]
-        if self.max_cache_len is not None and self.length + new > self.max_cache_len:
+        try:
+            self.check_room(new)
+        except CacheFullError:
             self.batch.undo(self.length, taken=False)
-            raise CacheFullError(
-                f"max_cache_len: {self.max_cache_len} tokens a sequence, but {self.length} are "
-                f"stored and {new} more came"
-            )
+            raise
         if self.leads or self.batch.waits:
             self.batch.take(self)
         self.length += new
@@ -143,6 +142,18 @@ class KVQuantLayer(LayerSequences, CacheLayerMixin):
         batch, heads, k_dim, v_dim, _ = shape
         shapes = (batch, heads, k_dim), (batch, heads, v_dim)
         return handles(self, self.length, *shapes, key_states, value_states)
+
+    def check_room(self, tokens: int) -> None:
+        """Refuse more tokens than ``max_cache_len``.
+
+        Raises:
+            CacheFullError: They are.
+        """
+        if self.max_cache_len is not None and self.length + tokens > self.max_cache_len:
+            raise CacheFullError(
+                f"max_cache_len: {self.max_cache_len} tokens a sequence, but {self.length} are "
+                f"stored and {tokens} more came"
+            )
 
     def attend(
         self,
@@ -163,8 +174,10 @@ class KVQuantLayer(LayerSequences, CacheLayerMixin):
         assert self._shape is not None
         self.set_starts()
         key, value = (None, None) if self._pending is None else self._pending
-        window = sliding_window
-        if window is not None and window >= self.length:
+        window, most = sliding_window, self.length
+        if query.shape[2] == 1 and self.max_cache_len is not None:
+            most = self.max_cache_len  # all decode steps alike: they may be captured
+        if window is not None and window >= most:
             window = None  # it hides nothing yet
         piece = self.length
         if window is not None and key is not None and self.slides:
@@ -265,6 +278,8 @@ class KVQuantLayer(LayerSequences, CacheLayerMixin):
 
     def dequantize(self, length: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """The first ``length`` rows, keys and values (batch, kv_heads, length, head_dim)."""
+        if self.batch.is_captured:
+            raise RuntimeError("the step reads dequantized rows, whose number is the text's length")
         assert self.storage is not None
         assert self._shape is not None
         self.flush()
@@ -301,8 +316,11 @@ class KVQuantLayer(LayerSequences, CacheLayerMixin):
         return handles(self, self.length, (batch, heads, k_dim), (batch, heads, v_dim), like, like)
 
     @torch.compiler.disable
-    def get_seq_length(self, *args: Any) -> int:
-        """Tokens a sequence, padding among them; known on the host."""
+    def get_seq_length(self, *args: Any) -> int | Tensor:
+        """Tokens a sequence, padding among them; of a captured step on the device, int64 ()."""
+        if self.batch.is_captured and self.storage is not None:
+            stored = self.storage.seq_lens[0].long()
+            return stored if self._pending is None else stored + self._pending[0].shape[1]
         return self.length
 
     @torch.compiler.disable
@@ -310,6 +328,8 @@ class KVQuantLayer(LayerSequences, CacheLayerMixin):
         """Length and offset of the keys that a mask must cover."""
         if isinstance(query_length, Tensor):  # 4.56 passes the positions
             query_length = query_length.shape[0]
+        if self.batch.is_captured and self.max_cache_len is not None:
+            return KVLength(self.max_cache_len, self.batch), 0
         return KVLength(self.length + query_length, self.batch), 0
 
     def get_max_length(self) -> int:

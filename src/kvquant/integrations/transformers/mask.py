@@ -117,12 +117,15 @@ def kvquant_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     kwargs["allow_is_causal_skip"] = False
 
     def write() -> Tensor:
+        if batch.is_captured:
+            raise RuntimeError("the step reads a mask, which grows with the text")
         mask: Any = sdpa_mask(*args, **kwargs)
         assert isinstance(mask, Tensor)
         return mask
 
     offset = kwargs.get("q_offset", kv_length - query_length)
-    if not (regular and causal and offset == kv_length - query_length):
+    follows = isinstance(offset, Tensor) or offset == kv_length - query_length
+    if not (regular and causal and follows):
         return write()
     device = torch.device(kwargs.get("device", "cpu") if of_tokens is None else of_tokens.device)
     shape = kwargs["batch_size"], 1, query_length, kv_length

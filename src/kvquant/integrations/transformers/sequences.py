@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import CacheFullError, QuantizedKVCache
+from ... import CacheFullError, CacheView, QuantizedKVCache, Sequences
 from .batch import Batch
 
 __all__ = ["LayerSequences"]
@@ -37,6 +37,38 @@ class LayerSequences:
             self._starts = self.batch.starts
             on_device = None if self._starts is None else self._starts.to(self.device)
             self.storage.set_seq_starts(on_device)
+
+    # ------------------------------------------------------------------------------ captured steps
+
+    def make_ready(self) -> None:
+        """See to room for a token, and to the padding, before a step is captured or replayed."""
+        self.flush()
+        self.set_starts()
+        if self.storage is not None and self.storage.block_size is not None:
+            self.storage.reserve(self.length + 1)
+
+    def parts(self) -> tuple[CacheView, Sequences]:
+        """The storage's memory and batch: the same objects while they stay where they are."""
+        assert self.storage is not None
+        return self.storage.layer(0)
+
+    def before_replay(self) -> None:
+        """Count a token that a replay is about to append.
+
+        Raises:
+            CacheFullError: No room.
+        """
+        assert self.storage is not None
+        self.storage.before_replay(1)
+
+    def restore(self, length: int) -> None:
+        """Forget what a capture, which did nothing on the device, told the host."""
+        assert self.storage is not None
+        self._pending = None
+        self.storage.sync_lengths()
+        self.length = length
+
+    # ---------------------------------------------------------------------------------- sequences
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replace all tokens by those of a `kvquant.QuantizedKVCache.state_dict` of one layer.
