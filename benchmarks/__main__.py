@@ -3,10 +3,10 @@
 import torch
 import typer
 
-from benchmarks import cpu, decode, generate, host, overhead, rows, slab
+from benchmarks import cpu, decode, generate, host, overhead, rows, slab, step
 
 app = typer.Typer(add_completion=False)
-ON_GPU = {"decode": decode.main, "rows": rows.main, "overhead": overhead.main}
+ON_GPU = {"decode": decode.main, "rows": rows.main, "overhead": overhead.main, "step": step.main}
 PROGRAMS = {
     "cpu": cpu.main,
     "generate": generate.main,

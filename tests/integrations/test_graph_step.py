@@ -108,7 +108,7 @@ def test_replays_do_not_wait_for_the_device(cuda: str) -> None:
     logits(model, cache, ids)
     for _ in range(2):
         logits(model, cache, ids[:, :1])
-    with no_waiting(cuda):
+    with no_waiting():
         for _ in range(3):
             logits(model, cache, ids[:, :1])
     assert step.calls["replay"] == 3
