@@ -10,8 +10,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
+from .compiled import HANDOFF
 from .handle import QuantizedHandle, Snapshot, warn_once
-from .mask import CausalMask, kvquant_mask
+from .mask import CausalMask, is_step_mask, kvquant_mask
 from .support import NAME, refuse_unsupported_models
 
 __all__ = ["kvquant_attention", "register"]
@@ -24,7 +25,6 @@ def register() -> None:
     refuse_unsupported_models()
 
 
-@torch.compiler.disable
 def kvquant_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -64,7 +64,70 @@ def kvquant_attention(
 
     Raises:
         ValueError: ``output_attentions=True``: there are no weights to give out.
+        RuntimeError: In compiled code, keys or values that are not those that the cache gave out.
     """
+    options: dict[str, Any] = {
+        "dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux,
+        "sliding_window": sliding_window, "is_causal": is_causal, "position_bias": position_bias,
+        **kwargs,
+    }  # fmt: skip
+    if not torch.compiler.is_compiling() or HANDOFF.layer is None:
+        out: tuple[Tensor, None] = _attention(module, query, key, value, attention_mask, **options)
+        return out
+    layer, taken = HANDOFF.layer, HANDOFF.key
+    HANDOFF.layer = HANDOFF.key = None
+    if taken is not key:
+        raise RuntimeError(
+            "kvquant: in compiled code the model attends to keys that the cache did not give out: "
+            "generate(..., disable_compile=True)"
+        )
+    if (
+        (attention_mask is not None and not is_step_mask(attention_mask))
+        or dropout
+        or position_bias is not None
+        or kwargs.get("output_attentions")
+    ):
+        late: tuple[Tensor, None] = _attention_late(
+            layer, module, query, key, value, attention_mask, **options
+        )
+        return late
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    window = layer.sliding_window if sliding_window is None else sliding_window
+    return layer.attend_traced(
+        query, key, value,
+        scaling=scaling, causal=causal, sliding_window=window, softcap=softcap, sinks=s_aux,
+    ), None  # fmt: skip
+
+
+@torch.compiler.disable
+def _attention_late(
+    layer: Any, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """What compiled code cannot do: the handles are made after all, and the graph breaks."""
+    out: tuple[Tensor, None] = _attention(module, query, *layer.take(key, value), *args, **kwargs)
+    return out
+
+
+@torch.compiler.disable
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`kvquant_attention`, not compiled."""
+    if is_step_mask(attention_mask):
+        attention_mask = None
     if type(key) is type(value) is QuantizedHandle:
         handles = [key, value]
     else:
@@ -105,6 +168,8 @@ def kvquant_attention(
             reason = "keys or values that the model computed with"
         elif snapshot.length != layer.length:
             reason = "keys from before the cache's last update"
+        if len(handles) != 2 or snapshot.length != layer.length:
+            layer.batch.is_plain = False
         if not reason:
             out = layer.attend(
                 query,

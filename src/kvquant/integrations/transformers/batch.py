@@ -28,7 +28,11 @@ class Batch:
         regular: False where the last 2D mask hid more than left padding. Attention then goes by
             the mask itself, over dequantized rows.
         masked: Whether the model has asked for a mask of "kvquant", its attention's name.
+        is_plain: False once the model was seen to compute with what the cache handed out, or to
+            attend to a layer twice: compiled code then goes by the handles, too.
         positions: position_ids of the last call; None: not known.
+        replays: Steps that graphs have replayed; each layer counts them when it is looked at next.
+        is_settled: Nothing has touched the layers since they were made ready for replays.
         is_captured: A decode step is being captured in a graph, which will be replayed at other
             lengths: what is known of padding holds, and lengths are the device's.
     """
@@ -38,7 +42,11 @@ class Batch:
         self.starts: Tensor | None = None
         self.regular = True
         self.masked = False
+        self.is_plain = True
+        self._step_mask: Tensor | None = None
         self.positions: Tensor | None = None
+        self.replays = 0
+        self.is_settled = False
         self.is_captured = False
         self._checks = check_positions
         self._version: int | None = None  # of the tensor of positions; None: not known
@@ -47,7 +55,7 @@ class Batch:
         self._next: tuple[Tensor | None, bool] | None = None
         self._before: tuple[Tensor | None, bool, Tensor | None] = None, True, None
 
-    def read(self, mask: Tensor | None, query_length: int, kv_length: int) -> bool:
+    def read(self, mask: Tensor | None, query_length: int, kv_length: KVLength) -> bool:
         """Look at a 2D mask (True: a token); says whether left padding is all that it hides.
 
         On an accelerator a decode step leaves things as the prompt's mask set them: its mask only
@@ -58,7 +66,7 @@ class Batch:
             ValueError: No new token, or a mask of fewer tokens than the cache then holds.
         """
         self.masked = True
-        if self.is_captured:
+        if self.is_captured or not kv_length.is_exact:
             return self.regular
         if query_length == 0:
             raise ValueError(f"input_ids: no token is new to a cache of {kv_length}. {_ONE_TEXT}")
@@ -85,6 +93,28 @@ class Batch:
         else:
             self._next = self.starts, True
         return bool(regular)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the layers' memory stays in place, so that steps may be compiled."""
+        return all(layer.is_compileable for layer in self.layers)
+
+    def steps_like_layers(self, window: int | None) -> bool:
+        """Whether the layers know by themselves what a decode step's mask hides."""
+        known = window is None or window in (layer.sliding_window for layer in self.layers)
+        return known and self.is_plain and self.is_static and not self.is_captured
+
+    def step_mask(self, device: torch.device) -> Tensor:
+        """A 4D mask that stands for "causal, with the layer's window and the cache's padding".
+
+        The same tensor for every decode step, whatever their lengths: compiled code takes no
+        subclass of a tensor, and is compiled anew for another shape.
+        """
+        if self._step_mask is None or self._step_mask.device != device:
+            with torch.inference_mode(mode=False):
+                self._step_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+            torch._dynamo.mark_static_address(self._step_mask)
+        return self._step_mask
 
     def steps_alike(self, mask: Tensor | None, kv_length: int) -> bool:
         """Whether a decode step with this mask leaves things as they are, whatever is in it.
@@ -202,12 +232,18 @@ class Batch:
 
 
 class KVLength(int):
-    """The length that a layer gives to the mask function, with the batch to be told of padding."""
+    """The length that a layer gives to the mask function, with the batch to be told of padding.
+
+    Attributes:
+        batch: The cache's.
+        is_exact: False where the host does not know the length: then it is the capacity.
+    """
 
     batch: Batch
+    is_exact: bool
 
-    def __new__(cls, length: int, batch: Batch) -> KVLength:
+    def __new__(cls, length: int, batch: Batch, *, is_exact: bool = True) -> KVLength:
         """``length`` with ``batch`` attached."""
         number = super().__new__(cls, length)
-        number.batch = batch
+        number.batch, number.is_exact = batch, is_exact
         return number

@@ -73,6 +73,14 @@ class KVQuantCache(Cache):
         """Bytes of all layers' storage as allocated."""
         return sum(layer.storage.nbytes for layer in self.layers if layer.storage is not None)
 
+    @property
+    def is_compileable(self) -> bool:
+        """Whether transformers may compile the decode steps: a ``max_cache_len`` and no graphs.
+
+        A cache with a ``block_size`` is not: the host gives out its blocks.
+        """
+        return self.step is None and self.batch.is_static
+
     def fork(self) -> KVQuantCache:
         """An independent cache of the same tokens: a prompt that is continued more than once.
 

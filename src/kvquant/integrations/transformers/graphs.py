@@ -40,8 +40,11 @@ class CUDAGraph:
 
     def replay(self) -> None:
         """See `Graph`."""
-        with torch.cuda.device(self._device):
+        if torch.cuda.current_device() == self._device.index:
             self._graph.replay()
+        else:
+            with torch.cuda.device(self._device):
+                self._graph.replay()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ... import CacheFormat, CacheFullError, QuantizedKVCache
 from .batch import Batch, KVLength
+from .compiled import HANDOFF, CompiledLayer
 from .handle import QuantizedHandle, handles
 from .sequences import LayerSequences
 
@@ -22,7 +23,7 @@ _BLOCK, _PIECE, _SLACK = 64, 1024, 32
 __all__ = ["KVQuantLayer"]
 
 
-class KVQuantLayer(LayerSequences, CacheLayerMixin):
+class KVQuantLayer(CompiledLayer, LayerSequences, CacheLayerMixin):
     """One layer: `kvquant.QuantizedKVCache` behind the methods that transformers calls.
 
     A layer with a sliding window gives back memory behind it, unless ``max_cache_len`` fixes its
@@ -32,7 +33,6 @@ class KVQuantLayer(LayerSequences, CacheLayerMixin):
     with zeros behind them.
     """
 
-    is_compileable = False
     is_croppable = True
     is_sliding = False  # lengths count every token
     supports_early_init = True
@@ -48,7 +48,9 @@ class KVQuantLayer(LayerSequences, CacheLayerMixin):
         exact_prompt: bool = True,
     ) -> None:
         self._shape: tuple[int, int, int, int, torch.device] | None = None
+        self._memory = None
         super().__init__()
+        self.is_compileable = max_cache_len is not None and block_size is None
         self.batch = batch
         self.leads = False  # whether it takes a call's tokens first
         self.is_narrow = False  # whether rows are stored with zeros behind them
@@ -75,9 +77,18 @@ class KVQuantLayer(LayerSequences, CacheLayerMixin):
             memo[id(self.batch)] = self.batch
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        new.__dict__.update({name: deepcopy(x, memo) for name, x in self.__dict__.items()})
+        self.flush()
+        state = self.__getstate__()
+        new.__setstate__({name: deepcopy(x, memo) for name, x in state.items()})
         new.leads = self.leads and not alone
         return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_memory": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.refresh()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Make the storage, for the batch, heads and head_dims of the first rows."""
@@ -97,6 +108,7 @@ class KVQuantLayer(LayerSequences, CacheLayerMixin):
         )
         self._starts = None
         self.is_initialized = True
+        self.refresh()
 
     @property
     def batch_size(self) -> int:
@@ -105,16 +117,27 @@ class KVQuantLayer(LayerSequences, CacheLayerMixin):
             raise AttributeError("batch_size: the layer is not initialized yet")
         return int(self._shape[0])
 
-    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[QuantizedHandle, QuantizedHandle]:
+    ) -> tuple[Tensor, Tensor]:
         """Take new rows ``(batch, kv_heads, tokens, head_dim)``; returns handles on all rows.
+
+        In compiled code it returns the new rows, by which the attention function knows the layer.
 
         Raises:
             ValueError: Another batch, number of heads or channels, or device than the stored rows.
             CacheFullError: More tokens than ``max_cache_len``.
         """
+        if torch.compiler.is_compiling() and self.can_compile():
+            return self.take_traced(key_states, value_states)
+        found: tuple[Tensor, Tensor] = self.take(key_states, value_states)
+        return found
+
+    @torch.compiler.disable
+    def take(
+        self, key_states: Tensor, value_states: Tensor
+    ) -> tuple[QuantizedHandle, QuantizedHandle]:
+        """Take new rows and return handles on all: see `update`."""
         self.flush()
         shape = _row_shape(key_states, value_states)
         if self.storage is None or (shape != self._shape and not self.length):
@@ -174,6 +197,8 @@ class KVQuantLayer(LayerSequences, CacheLayerMixin):
         assert self._shape is not None
         self.set_starts()
         key, value = (None, None) if self._pending is None else self._pending
+        if key is None:
+            self.batch.is_plain = False
         window, most = sliding_window, self.length
         if query.shape[2] == 1 and self.max_cache_len is not None:
             most = self.max_cache_len  # all decode steps alike: they may be captured
@@ -265,8 +290,9 @@ class KVQuantLayer(LayerSequences, CacheLayerMixin):
             self.batch.undo(self.length, taken=True)
 
     def flush(self) -> None:
-        """Store rows that no attention has taken."""
-        if self._pending is not None and self.storage is not None:
+        """Store rows that no attention has taken; the host knows its length then."""
+        self.batch.is_settled = False
+        if self.length and self._pending is not None and self.storage is not None:
             key, value = self._pending
             self.set_starts()
             try:
@@ -315,21 +341,47 @@ class KVQuantLayer(LayerSequences, CacheLayerMixin):
         like = torch.empty(0, dtype=self.dtype, device=device)
         return handles(self, self.length, (batch, heads, k_dim), (batch, heads, v_dim), like, like)
 
-    @torch.compiler.disable
     def get_seq_length(self, *args: Any) -> int | Tensor:
-        """Tokens a sequence, padding among them; of a captured step on the device, int64 ()."""
-        if self.batch.is_captured and self.storage is not None:
-            stored = self.storage.seq_lens[0].long()
+        """Tokens a sequence, padding among them.
+
+        Known on the host, but in compiled code, in a step that is being captured, and after steps
+        of compiled code: int64 () on the device.
+        """
+        if torch.compiler.is_compiling() and self.is_compileable and self._memory is not None:
+            return self.length_traced()
+        length: int | Tensor = self._seq_length()
+        return length
+
+    @torch.compiler.disable
+    def _seq_length(self) -> int | Tensor:
+        if self._is_behind:
+            return self.device_length()
+        if self.batch.is_captured:
+            stored = self.device_length()
             return stored if self._pending is None else stored + self._pending[0].shape[1]
         return self.length
 
-    @torch.compiler.disable
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Length and offset of the keys that a mask must cover."""
+        if torch.compiler.is_compiling() and self.is_compileable and self._memory is not None:
+            assert self.max_cache_len is not None
+            self.batch.masked = False  # until our mask function is asked
+            HANDOFF.batch = self.batch
+            return self.max_cache_len, 0
+        sizes: tuple[int, int] = self._mask_sizes(query_length)
+        return sizes
+
+    @torch.compiler.disable
+    def _mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         if isinstance(query_length, Tensor):  # 4.56 passes the positions
             query_length = query_length.shape[0]
+        self.batch.masked = False
         if self.batch.is_captured and self.max_cache_len is not None:
-            return KVLength(self.max_cache_len, self.batch), 0
+            return KVLength(self.max_cache_len, self.batch, is_exact=False), 0
+        if self.is_compileable and query_length == 1 and self.max_cache_len is not None:
+            self.expect_step()
+            if self._is_behind:
+                return KVLength(self.max_cache_len, self.batch, is_exact=False), 0
         return KVLength(self.length + query_length, self.batch), 0
 
     def get_max_length(self) -> int:

@@ -15,6 +15,7 @@ class BatchState(Protocol):
     """What a call's tokens have in common over all layers."""
 
     is_captured: bool
+    is_plain: bool
     masked: bool
     starts: Tensor | None
 
@@ -22,10 +23,15 @@ class BatchState(Protocol):
 class CacheLayer(Protocol):
     """A layer of the cache: see `kvquant.integrations.transformers.layer.KVQuantLayer`."""
 
-    length: int
+    is_compileable: bool
     leads: bool
     sliding_window: int | None
     slides: bool
+
+    @property
+    def length(self) -> int:
+        """Tokens a sequence."""
+        ...
 
     @property
     def batch(self) -> BatchState:
@@ -54,6 +60,9 @@ class CacheLayer(Protocol):
 class StepBatch(Protocol):
     """A cache's batch: see `kvquant.integrations.transformers.batch.Batch`."""
 
+    is_settled: bool
+    replays: int
+
     def steps_alike(self, mask: Tensor | None, kv_length: int) -> bool:
         """Whether a decode step with this mask leaves things as they are."""
         ...
@@ -69,8 +78,17 @@ class StepBatch(Protocol):
 class StepLayer(Protocol):
     """A layer whose decode steps may be captured."""
 
-    length: int
     max_cache_len: int | None
+
+    @property
+    def length(self) -> int:
+        """Tokens a sequence."""
+        ...
+
+    @property
+    def stays(self) -> bool:
+        """Whether a step needs nothing of the host but to be counted."""
+        ...
 
     @property
     def batch_size(self) -> int:
@@ -86,9 +104,6 @@ class StepLayer(Protocol):
     def parts(self) -> tuple[Any, Any]:
         """Its memory and its batch, the same objects while they stay where they are."""
         ...
-
-    def before_replay(self) -> None:
-        """Count a token that a replay is about to append."""
 
     def restore(self, length: int) -> None:
         """Forget what a capture told the host."""

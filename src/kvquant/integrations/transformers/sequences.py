@@ -17,9 +17,17 @@ __all__ = ["LayerSequences"]
 class LayerSequences:
     """Part of `KVQuantLayer`."""
 
+    @property
+    def length(self) -> int:
+        """Tokens a sequence."""
+        raise NotImplementedError
+
+    @length.setter
+    def length(self, tokens: int) -> None:
+        raise NotImplementedError
+
     batch: Batch
     device: torch.device
-    length: int
     max_cache_len: int | None
     storage: QuantizedKVCache | None
     _pending: tuple[Tensor, Tensor] | None
@@ -31,12 +39,17 @@ class LayerSequences:
         """Store rows that no attention has taken."""
         raise NotImplementedError
 
+    def refresh(self) -> None:
+        """Look where the storage is now."""
+        raise NotImplementedError
+
     def set_starts(self) -> None:
         """Tell the storage of the batch's left padding."""
         if self.storage is not None and self.batch.starts is not self._starts:
             self._starts = self.batch.starts
             on_device = None if self._starts is None else self._starts.to(self.device)
             self.storage.set_seq_starts(on_device)
+            self.refresh()
 
     # ------------------------------------------------------------------------------ captured steps
 
@@ -52,14 +65,10 @@ class LayerSequences:
         assert self.storage is not None
         return self.storage.layer(0)
 
-    def before_replay(self) -> None:
-        """Count a token that a replay is about to append.
-
-        Raises:
-            CacheFullError: No room.
-        """
-        assert self.storage is not None
-        self.storage.before_replay(1)
+    @property
+    def stays(self) -> bool:
+        """Whether a replay needs nothing of the host but to be counted: blocks have to be taken."""
+        return self.storage is not None and self.storage.block_size is None
 
     def restore(self, length: int) -> None:
         """Forget what a capture, which did nothing on the device, told the host."""
@@ -84,6 +93,7 @@ class LayerSequences:
             )
         self.storage.load_state_dict(state)
         self.length, self._slid = length, 0
+        self.refresh()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove tokens from the end: -n of them, or (as 4.56 did) all behind a positive length."""
@@ -97,11 +107,13 @@ class LayerSequences:
 
     def reset(self) -> None:
         """Forget all tokens, keep the memory."""
+        self.batch.is_settled = False
         self._pending = None
         self.length = self._slid = 0
         if self.storage is not None:
             self.storage.reset()
         self._starts = None
+        self.refresh()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes sequence ``beam_idx[i]`` (beam search)."""
@@ -125,6 +137,7 @@ class LayerSequences:
         getattr(self.storage, method)(argument)
         assert self._shape is not None
         self._shape = (self.storage.batch_size, *self._shape[1:])
+        self.refresh()
 
     def offload(self) -> None:
         """Not supported."""

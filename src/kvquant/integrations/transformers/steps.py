@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from ._version import CACHE_ARGUMENT
 from .graphs import CUDAGraph, Graph
 from .handle import warn_once
 from .protocol import StepCache, StepLayer
@@ -23,11 +22,13 @@ __all__ = ["GraphStep"]
 
 _MOST = 8  # kinds of calls that are captured: of other batches or other inputs
 _POSITIONS, _MASK = "position_ids", "attention_mask"
+_APART = (_MASK, "cache", "past_key_values")  # not among what calls have in common
 
 
 class _Captured(NamedTuple):
     """A graph, and what it holds on to."""
 
+    key: tuple[Any, ...]
     graph: Graph
     inputs: dict[str, Tensor]  # the tensors that it reads, by the argument's name
     output: Any
@@ -64,7 +65,7 @@ class GraphStep:
         self._model, self._cache, self._graph = model, weakref.ref(cache), graph
         self._captured: dict[Any, _Captured] = {}
         self._seen: set[Any] = set()
-        self._was_replay = False
+        self._last: _Captured | None = None  # of the last call, if that was a replay
         self._is_checked = False  # for an obstacle
         self._obstacle: str | None = None
         self._device = next(model.parameters()).device
@@ -84,6 +85,7 @@ class GraphStep:
     def clear(self) -> None:
         """Forget the graphs and their memory: the next steps are captured anew."""
         self._captured.clear()
+        self._last = None
         self._seen.clear()
         self._is_checked = False
 
@@ -108,67 +110,60 @@ class GraphStep:
         """
         cache = self._cache()
         assert cache is not None
-        tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
-        mask = tensors.pop(_MASK, None)
-        key = None
-        reason = self._refuses(cache, arguments, tensors, mask)
-        if reason is None:
-            key, reason = self._key(arguments, tensors)
-        if key is None:
-            return self._run(forward, arguments, reason or "")
-        layers = cache.layers
-        layers[0].check_room(1)
-        length = layers[0].length
-        tensors.setdefault(_POSITIONS, _one_position(length, self._device))
-        for layer in layers:
-            layer.make_ready()
-        captured = self._captured.get(key)
-        if captured is None or not self._holds(captured, layers):
-            if captured is None and key not in self._seen:
-                self._seen.add(key)
-                return self._run(forward, arguments, "the first step of its kind")
-            captured = self._capture(cache, forward, key, arguments, tensors)
-            if captured is None:
-                return self._run(forward, arguments, self._obstacle or "")
-            path = "capture"
-        else:
-            path = "replay"
-        output = self._replay(captured, cache, tensors)
+        mask = arguments.get(_MASK)
+        key = self._key(arguments)
+        reason = self._refuses(cache, mask)
+        if reason is not None:
+            return self._run(forward, arguments, reason)
+        lead = cache.layers[0]
+        lead.check_room(1)
+        captured, path = self._last, "replay"
+        if captured is None or not cache.batch.is_settled or captured.key != key:
+            tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
+            if (reason := self._refuses_inputs(cache, key, tensors)) is not None:
+                return self._run(forward, arguments, reason)
+            for layer in cache.layers:
+                layer.make_ready()
+            cache.batch.is_settled = lead.stays
+            captured = self._captured.get(key)
+            if captured is None or not self._holds(captured, cache.layers):
+                if captured is None and key not in self._seen:
+                    self._seen.add(key)
+                    return self._run(forward, arguments, "the first step of its kind")
+                captured, path = self._capture(cache, forward, key, arguments), "capture"
+                if captured is None:
+                    return self._run(forward, arguments, self._obstacle or "")
+        output = self._replay(captured, cache, arguments)
         self.calls[path] += 1
-        self.reason, self._was_replay = "", True
+        self.reason, self._last = "", captured
         return output
 
     def _run(self, forward: Callable[..., Any], arguments: dict[str, Any], reason: str) -> Any:
         """The model as it is."""
         self.calls["model"] += 1
-        self.reason, self._was_replay = reason, False
+        self.reason, self._last = reason, None
         return forward(**arguments)
 
-    def _refuses(
-        self,
-        cache: StepCache,
-        arguments: dict[str, Any],
-        tensors: dict[str, Tensor],
-        mask: Tensor | None,
-    ) -> str | None:
-        """Why a call is no step that can be replayed, or None."""
+    @staticmethod
+    def _key(arguments: dict[str, Any]) -> tuple[Any, ...]:
+        """What calls of one kind have in common."""
+        return tuple(
+            (name, x.shape, x.dtype, x.device) if isinstance(x, Tensor) else (name, x)
+            for name, x in arguments.items()
+            if x is not None and name not in _APART
+        )
+
+    def _refuses(self, cache: StepCache, mask: Any) -> str | None:
+        """Why a call is no step that can be replayed, as far as that may change at each step."""
         if not self._is_checked:
             self._is_checked, self._obstacle = True, self._find_obstacle(cache)
             if self._obstacle is not None:
                 self._say(self._obstacle)
         if self._obstacle is not None:
             return self._obstacle
-        new = tensors.get("input_ids", tensors.get("inputs_embeds"))
-        if new is None or new.dim() < 2:
-            return "no input_ids"
-        length = cache.layers[0].length
-        if new.shape[1] != 1 or not length:
-            return f"{new.shape[1]} new tokens to {length} stored"
-        if cache.layers[0].batch_size != new.shape[0]:
-            return "another batch than the cache's"
-        if arguments.get(_MASK) is not mask:
+        if mask is not None and not isinstance(mask, Tensor):
             return "an attention_mask that is no tensor"
-        if not cache.batch.steps_alike(mask, length + 1):
+        if not cache.batch.steps_alike(mask, cache.layers[0].length + 1):
             return "an attention_mask that says more than the prompt's left padding"
         if torch.is_autocast_enabled(self._device.type):
             return "torch.autocast is on"
@@ -178,27 +173,28 @@ class GraphStep:
             return "gradients are enabled"
         return None
 
-    def _key(self, arguments: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, str | None]:
-        """What calls of one kind have in common; None and why a call is of none."""
-        others = {
-            name: x for name, x in arguments.items()
-            if name not in tensors and name not in (_MASK, CACHE_ARGUMENT) and x is not None
-        }  # fmt: skip
-        key = (
-            tuple((name, x.shape, x.dtype) for name, x in sorted(tensors.items())),
-            tuple(sorted(others.items())),
-            self._model.config._attn_implementation,
-        )
-        elsewhere = [name for name, x in tensors.items() if x.device != self._device]
-        if elsewhere:
-            return None, f"{elsewhere[0]} is not on {self._device}"
+    def _refuses_inputs(
+        self, cache: StepCache, key: tuple[Any, ...], tensors: dict[str, Tensor]
+    ) -> str | None:
+        """Likewise, as far as a call of the same key cannot differ in it."""
+        new = tensors.get("input_ids", tensors.get("inputs_embeds"))
+        if new is None or new.dim() < 2:
+            return "no input_ids"
+        lead = cache.layers[0]
+        if new.shape[1] != 1 or not lead.length:
+            return f"{new.shape[1]} new tokens to {lead.length} stored"
+        if lead.batch_size != new.shape[0]:
+            return "another batch than the cache's"
+        for name, x in tensors.items():
+            if x.device != self._device and name != _MASK:
+                return f"{name} is on {x.device}, the model on {self._device}"
         try:
             hash(key)
         except TypeError:
-            return None, f"arguments that cannot be compared: {', '.join(others)}"
+            return "arguments that cannot be compared with those of other calls"
         if len(self._seen) >= _MOST and key not in self._seen:
-            return None, f"a call of another kind than the {_MOST} before"
-        return key, None
+            return f"a call of another kind than the {_MOST} before"
+        return None
 
     # ------------------------------------------------------------------------------------ graphs
 
@@ -223,24 +219,27 @@ class GraphStep:
             now = layer.parts()
             if now[0] is not view or now[1] is not seqs:
                 return False
-        if self._was_replay:
-            return True
         return all(x.data_ptr() == memory.data_ptr() for x, memory in captured.weights)
 
     def _capture(
         self,
         cache: StepCache,
         forward: Callable[..., Any],
-        key: Any,
+        key: tuple[Any, ...],
         arguments: dict[str, Any],
-        tensors: dict[str, Tensor],
     ) -> _Captured | None:
         """Capture a step; where it cannot be, note why and leave everything as it was."""
         begin, layers = time.perf_counter(), cache.layers
         self._captured.pop(key, None)
-        with torch.inference_mode(mode=False):
-            inputs = {name: torch.empty_like(x).copy_(x) for name, x in tensors.items()}
         lengths = [layer.length for layer in layers]
+        with torch.inference_mode(mode=False):
+            inputs = {
+                name: torch.empty_like(x, memory_format=torch.contiguous_format).copy_(x)
+                for name, x in arguments.items()
+                if isinstance(x, Tensor) and name != _MASK
+            }
+            if _POSITIONS not in inputs:  # as models have them that are given none
+                inputs[_POSITIONS] = torch.full((1, 1), lengths[0], device=self._device)
         graph = self._graph(self._device)
         call = {**arguments, **inputs, _MASK: None}
         try:
@@ -253,31 +252,28 @@ class GraphStep:
         finally:
             for layer, length in zip(layers, lengths, strict=True):
                 layer.restore(length)
+            cache.batch.is_settled = layers[0].stays
         weights = [*self._model.parameters(), *self._model.buffers()]
         captured = _Captured(
-            graph, inputs, output, [layer.parts() for layer in layers],
+            key, graph, inputs, output, [layer.parts() for layer in layers],
             [(x, x.detach()) for x in weights],
         )  # fmt: skip
         self._captured[key] = captured
         self.seconds += time.perf_counter() - begin
         return captured
 
-    def _replay(self, captured: _Captured, cache: StepCache, tensors: dict[str, Tensor]) -> Any:
+    def _replay(self, captured: _Captured, cache: StepCache, arguments: dict[str, Any]) -> Any:
         """A step of the model, counted on the host before it is launched."""
-        for layer in cache.layers:
-            layer.before_replay()
+        batch, positions = cache.batch, arguments.get(_POSITIONS)
+        if positions is None:
+            captured.inputs[_POSITIONS].fill_(cache.layers[0].length)
+        batch.replays += 1
         for name, x in captured.inputs.items():
-            x.copy_(tensors[name], non_blocking=True)
+            if (given := arguments.get(name)) is not None:
+                x.copy_(given, non_blocking=True)
         captured.graph.replay()
-        for layer in cache.layers:
-            layer.length += 1
-        cache.batch.note(tensors[_POSITIONS])
+        batch.note(positions)
         return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, captured.output)
 
     def _say(self, obstacle: str) -> None:
         warn_once(f"graph_step: {obstacle}. Each step runs the model as it is")
-
-
-def _one_position(length: int, device: torch.device) -> Tensor:
-    """What a model takes for position_ids that it is not given."""
-    return torch.full((1, 1), length, device=device)
