@@ -126,7 +126,7 @@ def test_generate_compiles_by_itself(name: str, options: dict[str, Any], device:
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     for how in ({"disable_compile": True}, settings(fullgraph=True)):
-        cache = KVQuantCache(model, max_cache_len=64)
+        cache = KVQuantCache(model, max_cache_len=64, compileable=True)
         assert cache.is_compileable
         torch.manual_seed(5)
         found.append(generate(model, cache, ids, 14, attention_mask=mask, **how, **options))
@@ -142,7 +142,7 @@ def test_generate_replays_cuda_graphs(cuda: str) -> None:
     model, ids = make("llama", cuda), ids_of(4, 12, cuda)
     expected = generate(model, KVQuantCache(model, max_cache_len=64), ids, 30, disable_compile=True)
     for _ in range(2):  # another cache, other addresses, the same code
-        cache = KVQuantCache(model, max_cache_len=64)
+        cache = KVQuantCache(model, max_cache_len=64, compileable=True)
         assert torch.equal(generate(model, cache, ids, 30), expected)
     assert_compiled_once()
     assert not counters["inductor"]["cudagraph_skips"]
@@ -150,7 +150,7 @@ def test_generate_replays_cuda_graphs(cuda: str) -> None:
 
 def test_a_full_cache(device: str) -> None:
     model, ids = small(device), ids_of(1, 16, device)
-    cache = KVQuantCache(model, max_cache_len=16)
+    cache = KVQuantCache(model, max_cache_len=16, compileable=True)
     with pytest.raises(kvquant.CacheFullError, match="16 tokens a sequence, but 16 are stored"):
         generate(model, cache, ids[:, :10], 12, **settings())
     assert cache.layers[0].length == 16
@@ -201,8 +201,11 @@ def test_what_else_is_done_to_a_cache_after_compiled_steps(device: str, tmp_path
 def test_what_is_not_compiled(device: str) -> None:
     model = small(device)
     assert not KVQuantCache(model).is_compileable
-    assert not KVQuantCache(model, max_cache_len=64, block_size=16).is_compileable
-    stepped = KVQuantCache(model, max_cache_len=64)
+    assert not KVQuantCache(model, max_cache_len=64).is_compileable
+    for options in ({}, {"max_cache_len": 64, "block_size": 16}):
+        with pytest.raises(ValueError, match="compileable: needs a max_cache_len and no block"):
+            KVQuantCache(model, compileable=True, **options)
+    stepped = KVQuantCache(model, max_cache_len=64, compileable=True)
     graph_step(model, stepped)
     assert not stepped.is_compileable
 
@@ -211,7 +214,8 @@ def test_a_mask_with_holes_breaks_the_graph_and_is_right(device: str) -> None:
     model, peer, ids = small(device), small(device, "sdpa"), ids_of(1, 20, device)
     mask = torch.ones_like(ids)
     mask[0, 3] = 0
-    cache = KVQuantCache(model, max_cache_len=64, format=kvquant.CacheFormat(key_mean=None))
+    plain = kvquant.CacheFormat(key_mean=None)
+    cache = KVQuantCache(model, max_cache_len=64, format=plain, compileable=True)
     tokens = generate(model, cache, ids, 6, attention_mask=mask, **settings())
     full = transformers.DynamicCache(config=peer.config)
     assert tokens.shape == generate(peer, full, ids, 6, attention_mask=mask).shape
@@ -235,7 +239,7 @@ def test_models_that_read_what_the_cache_gives_out(
     ids = ids_of(2, 12, device)
     found: list[Tensor] = []
     for how in ({"disable_compile": True}, settings()):
-        cache = KVQuantCache(model, max_cache_len=64)
+        cache = KVQuantCache(model, max_cache_len=64, compileable=True)
         found.append(generate(model, cache, ids, 8, **how))
     assert torch.equal(*found)
     assert "dequantized" in warnings_of.text

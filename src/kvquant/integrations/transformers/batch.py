@@ -31,13 +31,15 @@ class Batch:
         is_plain: False once the model was seen to compute with what the cache handed out, or to
             attend to a layer twice: compiled code then goes by the handles, too.
         positions: position_ids of the last call; None: not known.
+        may_compile: ``generate`` may compile the decode steps: their masks are all alike then.
         replays: Steps that graphs have replayed; each layer counts them when it is looked at next.
         is_settled: Nothing has touched the layers since they were made ready for replays.
         is_captured: A decode step is being captured in a graph, which will be replayed at other
             lengths: what is known of padding holds, and lengths are the device's.
     """
 
-    def __init__(self, check_positions: bool) -> None:
+    def __init__(self, check_positions: bool, may_compile: bool = False) -> None:
+        self.may_compile = may_compile
         self.layers: list[CacheLayer] = []
         self.starts: Tensor | None = None
         self.regular = True
@@ -94,15 +96,10 @@ class Batch:
             self._next = self.starts, True
         return bool(regular)
 
-    @property
-    def is_static(self) -> bool:
-        """Whether the layers' memory stays in place, so that steps may be compiled."""
-        return all(layer.is_compileable for layer in self.layers)
-
     def steps_like_layers(self, window: int | None) -> bool:
         """Whether the layers know by themselves what a decode step's mask hides."""
         known = window is None or window in (layer.sliding_window for layer in self.layers)
-        return known and self.is_plain and self.is_static and not self.is_captured
+        return known and self.is_plain and self.may_compile and not self.is_captured
 
     def step_mask(self, device: torch.device) -> Tensor:
         """A 4D mask that stands for "causal, with the layer's window and the cache's padding".

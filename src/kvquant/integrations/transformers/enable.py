@@ -87,6 +87,7 @@ def enable(
     format: CacheFormat | None = None,
     exact_prompt: bool = True,
     check_positions: bool = True,
+    compileable: bool = False,
     graph: bool = False,
 ) -> _Model:
     """Let a model's ``generate()``, and pipelines of it, use an 8-bit cache.
@@ -103,6 +104,7 @@ def enable(
         format: How rows are stored.
         exact_prompt: Whether a prompt's own attention uses its exact keys and values.
         check_positions: Whether positions that go back are refused.
+        compileable: Whether ``generate`` compiles the decode steps.
         graph: Replay decode steps from a CUDA graph, see `graph_step`; needs a ``max_cache_len``.
             The cache and its graph are kept for the next call, until `disable`, unless a call
             hands its cache out (``return_dict_in_generate=True``).
@@ -125,6 +127,7 @@ def enable(
         "format": format,
         "exact_prompt": exact_prompt,
         "check_positions": check_positions,
+        "compileable": compileable,
     }
     if graph and max_cache_len is None:
         raise ValueError("graph: needs a max_cache_len: a cache that grows moves in memory")

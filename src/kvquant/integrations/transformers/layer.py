@@ -378,7 +378,7 @@ class KVQuantLayer(CompiledLayer, LayerSequences, CacheLayerMixin):
         self.batch.masked = False
         if self.batch.is_captured and self.max_cache_len is not None:
             return KVLength(self.max_cache_len, self.batch, is_exact=False), 0
-        if self.is_compileable and query_length == 1 and self.max_cache_len is not None:
+        if self.batch.may_compile and query_length == 1 and self.max_cache_len is not None:
             self.expect_step()
             if self._is_behind:
                 return KVLength(self.max_cache_len, self.batch, is_exact=False), 0

@@ -23,7 +23,6 @@ class BatchState(Protocol):
 class CacheLayer(Protocol):
     """A layer of the cache: see `kvquant.integrations.transformers.layer.KVQuantLayer`."""
 
-    is_compileable: bool
     leads: bool
     sliding_window: int | None
     slides: bool
