@@ -16,6 +16,7 @@ from benchmarks import (
     rows,
     serve,
     slab,
+    step,
     store,
 )
 
@@ -27,6 +28,7 @@ ON_GPU = {
     "rows": rows.main,
     "store": store.main,
     "overhead": overhead.main,
+    "step": step.main,
 }
 PROGRAMS = {
     "batch": batch.main,

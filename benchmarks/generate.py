@@ -33,7 +33,7 @@ class Clock:
     def __call__(self, ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """After a token."""
         self.times.append(time.perf_counter())
-        return torch.zeros(ids.shape[0], dtype=torch.bool)
+        return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
 
     @property
     def steps(self) -> list[float]:

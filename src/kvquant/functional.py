@@ -199,6 +199,7 @@ def attention(
     max_seqlen_q: int | None = None,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    advance: bool = False,
     out: Tensor | None = None,
     return_lse: bool = False,
     **options: Unpack[AttentionOptions],
@@ -207,10 +208,10 @@ def attention(
 
     One contract for decode, speculative chunks and prefill over a history. Query token ``i`` of
     ``n`` stands at position ``seq_len - n + i``. With ``key`` and ``value``, these are appended
-    first, and ``seq_lens`` is what was stored before them (it is not changed). For a loop of many
-    steps, `plan` once and `Plan.run` at each. On CUDA, long chunks attend to dequantized pieces of
-    the history in bounded scratch memory, for which the lengths are read back (`Sequences.on_host`
-    avoids it).
+    first, and ``seq_lens`` is what was stored before them (it is not changed unless ``advance``).
+    For a loop of many steps, `plan` once and `Plan.run` at each. On CUDA, long chunks attend to
+    dequantized pieces of the history in bounded scratch memory, for which the lengths are read back
+    (`Sequences.on_host` avoids it).
 
     Args:
         query: ``(batch, tokens, q_heads, head_dim)``, or packed ``(total, q_heads, head_dim)`` with
@@ -228,6 +229,7 @@ def attention(
         sinks: float32 ``(q_heads,)``: a logit a head that joins the softmax with no value
             (GPT-OSS).
         alibi_slopes: float32 ``(q_heads,)``: scores lose ``slope * |i - j|``.
+        advance: Add the new tokens to ``seq_lens``, for the next call.
         out: Where the output goes; by default a new tensor.
         return_lse: Also return the log-sum-exp of the scores (and sinks).
         **options: ``softmax_scale`` (``head_dim**-0.5`` by default); ``causal`` (True): a query
@@ -255,10 +257,12 @@ def attention(
         CacheFullError: New keys past the capacity, where the lengths are on the host.
     """
     check_tensor("query", query)
-    check_flag("return_lse", return_lse)
+    for name, flag in (("return_lse", return_lse), ("advance", advance)):
+        check_flag(name, flag)
     seqs = _batch(
-        query, block_table, seq_lens, seq_starts, "cu_seqlens_q", cu_seqlens_q, max_seqlen_q, False
-    )
+        query, block_table, seq_lens, seq_starts, "cu_seqlens_q", cu_seqlens_q, max_seqlen_q,
+        advance,
+    )  # fmt: skip
     numbers = options_of(query.shape[-1] if query.dim() else 1, options)
     heads = query.shape[-2] if query.dim() > 1 else 0
     check_index("sinks", sinks, heads, query.device, torch.float32)

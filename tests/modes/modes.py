@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 import kvquant
-from kvquant.integrations.transformers import CACHE_ARGUMENT, KVQuantCache, enable
+from kvquant.integrations.transformers import CACHE_ARGUMENT, KVQuantCache, enable, graph_step
+from kvquant.integrations.transformers.graphs import CUDAGraph
+from recorded import RecordedGraph
 from tiny import generate, logits, make
 
 __all__ = ["MODES", "Case"]
@@ -91,7 +93,7 @@ def _assisted(case: Case) -> Tensor:
 
 def _fixed(case: Case) -> Tensor:
     cache = case.cache(max_cache_len=_PROMPT + _NEW)
-    return generate(case.model, cache, case.prompt(2), _NEW)
+    return generate(case.model, cache, case.prompt(2), _NEW, disable_compile=True)
 
 
 def _enabled(case: Case) -> Tensor:
@@ -109,6 +111,28 @@ def _compiled(case: Case) -> Tensor:
     for _ in range(6):
         found.append(logits(forward, cache, found[-1]).argmax(-1))
     return torch.cat(found, dim=1)
+
+
+def _compiled_whole(case: Case) -> Tensor:
+    torch._dynamo.reset()
+    step, cache = case.model, case.cache(max_cache_len=_PROMPT + _NEW)
+    if case.model.config._attn_implementation == "kvquant":  # eager attention is not to break
+        step = torch.compile(case.model, fullgraph=True, backend="eager")
+    found = [logits(case.model, cache, case.prompt(2))[:, -1:].argmax(-1)]
+    for _ in range(6):
+        found.append(logits(step, cache, found[-1]).argmax(-1))
+    return torch.cat(found, dim=1)
+
+
+def _graphed(case: Case) -> Tensor:
+    cache = case.cache(max_cache_len=_PROMPT + _NEW)
+    step = graph_step(
+        case.model, cache, graph=CUDAGraph if case.device == "cuda" else RecordedGraph
+    )
+    tokens = generate(case.model, cache, case.prompt(2), _NEW)
+    if case.model.config._attn_implementation == "kvquant":
+        assert step.calls["replay"] >= _NEW - 4, step
+    return tokens
 
 
 def _offloaded(case: Case) -> Tensor:
@@ -147,6 +171,8 @@ MODES: dict[str, Callable[[Case], Tensor]] = {
     "`max_cache_len`": _fixed,
     "`enable(model)`": _enabled,
     "`torch.compile(model)`": _compiled,
+    "`torch.compile(model, fullgraph=True)`, `max_cache_len`": _compiled_whole,
+    "`graph_step`, or `enable(model, graph=True)`": _graphed,
     "`cache.offload()`": _offloaded,
     "training": _trained,
     "`output_attentions=True`": _weights,

@@ -47,7 +47,7 @@ class QuantizedKVCache(CacheSequences):
     (but for long chunks on CUDA after replays of a graph, or behind left padding): the host checks
     the capacity by upper bounds. So decode steps can be captured in a CUDA graph;
     replays advance the lengths on the device only (the kernels drop rows past the capacity): call
-    `reserve` before the capture and `sync_lengths` after the replays.
+    `reserve` before the capture, and `before_replay` before each replay, or `sync_lengths` after.
 
     A call that fails changes nothing. Methods that need exact lengths (all but `append`, `attend`,
     `crop` and `reset`) wait for a device that is not the CPU.

@@ -197,8 +197,21 @@ class CacheSequences:
         """
         self._state.reserve(check_integer("tokens", tokens, 0, INT32_MAX))
 
+    def before_replay(self, tokens: int = 1) -> None:
+        """Count ``tokens`` a sequence that the replay of a captured graph is about to append.
+
+        Call it before each replay of a graph that appends to every layer: the host's bounds of the
+        lengths stay true, and a cache that is full is refused. Blocks are taken, and shared ones
+        copied, as `append` would; the tensors that the graph reads stay where they are if
+        ``max_seq_len`` was given. Does not wait for the device.
+
+        Raises:
+            CacheFullError: No room; nothing was counted.
+        """
+        self._state.expect(check_integer("tokens", tokens, 0, INT32_MAX))
+
     def sync_lengths(self) -> None:
-        """Read the lengths back from the device, after replays of a graph that appends."""
+        """Read the lengths back from the device, after replays that were not counted before."""
         self._state.sync_lengths()
 
     def crop(self, max_length: int) -> None:

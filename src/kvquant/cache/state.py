@@ -234,6 +234,17 @@ class CacheState:
             self.refresh_room()
             raise
 
+    def expect(self, tokens: int) -> None:
+        """See to room for ``tokens`` more in every layer, and raise the bounds by them."""
+        counts = [tokens] * self.config.batch_size
+        for layer in self._layers:
+            if self.room[layer] < tokens or self.pool.is_shared:
+                self.make_room(layer, counts, "tokens")
+        self.lengths.stale = True  # a replay that does not come leaves them too high
+        for layer in self._layers:
+            self.room[layer] -= tokens
+            self.lengths.high[layer] += tokens
+
     def _give_back(self, kept: BlockIds) -> None:
         """Release the blocks of each sequence behind those that it keeps."""
         with self.pool.changing():

@@ -12,15 +12,19 @@ from ._version import CACHE_ARGUMENT  # first: checks the version
 from .attention import kvquant_attention, register
 from .cache import KVQuantCache
 from .enable import disable, enable
+from .forward import graph_step
 from .handle import QuantizedHandle
 from .mask import kvquant_mask
+from .steps import GraphStep
 
 __all__ = [
     "CACHE_ARGUMENT",
+    "GraphStep",
     "KVQuantCache",
     "QuantizedHandle",
     "disable",
     "enable",
+    "graph_step",
     "kvquant_attention",
     "kvquant_mask",
     "register",

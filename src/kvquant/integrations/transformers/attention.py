@@ -10,8 +10,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
+from .compiled import HANDOFF
 from .handle import QuantizedHandle, Snapshot, warn_once
-from .mask import CausalMask, kvquant_mask
+from .mask import CausalMask, is_step_mask, kvquant_mask
 from .support import NAME, refuse_unsupported_models
 
 __all__ = ["kvquant_attention", "register"]
@@ -24,7 +25,6 @@ def register() -> None:
     refuse_unsupported_models()
 
 
-@torch.compiler.disable
 def kvquant_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -64,7 +64,70 @@ def kvquant_attention(
 
     Raises:
         ValueError: ``output_attentions=True``: there are no weights to give out.
+        RuntimeError: In compiled code, keys or values that are not those that the cache gave out.
     """
+    options: dict[str, Any] = {
+        "dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux,
+        "sliding_window": sliding_window, "is_causal": is_causal, "position_bias": position_bias,
+        **kwargs,
+    }  # fmt: skip
+    if not torch.compiler.is_compiling() or HANDOFF.layer is None:
+        out: tuple[Tensor, None] = _attention(module, query, key, value, attention_mask, **options)
+        return out
+    layer, taken = HANDOFF.layer, HANDOFF.key
+    HANDOFF.layer = HANDOFF.key = None
+    if taken is not key:
+        raise RuntimeError(
+            "kvquant: in compiled code the model attends to keys that the cache did not give out: "
+            "generate(..., disable_compile=True)"
+        )
+    if (
+        (attention_mask is not None and not is_step_mask(attention_mask))
+        or dropout
+        or position_bias is not None
+        or kwargs.get("output_attentions")
+    ):
+        late: tuple[Tensor, None] = _attention_late(
+            layer, module, query, key, value, attention_mask, **options
+        )
+        return late
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    window = layer.sliding_window if sliding_window is None else sliding_window
+    return layer.attend_traced(
+        query, key, value,
+        scaling=scaling, causal=causal, sliding_window=window, softcap=softcap, sinks=s_aux,
+    ), None  # fmt: skip
+
+
+@torch.compiler.disable
+def _attention_late(
+    layer: Any, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """What compiled code cannot do: the handles are made after all, and the graph breaks."""
+    out: tuple[Tensor, None] = _attention(module, query, *layer.take(key, value), *args, **kwargs)
+    return out
+
+
+@torch.compiler.disable
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`kvquant_attention`, not compiled."""
+    if is_step_mask(attention_mask):
+        attention_mask = None
     if type(key) is type(value) is QuantizedHandle:
         handles = [key, value]
     else:
@@ -89,8 +152,8 @@ def kvquant_attention(
             _check_length(attention_mask, snapshot)
             if window is None and layer.sliding_window is not None:
                 dropped = _dropped(snapshot, query.shape[2])
-                if dropped and query.shape[2] == 1:
-                    window = snapshot.length - dropped
+                if query.shape[2] == 1:
+                    window = layer.sliding_window
                 elif dropped:
                     token = torch.arange(snapshot.length, device=query.device)
                     attention_mask = attention_mask.dense() & (token >= dropped)
@@ -105,6 +168,8 @@ def kvquant_attention(
             reason = "keys or values that the model computed with"
         elif snapshot.length != layer.length:
             reason = "keys from before the cache's last update"
+        if len(handles) != 2 or snapshot.length != layer.length:
+            layer.batch.is_plain = False
         if not reason:
             out = layer.attend(
                 query,
@@ -115,6 +180,8 @@ def kvquant_attention(
                 sinks=s_aux,
             )
             return out, None
+        if layer.batch.is_captured:
+            raise RuntimeError(reason)
         warn_once(f"{reason}: attention runs on a dequantized copy of the 8-bit cache")
         key, value = (x.dequantize() if isinstance(x, QuantizedHandle) else x for x in (key, value))
         if attention_mask is None:
@@ -145,7 +212,7 @@ def kvquant_attention(
 
 def _check_length(mask: CausalMask, snapshot: Snapshot) -> None:
     """Refuse a mask that cannot fit the keys: layers differ where an earlier call failed."""
-    if mask.kv_length != snapshot.length:
+    if mask.kv_length != snapshot.length and not snapshot.layer.batch.is_captured:
         snapshot.layer.drop_call()
         raise ValueError(
             f"cache: the mask is of {mask.kv_length} tokens, but a layer holds {snapshot.length}: "

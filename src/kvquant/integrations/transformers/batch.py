@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,15 +28,28 @@ class Batch:
         regular: False where the last 2D mask hid more than left padding. Attention then goes by
             the mask itself, over dequantized rows.
         masked: Whether the model has asked for a mask of "kvquant", its attention's name.
+        is_plain: False once the model was seen to compute with what the cache handed out, or to
+            attend to a layer twice: compiled code then goes by the handles, too.
         positions: position_ids of the last call; None: not known.
+        may_compile: ``generate`` may compile the decode steps: their masks are all alike then.
+        replays: Steps that graphs have replayed; each layer counts them when it is looked at next.
+        is_settled: Nothing has touched the layers since they were made ready for replays.
+        is_captured: A decode step is being captured in a graph, which will be replayed at other
+            lengths: what is known of padding holds, and lengths are the device's.
     """
 
-    def __init__(self, check_positions: bool) -> None:
+    def __init__(self, check_positions: bool, may_compile: bool = False) -> None:
+        self.may_compile = may_compile
         self.layers: list[CacheLayer] = []
         self.starts: Tensor | None = None
         self.regular = True
         self.masked = False
+        self.is_plain = True
+        self._step_mask: Tensor | None = None
         self.positions: Tensor | None = None
+        self.replays = 0
+        self.is_settled = False
+        self.is_captured = False
         self._checks = check_positions
         self._version: int | None = None  # of the tensor of positions; None: not known
         self._all_padding = False  # of a sequence at least, as far as masks have been looked at
@@ -42,7 +57,7 @@ class Batch:
         self._next: tuple[Tensor | None, bool] | None = None
         self._before: tuple[Tensor | None, bool, Tensor | None] = None, True, None
 
-    def read(self, mask: Tensor | None, query_length: int, kv_length: int) -> bool:
+    def read(self, mask: Tensor | None, query_length: int, kv_length: KVLength) -> bool:
         """Look at a 2D mask (True: a token); says whether left padding is all that it hides.
 
         On an accelerator a decode step leaves things as the prompt's mask set them: its mask only
@@ -53,6 +68,8 @@ class Batch:
             ValueError: No new token, or a mask of fewer tokens than the cache then holds.
         """
         self.masked = True
+        if self.is_captured or not kv_length.is_exact:
+            return self.regular
         if query_length == 0:
             raise ValueError(f"input_ids: no token is new to a cache of {kv_length}. {_ONE_TEXT}")
         if mask is None:
@@ -79,6 +96,47 @@ class Batch:
             self._next = self.starts, True
         return bool(regular)
 
+    def steps_like_layers(self, window: int | None) -> bool:
+        """Whether the layers know by themselves what a decode step's mask hides."""
+        known = window is None or window in (layer.sliding_window for layer in self.layers)
+        return known and self.is_plain and self.may_compile and not self.is_captured
+
+    def step_mask(self, device: torch.device) -> Tensor:
+        """A 4D mask that stands for "causal, with the layer's window and the cache's padding".
+
+        The same tensor for every decode step, whatever their lengths: compiled code takes no
+        subclass of a tensor, and is compiled anew for another shape.
+        """
+        if self._step_mask is None or self._step_mask.device != device:
+            with torch.inference_mode(mode=False):
+                self._step_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+            torch._dynamo.mark_static_address(self._step_mask)
+        return self._step_mask
+
+    def steps_alike(self, mask: Tensor | None, kv_length: int) -> bool:
+        """Whether a decode step with this mask leaves things as they are, whatever is in it.
+
+        That of `generate` does: it adds a token to the prompt's.
+        """
+        if not self.regular or self._all_padding:
+            return False
+        if mask is None:
+            return self.starts is None
+        return mask.dim() == 2 and mask.shape[1] >= kv_length
+
+    @contextmanager
+    def captured(self) -> Iterator[None]:
+        """While a decode step is being captured; leaves what is known of the batch as it was."""
+        before = self.starts, self.regular, self._next, self._before, self.positions, self._version
+        self.is_captured = True
+        try:
+            yield
+        finally:
+            self.is_captured = False
+            (
+                self.starts, self.regular, self._next, self._before, self.positions, self._version
+            ) = before  # fmt: skip
+
     def take(self, layer: CacheLayer) -> None:
         """Note that ``layer`` has taken a call's tokens: what the masks said holds now."""
         if self.waits:
@@ -102,8 +160,15 @@ class Batch:
             return
         if self._checks and tokens > 1 and before is not None and self._holds(before, positions):
             self._compare(before[..., -1], positions[..., 0], layer.length - tokens)
+        self.note(positions)
+
+    def note(self, positions: Tensor | None) -> None:
+        """Keep the positions of the last call."""
         self.positions = positions
-        self._version = None if positions.is_inference() else positions._version
+        if positions is None or positions.is_inference():
+            self._version = None
+        else:
+            self._version = positions._version
 
     def _holds(self, before: Tensor, positions: Tensor) -> bool:
         """Whether the last call's positions are still there: a loop may write over them."""
@@ -164,12 +229,18 @@ class Batch:
 
 
 class KVLength(int):
-    """The length that a layer gives to the mask function, with the batch to be told of padding."""
+    """The length that a layer gives to the mask function, with the batch to be told of padding.
+
+    Attributes:
+        batch: The cache's.
+        is_exact: False where the host does not know the length: then it is the capacity.
+    """
 
     batch: Batch
+    is_exact: bool
 
-    def __new__(cls, length: int, batch: Batch) -> KVLength:
+    def __new__(cls, length: int, batch: Batch, *, is_exact: bool = True) -> KVLength:
         """``length`` with ``batch`` attached."""
         number = super().__new__(cls, length)
-        number.batch = batch
+        number.batch, number.is_exact = batch, is_exact
         return number

@@ -15,6 +15,7 @@ from ... import CacheFormat, QuantizedKVCache
 from .batch import Batch
 from .files import join, spread
 from .layer import KVQuantLayer
+from .steps import GraphStep
 from .support import config_of, layer_windows
 
 __all__ = ["KVQuantCache"]
@@ -34,12 +35,15 @@ class KVQuantCache(Cache):
         format: How rows are stored, ``kvquant.CacheFormat()`` by default.
         exact_prompt: A prompt's own attention uses its exact keys and values where it can (no
             padding, window, softcap or sinks); False: every query reads stored rows.
+        compileable: Let ``generate`` compile the decode steps, as it does with a StaticCache; needs
+            a ``max_cache_len``.
         check_positions: Refuse tokens whose position_ids go back behind those of the stored ones,
             as another text's do; False: they may (soft prompts, parallel contexts).
 
     Raises:
         TypeError: Neither a model nor a config.
-        ValueError: A model with layers that keep something else than keys and values.
+        ValueError: A model with layers that keep something else than keys and values;
+            ``compileable`` without a ``max_cache_len`` or with a ``block_size``.
     """
 
     def __init__(
@@ -51,8 +55,13 @@ class KVQuantCache(Cache):
         format: CacheFormat | None = None,
         exact_prompt: bool = True,
         check_positions: bool = True,
+        compileable: bool = False,
     ) -> None:
-        self.batch = Batch(check_positions)
+        if compileable and (max_cache_len is None or block_size is not None):
+            raise ValueError(
+                "compileable: needs a max_cache_len and no block_size: the host gives out blocks"
+            )
+        self.batch = Batch(check_positions, compileable)
         self.batch.layers = [
             KVQuantLayer(
                 self.batch,
@@ -65,11 +74,17 @@ class KVQuantCache(Cache):
             for window in layer_windows(config_of(config))
         ]
         super().__init__(layers=self.batch.layers)
+        self.step: GraphStep | None = None  # see `graph_step`
 
     @property
     def nbytes(self) -> int:
         """Bytes of all layers' storage as allocated."""
         return sum(layer.storage.nbytes for layer in self.layers if layer.storage is not None)
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile the decode steps: where asked for, without a graph."""
+        return self.step is None and self.batch.may_compile
 
     def fork(self) -> KVQuantCache:
         """An independent cache of the same tokens: a prompt that is continued more than once.

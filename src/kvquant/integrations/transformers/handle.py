@@ -89,6 +89,9 @@ class QuantizedHandle(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run ``func`` on the dequantized rows."""
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, QuantizedHandle):
+                x.snapshot.layer.batch.is_plain = False
         warn_once(_reason(args, kwargs))
 
         def plain(x: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -12,7 +11,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ... import CacheFormat, CacheFullError, QuantizedKVCache
 from .batch import Batch, KVLength
+from .compiled import HANDOFF, CompiledLayer
 from .handle import QuantizedHandle, handles
+from .sequences import LayerSequences
 
 _CHANNELS = 16  # of which the kernels take a multiple
 # Of layers that keep their window only: tokens of a block, of a piece of a long prompt, and behind
@@ -22,7 +23,7 @@ _BLOCK, _PIECE, _SLACK = 64, 1024, 32
 __all__ = ["KVQuantLayer"]
 
 
-class KVQuantLayer(CacheLayerMixin):
+class KVQuantLayer(CompiledLayer, LayerSequences, CacheLayerMixin):
     """One layer: `kvquant.QuantizedKVCache` behind the methods that transformers calls.
 
     A layer with a sliding window gives back memory behind it, unless ``max_cache_len`` fixes its
@@ -32,7 +33,6 @@ class KVQuantLayer(CacheLayerMixin):
     with zeros behind them.
     """
 
-    is_compileable = False
     is_croppable = True
     is_sliding = False  # lengths count every token
     supports_early_init = True
@@ -48,7 +48,9 @@ class KVQuantLayer(CacheLayerMixin):
         exact_prompt: bool = True,
     ) -> None:
         self._shape: tuple[int, int, int, int, torch.device] | None = None
+        self._memory = None
         super().__init__()
+        self.is_compileable = max_cache_len is not None and block_size is None
         self.batch = batch
         self.leads = False  # whether it takes a call's tokens first
         self.is_narrow = False  # whether rows are stored with zeros behind them
@@ -75,9 +77,18 @@ class KVQuantLayer(CacheLayerMixin):
             memo[id(self.batch)] = self.batch
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        new.__dict__.update({name: deepcopy(x, memo) for name, x in self.__dict__.items()})
+        self.flush()
+        state = self.__getstate__()
+        new.__setstate__({name: deepcopy(x, memo) for name, x in state.items()})
         new.leads = self.leads and not alone
         return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_memory": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.refresh()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Make the storage, for the batch, heads and head_dims of the first rows."""
@@ -97,6 +108,7 @@ class KVQuantLayer(CacheLayerMixin):
         )
         self._starts = None
         self.is_initialized = True
+        self.refresh()
 
     @property
     def batch_size(self) -> int:
@@ -105,16 +117,27 @@ class KVQuantLayer(CacheLayerMixin):
             raise AttributeError("batch_size: the layer is not initialized yet")
         return int(self._shape[0])
 
-    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[QuantizedHandle, QuantizedHandle]:
+    ) -> tuple[Tensor, Tensor]:
         """Take new rows ``(batch, kv_heads, tokens, head_dim)``; returns handles on all rows.
+
+        In compiled code it returns the new rows, by which the attention function knows the layer.
 
         Raises:
             ValueError: Another batch, number of heads or channels, or device than the stored rows.
             CacheFullError: More tokens than ``max_cache_len``.
         """
+        if torch.compiler.is_compiling() and self.can_compile():
+            return self.take_traced(key_states, value_states)
+        found: tuple[Tensor, Tensor] = self.take(key_states, value_states)
+        return found
+
+    @torch.compiler.disable
+    def take(
+        self, key_states: Tensor, value_states: Tensor
+    ) -> tuple[QuantizedHandle, QuantizedHandle]:
+        """Take new rows and return handles on all: see `update`."""
         self.flush()
         shape = _row_shape(key_states, value_states)
         if self.storage is None or (shape != self._shape and not self.length):
@@ -126,12 +149,11 @@ class KVQuantLayer(CacheLayerMixin):
                 f"{self._shape}, got {shape}"
             )
         new = key_states.shape[-2]
-        if self.max_cache_len is not None and self.length + new > self.max_cache_len:
+        try:
+            self.check_room(new)
+        except CacheFullError:
             self.batch.undo(self.length, taken=False)
-            raise CacheFullError(
-                f"max_cache_len: {self.max_cache_len} tokens a sequence, but {self.length} are "
-                f"stored and {new} more came"
-            )
+            raise
         if self.leads or self.batch.waits:
             self.batch.take(self)
         self.length += new
@@ -143,6 +165,18 @@ class KVQuantLayer(CacheLayerMixin):
         batch, heads, k_dim, v_dim, _ = shape
         shapes = (batch, heads, k_dim), (batch, heads, v_dim)
         return handles(self, self.length, *shapes, key_states, value_states)
+
+    def check_room(self, tokens: int) -> None:
+        """Refuse more tokens than ``max_cache_len``.
+
+        Raises:
+            CacheFullError: They are.
+        """
+        if self.max_cache_len is not None and self.length + tokens > self.max_cache_len:
+            raise CacheFullError(
+                f"max_cache_len: {self.max_cache_len} tokens a sequence, but {self.length} are "
+                f"stored and {tokens} more came"
+            )
 
     def attend(
         self,
@@ -161,10 +195,14 @@ class KVQuantLayer(CacheLayerMixin):
         """
         assert self.storage is not None
         assert self._shape is not None
-        self._set_starts()
+        self.set_starts()
         key, value = (None, None) if self._pending is None else self._pending
-        window = sliding_window
-        if window is not None and window >= self.length:
+        if key is None:
+            self.batch.is_plain = False
+        window, most = sliding_window, self.length
+        if query.shape[2] == 1 and self.max_cache_len is not None:
+            most = self.max_cache_len  # all decode steps alike: they may be captured
+        if window is not None and window >= most:
             window = None  # it hides nothing yet
         piece = self.length
         if window is not None and key is not None and self.slides:
@@ -252,10 +290,11 @@ class KVQuantLayer(CacheLayerMixin):
             self.batch.undo(self.length, taken=True)
 
     def flush(self) -> None:
-        """Store rows that no attention has taken."""
-        if self._pending is not None and self.storage is not None:
+        """Store rows that no attention has taken; the host knows its length then."""
+        self.batch.is_settled = False
+        if self.length and self._pending is not None and self.storage is not None:
             key, value = self._pending
-            self._set_starts()
+            self.set_starts()
             try:
                 self.storage.append(0, key, value)
             except BaseException:
@@ -263,23 +302,10 @@ class KVQuantLayer(CacheLayerMixin):
                 raise
             self._pending = None
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Replace all tokens by those of a `kvquant.QuantizedKVCache.state_dict` of one layer.
-
-        Raises:
-            CacheFullError: More tokens than ``max_cache_len``.
-        """
-        assert self.storage is not None
-        length = int(state["seq_lens"].max())
-        if self.max_cache_len is not None and length > self.max_cache_len:
-            raise CacheFullError(
-                f"max_cache_len: {self.max_cache_len} tokens a sequence, but {length} are stored"
-            )
-        self.storage.load_state_dict(state)
-        self.length, self._slid = length, 0
-
     def dequantize(self, length: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """The first ``length`` rows, keys and values (batch, kv_heads, length, head_dim)."""
+        if self.batch.is_captured:
+            raise RuntimeError("the step reads dequantized rows, whose number is the text's length")
         assert self.storage is not None
         assert self._shape is not None
         self.flush()
@@ -289,12 +315,6 @@ class KVQuantLayer(CacheLayerMixin):
             key[:, :length, :, :k_dim].transpose(1, 2).contiguous(),
             value[:, :length, :, :v_dim].transpose(1, 2).contiguous(),
         )
-
-    def _set_starts(self) -> None:
-        if self.storage is not None and self.batch.starts is not self._starts:
-            self._starts = self.batch.starts
-            on_device = None if self._starts is None else self._starts.to(self.device)
-            self.storage.set_seq_starts(on_device)
 
     @property
     def keys(self) -> QuantizedHandle | None:
@@ -321,16 +341,47 @@ class KVQuantLayer(CacheLayerMixin):
         like = torch.empty(0, dtype=self.dtype, device=device)
         return handles(self, self.length, (batch, heads, k_dim), (batch, heads, v_dim), like, like)
 
-    @torch.compiler.disable
-    def get_seq_length(self, *args: Any) -> int:
-        """Tokens a sequence, padding among them; known on the host."""
-        return self.length
+    def get_seq_length(self, *args: Any) -> int | Tensor:
+        """Tokens a sequence, padding among them.
+
+        Known on the host, but in compiled code, in a step that is being captured, and after steps
+        of compiled code: int64 () on the device.
+        """
+        if torch.compiler.is_compiling() and self.is_compileable and self._memory is not None:
+            return self.length_traced()
+        length: int | Tensor = self._seq_length()
+        return length
 
     @torch.compiler.disable
+    def _seq_length(self) -> int | Tensor:
+        if self._is_behind:
+            return self.device_length()
+        if self.batch.is_captured:
+            stored = self.device_length()
+            return stored if self._pending is None else stored + self._pending[0].shape[1]
+        return self.length
+
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Length and offset of the keys that a mask must cover."""
+        if torch.compiler.is_compiling() and self.is_compileable and self._memory is not None:
+            assert self.max_cache_len is not None
+            self.batch.masked = False  # until our mask function is asked
+            HANDOFF.batch = self.batch
+            return self.max_cache_len, 0
+        sizes: tuple[int, int] = self._mask_sizes(query_length)
+        return sizes
+
+    @torch.compiler.disable
+    def _mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         if isinstance(query_length, Tensor):  # 4.56 passes the positions
             query_length = query_length.shape[0]
+        self.batch.masked = False
+        if self.batch.is_captured and self.max_cache_len is not None:
+            return KVLength(self.max_cache_len, self.batch, is_exact=False), 0
+        if self.batch.may_compile and query_length == 1 and self.max_cache_len is not None:
+            self.expect_step()
+            if self._is_behind:
+                return KVLength(self.max_cache_len, self.batch, is_exact=False), 0
         return KVLength(self.length + query_length, self.batch), 0
 
     def get_max_length(self) -> int:
@@ -338,53 +389,6 @@ class KVQuantLayer(CacheLayerMixin):
         return -1 if self.max_cache_len is None else self.max_cache_len
 
     get_max_cache_shape = get_max_length  # its name in 4.56
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove tokens from the end: -n of them, or (as 4.56 did) all behind a positive length."""
-        self.flush()
-        self.batch.positions = None
-        keep = tokens_to_remove if tokens_to_remove > 0 else self.length + tokens_to_remove
-        keep = max(0, keep)
-        if self.storage is not None and keep < self.length:
-            self.storage.crop(keep)
-            self.length, self._slid = keep, min(self._slid, keep)
-
-    def reset(self) -> None:
-        """Forget all tokens, keep the memory."""
-        self._pending = None
-        self.length = self._slid = 0
-        if self.storage is not None:
-            self.storage.reset()
-        self._starts = None
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence i becomes sequence ``beam_idx[i]`` (beam search)."""
-        self._change("reorder", beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these sequences."""
-        self._change("select", indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sequence."""
-        self._change("repeat_interleave", repeats)
-
-    def _change(self, method: str, argument: Any) -> None:
-        self.flush()
-        if self.storage is None:
-            return
-        self._set_starts()
-        if isinstance(argument, Tensor):
-            argument = argument.to(self.device)
-        getattr(self.storage, method)(argument)
-        assert self._shape is not None
-        self._shape = (self.storage.batch_size, *self._shape[1:])
-
-    def offload(self) -> None:
-        """Not supported."""
-        raise NotImplementedError("KVQuantCache does not offload: its rows stay on their device")
-
-    prefetch = offload
 
 
 def _row_shape(key: Tensor, value: Tensor) -> tuple[int, int, int, int, torch.device]:

@@ -11,10 +11,11 @@ from torch.utils._pytree import tree_map
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ._version import CACHE_ARGUMENT
+from .compiled import HANDOFF
 from .handle import warn_once
 from .support import NAME, check_config
 
-__all__ = ["CausalMask", "kvquant_mask"]
+__all__ = ["CausalMask", "is_step_mask", "kvquant_mask"]
 
 
 _aten = torch.ops.aten
@@ -88,19 +89,31 @@ class CausalMask(Tensor):
         return func(*tree_map(written, args), **tree_map(written, kwargs or {}))
 
 
-@torch.compiler.disable
 def kvquant_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """A `CausalMask` where causality, a window and left padding say it all; else a 4D mask.
 
     The padding of a 2D mask goes to the cache (through the length that its layer gave out), which
-    passes it to the kernels. With another cache this is transformers' own mask.
+    passes it to the kernels. With another cache this is transformers' own mask. Where steps may be
+    compiled, that of a decode step is a stand-in of shape (1, 1, 1, 1), or None in compiled code.
     """
+    if torch.compiler.is_compiling() and HANDOFF.batch is not None:
+        batch, HANDOFF.batch = HANDOFF.batch, None
+        batch.masked = True
+        if batch.regular and kwargs.get("mask_function", causal_mask_function) is not None:
+            return None
+    mask: Tensor | None = _kvquant_mask(*args, **kwargs)
+    return mask
+
+
+@torch.compiler.disable
+def _kvquant_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if (config := kwargs.get("config")) is not None:
         kind: Any = type(config)
         check_config(kind)
-    batch = getattr(kwargs.get("kv_length"), "batch", None)
+    length = kwargs["kv_length"]
+    batch = getattr(length, "batch", None)
     causal, window = _causal_window(kwargs.get("mask_function", causal_mask_function))
-    kwargs["kv_length"] = kv_length = int(kwargs["kv_length"])
+    kwargs["kv_length"] = kv_length = int(length)
     query_length = kwargs.get("q_length")
     if query_length is None:  # 4.56 passes the positions
         query_length = kwargs["cache_position"].shape[0]
@@ -113,20 +126,30 @@ def kvquant_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         mask: Any = sdpa_mask(*args, **kwargs)
         return mask if isinstance(mask, Tensor) else None
     of_tokens = kwargs.get("attention_mask")
-    regular = batch.read(of_tokens, query_length, kv_length)
+    regular = batch.read(of_tokens, query_length, length)
     kwargs["allow_is_causal_skip"] = False
 
     def write() -> Tensor:
+        if batch.is_captured:
+            raise RuntimeError("the step reads a mask, which grows with the text")
         mask: Any = sdpa_mask(*args, **kwargs)
         assert isinstance(mask, Tensor)
         return mask
 
     offset = kwargs.get("q_offset", kv_length - query_length)
-    if not (regular and causal and offset == kv_length - query_length):
+    follows = isinstance(offset, Tensor) or offset == kv_length - query_length
+    if not (regular and causal and follows):
         return write()
     device = torch.device(kwargs.get("device", "cpu") if of_tokens is None else of_tokens.device)
+    if query_length == 1 and kv_length > 1 and batch.steps_like_layers(window):
+        return batch.step_mask(device)  # type: ignore[no-any-return]
     shape = kwargs["batch_size"], 1, query_length, kv_length
     return CausalMask(shape, device, window, write)
+
+
+def is_step_mask(mask: Any) -> bool:
+    """Whether a mask is the stand-in of `Batch.step_mask`, or says no more than that."""
+    return isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == (1, 1, 1, 1)
 
 
 def _causal_window(function: Callable[..., Any]) -> tuple[bool, int | None]:
