@@ -15,7 +15,7 @@ namespace kvquant {
 
 enum class Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-enum class RowFormat : int32_t { kInt8 = 0 };  // one a type of formats/formats.h
+enum class RowFormat : int32_t { kInt8 = 0, kInt4 = 1 };  // one a type of formats/formats.h
 
 // The rows of one (block, head) are contiguous and 16-byte aligned; blocks and heads may lie
 // anywhere (strides in bytes), so a foreign buffer can be served as it is.

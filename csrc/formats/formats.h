@@ -4,6 +4,7 @@
 #include <string_view>
 #include <type_traits>
 
+#include "formats/int4.h"
 #include "formats/int8.h"
 #include "status.h"
 
@@ -11,7 +12,7 @@ namespace kvquant {
 
 template <class... Format>
 struct FormatList {};
-using RowFormats = FormatList<Int8>;
+using RowFormats = FormatList<Int8, Int4>;
 
 // Calls f with the format of this tag; false if there is none.
 template <class F, class... Format>
@@ -43,10 +44,23 @@ template <class F>
 constexpr KVQUANT_INLINE Status with_pair(RowFormat key, RowFormat value, F&& f) {
 #define KVQUANT_PAIR(Key, Value) \
   if (key == Key::kTag && value == Value::kTag) return f(FormatPair<Key, Value>{});
+#define KVQUANT_PAIR_NO_CUDA_ATTENTION KVQUANT_PAIR
 #include "formats/pairs.def"
+#undef KVQUANT_PAIR_NO_CUDA_ATTENTION
 #undef KVQUANT_PAIR
   return Status::unsupported(
       "kernels for this pair of row formats are not built (formats/pairs.def)");
+}
+
+// Whether CUDA's attention has an operand tile for the pair's rows.
+constexpr bool has_cuda_attention(RowFormat key, RowFormat value) {
+#define KVQUANT_PAIR(Key, Value)
+#define KVQUANT_PAIR_NO_CUDA_ATTENTION(Key, Value) \
+  if (key == Key::kTag && value == Value::kTag) return false;
+#include "formats/pairs.def"
+#undef KVQUANT_PAIR_NO_CUDA_ATTENTION
+#undef KVQUANT_PAIR
+  return true;
 }
 
 // Calls f with the format of keys or with that of values: compiled once where they are the same.

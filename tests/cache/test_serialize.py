@@ -32,6 +32,8 @@ FORMATS = {
     "default": CacheFormat(),
     "means": CacheFormat(key_mean=64, value_rotation=True),
     "plain": CacheFormat.plain(),
+    "k8v4": CacheFormat.named("k8v4"),
+    "k4v4": CacheFormat.named("k4v4"),
 }
 
 
@@ -43,6 +45,13 @@ def filled(kind: str, device: str = "cpu", **options) -> tuple[QuantizedKVCache,
 
 
 # ------------------------------------------------------------------------------------- state dicts
+
+
+def test_the_first_version_that_can_say_a_format_is_written():
+    """So packages that know int8 alone read its caches."""
+    versions = {name: int(filled("growing", format=fmt)[0].state_dict()["format"][0])
+                for name, fmt in FORMATS.items()}  # fmt: skip
+    assert versions == {"default": 1, "means": 1, "plain": 1, "k8v4": 2, "k4v4": 2}
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -67,7 +76,7 @@ def test_state_dict_is_the_same_in_every_layout(source, target, fmt, device):
 def test_rows_that_are_nowhere_are_zero():
     cache, _ = filled("paged16")
     state = cache.state_dict()
-    assert state["layers.0.k_data"].shape == (3, HEADS, 101, DIM)
+    assert state["layers.0.k_data"].shape == (3, HEADS, 101, cache.format.rows[0].code_bytes(DIM))
     assert not state["layers.0.k_data"][1, :, 70:].any()
     assert not state["layers.1.v_params"][0, :, 80:].any()
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats.int8 import MAX_ABS
+from ..formats.affine import MAX_ABS
 from ..view import CacheView, Options, Sequences, ViewSpec
 from .base import Backend, Outputs, Prepared, Problem
 from .reference_rows import KEYS, chunks, dequantize, pv_matmul, qk_matmul, quantize, rotate

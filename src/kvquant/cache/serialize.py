@@ -21,7 +21,6 @@ AffineRows: TypeAlias = tuple[Tensor, Tensor, Tensor]
 LayerPast: TypeAlias = tuple[AffineRows, AffineRows]
 
 __all__ = [
-    "VERSION",
     "LayerPast",
     "blocks_for",
     "check_state",
@@ -31,9 +30,10 @@ __all__ = [
     "read_layer",
     "restore",
     "state_dict",
+    "version_of",
 ]
 
-VERSION = 1  # of what a state dict holds
+VERSION = 2  # of what a state dict holds; 1 knows no row formats but int8, and is written for it
 
 
 # ------------------------------------------------------------------------------- rows in and out
@@ -121,12 +121,16 @@ def state_dict(state: CacheState) -> dict[str, Tensor]:
     return result
 
 
+def version_of(format: CacheFormat) -> int:
+    """The first version that can say this format: older packages read it then."""
+    return 1 if format.key == format.value == "int8" else VERSION
+
+
 def _format_tensor(format: CacheFormat) -> Tensor:
-    fields = (
-        format.rows[0].bits, int(format.key_rotation), format.mean_group,
-        int(format.value_rotation),
-    )  # fmt: skip
-    return torch.tensor([VERSION, *fields], dtype=torch.int64)
+    version, (key, value) = version_of(format), format.rows
+    rows = [key.bits] if version == 1 else [key.tag, value.tag]
+    numbers = [*rows, int(key.rotated), format.mean_group, int(value.rotated)]
+    return torch.tensor([version, *numbers], dtype=torch.int64)
 
 
 def check_state(tensors: Mapping[str, Tensor], config: CacheConfig) -> None:
@@ -146,12 +150,13 @@ def check_state(tensors: Mapping[str, Tensor], config: CacheConfig) -> None:
         )
 
     batch, layers = config.batch_size, config.num_layers
-    expect("format", (5,), torch.int64)
-    ours, theirs = _format_tensor(config.format), tensors["format"].cpu()
+    ours = _format_tensor(config.format)
+    expect("format", tuple(ours.shape), torch.int64)
+    theirs, rows = tensors["format"].cpu(), "bits" if len(ours) == 5 else "key, value"
     require(
         torch.equal(ours, theirs),
         f"format: expected {ours.tolist()}, got {theirs.tolist()} "
-        "(version, bits, key_rotation, key_mean, value_rotation)",
+        f"(version, {rows}, key_rotation, key_mean, value_rotation)",
     )
     expect("seq_lens", (layers, batch), torch.int32)
     lengths = tensors["seq_lens"].cpu()
