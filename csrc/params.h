@@ -49,6 +49,8 @@ struct Sequences {
   const int32_t* cu_seqlens_q;  // [batch + 1] the call's rows when packed; null: dense
   int32_t total_q;              // packed: rows there are; cu_seqlens_q beyond them are cut
   int32_t max_seqlen_q;         // the call's rows a sequence; packed: a bound on them
+  // [batch, num_kv_heads] slabs of 8-bit rows of the youngest tokens, see common/age.h; null: none
+  Slab young;
 };
 
 // Rows of the caller: [batch, tokens, heads, dim] when dense, [total, heads, dim] when packed

@@ -336,7 +336,8 @@ def blank(rng: random.Random, sizes: dict[str, Any], group: int, most: int) -> d
     said = sizes["format"]
     rotations = (int(said[f"{x}_rotation"]) for x in ("key", "value"))
     rows = [("int8", "int4").index(said[x]) for x in ("key", "value")] if "key" in said else [8]
-    format = [len(rows), *rows, next(rotations), group, next(rotations)]
+    age = [int(said["by_age"])] if "by_age" in said else []
+    format = [len(rows), *rows, next(rotations), group, next(rotations), *age]
     result = {"format": ["I64", [len(format)], _packed(format, 8)]}
     k_bytes, v_bytes = (
         dim // 2 if said.get(x) == "int4" else dim for x, dim in (("key", k_dim), ("value", v_dim))

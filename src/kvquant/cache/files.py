@@ -29,7 +29,7 @@ _SIZES = (  # in the header, as in CacheConfig
     "block_size", "num_blocks",
 )  # fmt: skip
 _OPTIONS = ("key_rotation", "key_mean", "value_rotation")
-_FORMAT = {1: ("bits", *_OPTIONS), 2: ("key", "value", *_OPTIONS)}  # by version
+_FORMAT = {1: ("bits", *_OPTIONS), 2: ("key", "value", *_OPTIONS, "by_age")}  # by version
 # A cache may take this many times the bytes of its file, and some: blocks of 256 tokens with one
 # in each are the natural worst case.
 _MOST_TIMES, _MOST_MORE = 256, 32 << 20

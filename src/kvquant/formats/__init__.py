@@ -10,8 +10,16 @@ from .int4 import Int4
 from .int8 import Int8
 from .row import RowFormat, rotation_length
 
-__all__ = ["ROW_FORMATS", "CacheFormat", "RowFormat", "check_format", "rotation_length"]
+__all__ = [
+    "ROW_FORMATS",
+    "SPARE_TOKENS",
+    "CacheFormat",
+    "RowFormat",
+    "check_format",
+    "rotation_length",
+]
 
+SPARE_TOKENS = 32  # new tokens that a call may write while others read what was open before
 ROW_FORMATS: dict[str, type[RowFormat]] = {of.name: of for of in (Int8, Int4)}
 
 
@@ -31,6 +39,9 @@ class CacheFormat:
         key_mean: Tokens of a sequence that share one running key mean (a power of two from 16 to
             2**30), or None for no mean. The mean of a group is taken from the group before it.
         value_rotation: Rotate values the same way; None: if they have fewer than 8 bits.
+        by_age: Keep a sequence's first group of tokens and its newest ones as "int8" rows; what
+            ``key`` and ``value`` say is for the others. A group is those that share a key mean (at
+            most 4096), or 256. In `QuantizedKVCache`; not for rows of 8 bits alone.
 
     Every element comes back within half a ``scale``, in the basis that it is stored in. A channel
     that the rotation, or taking the mean off, leads beyond float16's 65504 counts as 65504. A row
@@ -46,6 +57,7 @@ class CacheFormat:
     key_rotation: bool = True
     key_mean: int | None = 256
     value_rotation: bool | None = None
+    by_age: bool = False
 
     def __post_init__(self) -> None:
         for name in ("key", "value"):
@@ -61,6 +73,14 @@ class CacheFormat:
                     f"key_mean: expected None or a power of two from 16 to 2**30, got {group}"
                 )
             object.__setattr__(self, "key_mean", group)
+        check_flag("by_age", self.by_age)
+        if self.by_age:
+            if self.key == self.value == "int8":
+                raise ValueError("by_age: expected False for keys and values in int8, got True")
+            if self.age_group > 4096:
+                raise ValueError(
+                    f"by_age: expected a key_mean of at most 4096, got {self.key_mean}"
+                )
 
     @classmethod
     def plain(cls) -> CacheFormat:
@@ -98,6 +118,27 @@ class CacheFormat:
     def mean_group(self) -> int:
         """Tokens that share a key mean, 0 without one: the kernels' encoding."""
         return self.key_mean or 0
+
+    @property
+    def age_group(self) -> int:
+        """Tokens of a group that grows old together."""
+        return self.key_mean or 256
+
+    @property
+    def young_tokens(self) -> int:
+        """Rows of a sequence's young slab: the first group, and a ring for the newest tokens."""
+        return 2 * self.age_group + SPARE_TOKENS
+
+    @property
+    def young(self) -> CacheFormat:
+        """The format of a slab of young rows; the means are in the blocks."""
+        return CacheFormat(
+            key_rotation=self.key_rotation, key_mean=None, value_rotation=self.value_rotation
+        )
+
+    def young_bytes(self, head_dim: int, v_head_dim: int) -> int:
+        """Bytes of a sequence's and head's young slab: `Sequences.young`."""
+        return self.young.slab_bytes(head_dim, v_head_dim, self.young_tokens)
 
     @property
     def rows(self) -> tuple[RowFormat, RowFormat]:
@@ -141,6 +182,6 @@ def _check_row_format(name: str, x: Any) -> None:
 _NAMED = {
     "int8": CacheFormat(),
     "plain": CacheFormat.plain(),
-    "k8v4": CacheFormat(value="int4"),
-    "k4v4": CacheFormat(key="int4", value="int4"),
+    "k8v4": CacheFormat(value="int4", by_age=True),
+    "k4v4": CacheFormat(key="int4", value="int4", by_age=True),
 }
