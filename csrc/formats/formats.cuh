@@ -112,4 +112,5 @@ struct OperandPlace {
 
 }  // namespace kvquant::cuda
 
+#include "formats/int4.cuh"
 #include "formats/int8.cuh"
