@@ -54,7 +54,12 @@ class SeqsSpec(NamedTuple):
     max_seqlen_q: int
     advance: bool
     device: torch.device
-    by_age: bool
+    young: tuple[int, int] | None = None  # heads and bytes of a slab
+
+    @property
+    def by_age(self) -> bool:
+        """Whether there are young rows."""
+        return self.young is not None
 
 
 _Spec = TypeVar("_Spec", ViewSpec, SeqsSpec)
@@ -392,7 +397,8 @@ class Sequences:
                 )
         spec = SeqsSpec(
             batch, self.block_table.shape[1], self.cu_seqlens_q is not None,
-            self.seq_starts is not None, most, self.advance, device, self.young is not None,
+            self.seq_starts is not None, most, self.advance, device,
+            None if self.young is None else (self.young.shape[1], self.young.shape[2]),
         )  # fmt: skip
         object.__setattr__(self, "spec", _interned(spec))
         object.__setattr__(self, "_twin", None)

@@ -173,7 +173,8 @@ def rewrite(path, header=None, tensors=None, metadata=None) -> None:
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"version": 2}, "file version 2, but this kvquant reads 1"),
+        ({"version": 3}, "file version 3, but this kvquant reads 1, 2"),
+        ({"version": 2}, r"missing \['by_age', 'key', 'value'\]"),
         ({"version": "drop"}, "the header does not hold together"),
         ({"format": {"bits": 4, "key_rotation": True, "key_mean": None, "value_rotation": True}},
          "bits: expected 8, got 4"),
@@ -194,7 +195,43 @@ def rewrite(path, header=None, tensors=None, metadata=None) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_headers_that_lie(path, header, message):
+def test_headers_that_lie(tmp_path, header, message):
+    """Of version 1, which int8 caches have."""
+    path = tmp_path / "cache"
+    filled("contiguous", format=CacheFormat(key_mean=16))[0].save(path)
+    rewrite(path, header)
+    refused(path, message)
+
+
+V2 = {
+    "key": "int8", "value": "int4", "key_rotation": True, "key_mean": 16, "value_rotation": True,
+    "by_age": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"version": 1}, r"missing \['bits'\]"),
+        ({"format": V2 | {"key": "int3"}}, "key: expected one of int8, int4, got 'int3'"),
+        ({"format": V2 | {"key": "int4"}}, "format: expected"),
+        (
+            {"format": V2 | {"value": "int8", "by_age": False}},
+            "file version 2, but a cache of int8",
+        ),
+        ({"format": V2 | {"value": "int8"}}, "by_age: expected False"),
+        ({"format": V2 | {"by_age": False}}, "format: expected"),
+        ({"format": V2 | {"by_age": 1}}, "by_age: expected True or False"),
+        ({"format": V2 | {"value_rotation": None}}, "value_rotation: expected a flag"),
+        ({"format": V2 | {"key_mean": 2**20}}, "by_age: expected a key_mean of at most 4096"),
+        ({"format": V2 | {"key_mean": 4096}}, "format: expected"),
+    ],
+    ids=str,
+)
+def test_headers_of_version_2_that_lie(tmp_path, header, message):
+    path = tmp_path / "cache"
+    filled("contiguous", format=CacheFormat(**V2))[0].save(path)
+    assert QuantizedKVCache.load(path).format == CacheFormat(**V2)
     rewrite(path, header)
     refused(path, message)
 

@@ -53,8 +53,8 @@ def live_young(format: CacheFormat, lengths: Sequence[int]) -> Tensor:
     live = torch.zeros(len(lengths), format.young_tokens, dtype=torch.bool)
     for rows, length in zip(live, lengths, strict=True):
         rows[: min(group, length)] = True
-        kept = torch.arange(max(group, _open_start(group, length - SPARE_TOKENS)), length)
-        rows[group + kept % ring] = True
+        first = max(group, _open_start(group, length - SPARE_TOKENS))
+        rows[group + torch.arange(first, max(first, length)) % ring] = True
     return live
 
 
