@@ -217,7 +217,7 @@ V2 = {
         ({"format": V2 | {"key": "int4"}}, "format: expected"),
         (
             {"format": V2 | {"value": "int8", "by_age": False}},
-            "file version 2, but a cache of int8",
+            "file version 2, but a cache",
         ),
         ({"format": V2 | {"value": "int8"}}, "by_age: expected False"),
         ({"format": V2 | {"by_age": False}}, "format: expected"),
