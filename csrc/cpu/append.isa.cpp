@@ -167,8 +167,8 @@ ReadyRow ready_row(const Source<Format>& src, const float* mean, float* x) {
 
 // An 8-bit row in another format. One that needs no larger codes than the format's stays as it is.
 template <class Format>
-void reencode(Format, const uint8_t* from, Int8::Params params, int dim, uint8_t* codes,
-              typename Format::Params& to) {
+void narrow(Format, const uint8_t* from, Int8::Params params, int dim, uint8_t* codes,
+            typename Format::Params& to) {
   alignas(64) float x[kMaxDim];
   const float scale = Int8::affine(params).scale;
   Vec largest = zero();
@@ -205,8 +205,8 @@ void close_group(const Source<Format>& src, bool is_key) {
     const Place to = src.stored(token);
     if (to.block < 0) continue;
     const int row = src.young.row(token);
-    reencode(Format{}, src.young.codes(is_key, row), young_params(src.young, is_key, row), src.dim,
-             src.codes(to), src.params(to));
+    narrow(Format{}, src.young.codes(is_key, row), young_params(src.young, is_key, row), src.dim,
+           src.codes(to), src.params(to));
   }
 }
 
@@ -231,7 +231,7 @@ void write_row(const Source<Format>& src, bool is_key, int token, Place to, cons
   Int8::Params params;
   if (ages.is_young || ages.was_open) row.store(Int8{}, codes, params);
   if (ages.is_old && ages.was_open) {
-    reencode(Format{}, codes, params, src.dim, src.codes(to), src.params(to));
+    narrow(Format{}, codes, params, src.dim, src.codes(to), src.params(to));
   } else if (ages.is_old) {
     row.store(Format{}, src.codes(to), src.params(to));
   }

@@ -66,7 +66,7 @@ def young_rows(view: CacheView, seqs: Sequences | None) -> YoungRows | None:
     return YoungRows(slabs, format.age_group)
 
 
-def reencode(format: RowFormat, young: RowFormat, codes: Tensor, params: Tensor) -> list[Tensor]:
+def narrowed(format: RowFormat, young: RowFormat, codes: Tensor, params: Tensor) -> list[Tensor]:
     """An int8 row in another format; one that needs no larger codes than that stays as it is."""
     assert isinstance(format, AffineRows)
     most = 2**format.bits - 1
@@ -100,7 +100,7 @@ def append_by_age(
     at = young.row(tokens[closes])
     old.codes[block[closes], :, row[closes]], old.params[block[closes], :, row[closes]] = (
         x.transpose(0, 1)
-        for x in reencode(
+        for x in narrowed(
             old.format, held.format, held.codes[sequence][:, at], held.params[sequence][:, at]
         )
     )
@@ -114,7 +114,7 @@ def append_by_age(
     goes = there & (tokens >= group) & (tokens < is_open)
     began = ((tokens < was_open + group) & (length > 0))[:, None, None]
     pairs = zip(
-        reencode(old.format, held.format, codes, params),
+        narrowed(old.format, held.format, codes, params),
         old.format.encode(new, finite),
         strict=True,
     )
