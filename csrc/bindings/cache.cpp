@@ -72,14 +72,6 @@ void gather(const CacheView& cache, const SequencesFields& given, int tokens, ui
 }
 
 Choice choose_for(const Problem& problem) {
-  if (problem.multiprocessors && !has_cuda_attention(problem.k_format, problem.v_format)) {
-    Choice none;
-    none.refusals.push_back({"CUDA has no attention kernel yet for keys in " +
-                                 std::string(name_of(problem.k_format)) + " with values in " +
-                                 name_of(problem.v_format),
-                             {}});
-    return none;
-  }
   return choose(problem, problem.multiprocessors ? cuda_regimes() : cpu_regimes());
 }
 

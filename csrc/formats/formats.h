@@ -44,23 +44,22 @@ template <class F>
 constexpr KVQUANT_INLINE Status with_pair(RowFormat key, RowFormat value, F&& f) {
 #define KVQUANT_PAIR(Key, Value) \
   if (key == Key::kTag && value == Value::kTag) return f(FormatPair<Key, Value>{});
-#define KVQUANT_PAIR_NO_CUDA_ATTENTION KVQUANT_PAIR
 #include "formats/pairs.def"
-#undef KVQUANT_PAIR_NO_CUDA_ATTENTION
 #undef KVQUANT_PAIR
   return Status::unsupported(
       "kernels for this pair of row formats are not built (formats/pairs.def)");
 }
 
-// Whether CUDA's attention has an operand tile for the pair's rows.
-constexpr bool has_cuda_attention(RowFormat key, RowFormat value) {
-#define KVQUANT_PAIR(Key, Value)
-#define KVQUANT_PAIR_NO_CUDA_ATTENTION(Key, Value) \
-  if (key == Key::kTag && value == Value::kTag) return false;
-#include "formats/pairs.def"
-#undef KVQUANT_PAIR_NO_CUDA_ATTENTION
-#undef KVQUANT_PAIR
-  return true;
+// Bits of a channel of a key and of a value together.
+template <class Key, class Value>
+constexpr int pair_bits() {
+  return Key::code_bytes(8) + Value::code_bytes(8);
+}
+inline int pair_bits(RowFormat key, RowFormat value) {
+  int bits = 0;
+  const auto add = [&](auto format) { bits += decltype(format)::code_bytes(8); };
+  with_format(key, RowFormats{}, add), with_format(value, RowFormats{}, add);
+  return bits;
 }
 
 // Calls f with the format of keys or with that of values: compiled once where they are the same.

@@ -258,8 +258,8 @@ class SmemPipeline {
   __device__ __forceinline__ void take_new(int u, int at, const NewTokens<Traits>& new_tokens) {
     Slot& slot = first_[oldest_][u];
     const auto copy = [&](uint8_t* to, const uint8_t* from, int bytes) {
-      if (lane_ * 16 >= bytes) return;
-      reinterpret_cast<uint4*>(to)[lane_] = reinterpret_cast<const uint4*>(from)[lane_];
+      if (lane_ * 8 >= bytes) return;
+      reinterpret_cast<uint2*>(to)[lane_] = reinterpret_cast<const uint2*>(from)[lane_];
     };
 #pragma unroll 1
     for (int token = max(at, new_tokens.begin); token < min(at + kTile, new_tokens.end); ++token) {

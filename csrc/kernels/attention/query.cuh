@@ -197,7 +197,8 @@ struct AttentionTraits {
   // float32 weights are kept as fp16 and what fp16 left of them.
   static constexpr bool kSplit = std::is_same_v<T, float>;
   static constexpr int kQueryLimbs = kSplit ? 3 : 2;  // bytes of a query's integer
-  static constexpr InstanceShape kShape = instance_shape(kHeadDim, kRowCount, kSplit, kOccupancy);
+  static constexpr InstanceShape kShape =
+      instance_shape(kHeadDim, pair_bits<Key, Value>(), kRowCount, kSplit, kOccupancy);
   static constexpr int kDim = kHeadDim;
   static constexpr int kRows = kRowCount;  // query rows of a block
   static constexpr int kWarps = kShape.warps;
@@ -254,10 +255,21 @@ struct QueryShared {
   // Bytes of neighbouring channels from c on, which is a multiple of their number.
   template <class Bytes>
   __device__ __forceinline__ void put(int row, int c, Bytes bytes) {
-    const OperandPlace place = KeyTile<typename Traits::Key, Traits::kDim>::place(c);
+    if constexpr (Keys::kInOrder) {
+      *reinterpret_cast<Bytes*>(byte(row, c)) = bytes;
+    } else {
+#pragma unroll
+      for (int i = 0; i < int(sizeof(Bytes)); ++i) *byte(row, c + i) = uint8_t(bytes >> 8 * i);
+    }
+  }
+
+ private:
+  using Keys = KeyTile<typename Traits::Key, Traits::kDim>;
+
+  __device__ __forceinline__ uint8_t* byte(int row, int c) {
+    const OperandPlace place = Keys::place(c);
     uint4& at = words[row / 16][place.step][row % 8 * 4 + place.lane];
-    *reinterpret_cast<Bytes*>(reinterpret_cast<uint8_t*>(&at) + place.byte / 4 * 8 +
-                              row % 16 / 8 * 4 + place.byte % 4) = bytes;
+    return reinterpret_cast<uint8_t*>(&at) + place.byte / 4 * 8 + row % 16 / 8 * 4 + place.byte % 4;
   }
 };
 
