@@ -384,18 +384,19 @@ __device__ __forceinline__ void prepare_query(const AttentionCall& p, const RawQ
 // A lane's view of the query.
 template <class Traits>
 struct Query {
-  const QueryShared<Traits>& shared;
+  uint32_t words;  // this lane's first ones
   RowScale scale[Traits::kRowSets];
   int g, t;
 
   __device__ __forceinline__ Query(const QueryShared<Traits>& from, const RowScale* scales, int g,
                                    int t)
-      : shared(from), g(g), t(t) {
+      : words(kept(shared_address(&from.words[0][0][threadIdx.x & 31]))), g(g), t(t) {
 #pragma unroll
     for (int r = 0; r < Traits::kRowSets; ++r) scale[r] = scales[g + 8 * r];
   }
   __device__ __forceinline__ uint4 fragment(int f, int step) const {
-    return shared.words[f][step][threadIdx.x & 31];
+    return load_shared<uint4>(words +
+                              (f * QueryShared<Traits>::kSteps + step) * 32 * sizeof(uint4));
   }
 };
 
