@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from json import dumps
 from pathlib import Path
@@ -75,6 +76,51 @@ def decode(report: Report, rounds: int) -> None:
             kvquant_bf16_ms=half_ms,
             **{f"torch_{name}_ms": peer for name, peer in zip(DTYPES, peers, strict=True)},
             ratio=min(peers) / ms,
+        )
+
+
+def formats(report: Report, rounds: int) -> None:
+    """Decode and append in each pair of row formats, in turns."""
+    named = {
+        name: replace(kvquant.CacheFormat.named(name), by_age=False)
+        for name in ("int8", "k8v4", "k4v4")
+    }
+    for batch, q_heads, kv_heads, tokens, dim in SHAPES:
+        query = torch.randn(batch, 1, q_heads, dim)
+        rotations: list[list[Call]] = []
+        for fmt in named.values():
+            made = partial(RandomCache.make, batch, kv_heads, tokens, dim, device="cpu", format=fmt)
+            first = made()
+            more = buffers_for(first.read_bytes, at_least=LAST_CACHE) - 1
+            caches = [first, *(made() for _ in range(more))]
+            rotations.append([partial(c.attend, query) for c in caches])
+        ms = wall_ms(*rotations, rounds=rounds)
+        report.add(
+            op="decode",
+            shape=f"{batch},{q_heads},{kv_heads},{tokens},{dim}",
+            **{f"{name}_ms": x for name, x in zip(named, ms, strict=True)},
+            **{f"{name}/int8": x / ms[0] for name, x in zip(named, ms, strict=True)},
+        )
+    batch, heads, tokens, dim = ROWS
+    for name, dtype in DTYPES.items():
+        x = torch.randn(batch, tokens, heads, dim, dtype=dtype)
+        layers = [
+            kvquant.QuantizedKVCache(
+                1, batch, heads, dim, max_seq_len=tokens, format=fmt, device="cpu"
+            )
+            for fmt in named.values()
+        ]
+
+        def append(layer: kvquant.QuantizedKVCache, x: Tensor = x) -> None:
+            layer.crop(0)
+            layer.append(0, x, x)
+
+        ms = wall_ms(*([partial(append, layer)] for layer in layers), rounds=rounds)
+        report.add(
+            op="append",
+            shape=f"{batch},{heads},{tokens},{dim} {name}",
+            **{f"{name}_ms": t for name, t in zip(named, ms, strict=True)},
+            **{f"{name}/int8": t / ms[0] for name, t in zip(named, ms, strict=True)},
         )
 
 
@@ -161,6 +207,7 @@ def main(
         decode: Report("Decode attention on the CPU", **facts, read_gbs=bandwidth),
         prompt: Report("A prompt's attention on the CPU", **facts),
         rows: Report("Rows in and out on the CPU", **facts),
+        formats: Report("Row formats on the CPU", **facts),
     }
     for measure, report in reports.items():
         measure(report, rounds)

@@ -15,7 +15,7 @@ namespace kvquant {
 
 enum class Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-enum class RowFormat : int32_t { kInt8 = 0 };  // one a type of formats/formats.h
+enum class RowFormat : int32_t { kInt8 = 0, kInt4 = 1 };  // one a type of formats/formats.h
 
 // The rows of one (block, head) are contiguous and 16-byte aligned; blocks and heads may lie
 // anywhere (strides in bytes), so a foreign buffer can be served as it is.
@@ -49,6 +49,8 @@ struct Sequences {
   const int32_t* cu_seqlens_q;  // [batch + 1] the call's rows when packed; null: dense
   int32_t total_q;              // packed: rows there are; cu_seqlens_q beyond them are cut
   int32_t max_seqlen_q;         // the call's rows a sequence; packed: a bound on them
+  // [batch, num_kv_heads] slabs of 8-bit rows of the youngest tokens, see common/age.h; null: none
+  Slab young;
 };
 
 // Rows of the caller: [batch, tokens, heads, dim] when dense, [total, heads, dim] when packed

@@ -23,7 +23,8 @@ def check_rows(exact, codes, params, usable, name):
     assert params[~usable].isnan().all()
     assert params[usable].isfinite().all()
     scale, offset = oracle.ROW_FORMATS[name].affine(params[usable])
-    exact, codes = exact[usable].clamp(-oracle.MAX_ABS, oracle.MAX_ABS), codes[usable].double()
+    exact, codes = exact[usable].clamp(-oracle.MAX_ABS, oracle.MAX_ABS), codes[usable]
+    codes = oracle.ROW_FORMATS[name].unpack(codes).double()
     low, high = exact.amin(-1), exact.amax(-1)
     slack = 2.0**-21 * exact.abs().amax(-1) + 2.0**-30 if len(exact) else 0  # fp32's rotation
     error = (scale[:, None] * codes + offset[:, None] - exact).abs().amax(-1)

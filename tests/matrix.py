@@ -18,6 +18,8 @@ FORMATS = {
     "mean64": kvquant.CacheFormat(key_mean=64, value_rotation=True),
     "mean16": kvquant.CacheFormat(key_rotation=False, key_mean=16),
     "rotated": kvquant.CacheFormat(key_mean=None, value_rotation=True),
+    "k8v4": kvquant.CacheFormat(value="int4", value_rotation=True),
+    "k4v4": kvquant.CacheFormat(key="int4", value="int4", key_mean=64, value_rotation=True),
 }
 AXES: dict[str, dict[str, Any]] = {
     "format": FORMATS,

@@ -53,7 +53,17 @@ def half_up(x: np.ndarray) -> np.ndarray:
 
 
 class Int8:
-    """``x ~ scale * code + offset``, params (scale, offset)."""
+    """``x ~ scale * code + offset``, params (scale, offset); byte c is channel c's code."""
+
+    max_code = 255
+
+    @staticmethod
+    def pack(codes: np.ndarray) -> np.ndarray:
+        return codes
+
+    @staticmethod
+    def unpack(packed: Tensor) -> Tensor:
+        return packed
 
     @staticmethod
     def params(low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -75,7 +85,38 @@ class Int8:
         assert (scale <= (high - offset + slack) / 255 * (1 + 2.0**-10) + 2.0**-23).all()
 
 
-ROW_FORMATS = {"int8": Int8}
+class Int4(Int8):
+    """The range in 16 steps, codes in their middles; byte j: codes of channels 2j and 2j + 1."""
+
+    max_code = 15
+
+    @staticmethod
+    def pack(codes: np.ndarray) -> np.ndarray:
+        return codes[..., 0::2] + 16 * codes[..., 1::2]
+
+    @staticmethod
+    def unpack(packed: Tensor) -> Tensor:
+        codes = packed.new_empty(*packed.shape[:-1], 2 * packed.shape[-1])
+        codes[..., 0::2], codes[..., 1::2] = packed % 16, packed // 16
+        return codes
+
+    @staticmethod
+    def params(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        offset = half_down(low + (high - low) * np.float32(1 / 32))
+        span = (high - offset.astype(np.float32)) / np.float32(15.5)
+        return np.stack([half_up(np.maximum(span, np.float32(MIN_SCALE))), offset], -1)
+
+    @staticmethod
+    def check(low: Tensor, high: Tensor, params: Tensor, slack: Tensor | float) -> None:
+        """No larger a step than rows between ``low`` and ``high`` need."""
+        scale, offset = Int8.affine(params)
+        middle = low + (high - low) / 32
+        assert (offset <= middle + slack).all()
+        assert (offset >= middle - slack - 2.0**-10 * middle.abs() - 2.0**-24).all()
+        assert (scale <= (high - offset + slack) / 15.5 * (1 + 2.0**-10) + 2.0**-23).all()
+
+
+ROW_FORMATS = {"int8": Int8, "int4": Int4}
 
 
 def encode(x: Tensor, name: str = "int8") -> tuple[Tensor, Tensor]:
@@ -83,12 +124,13 @@ def encode(x: Tensor, name: str = "int8") -> tuple[Tensor, Tensor]:
     bad = ~finite_rows(x).cpu().numpy()
     y = x.float().cpu().numpy().copy()
     y[bad] = 0
-    params = ROW_FORMATS[name].params(y.min(-1), y.max(-1)).astype(np.float16)
-    pair = ROW_FORMATS[name].affine(torch.from_numpy(params))
+    of = ROW_FORMATS[name]
+    params = of.params(y.min(-1), y.max(-1)).astype(np.float16)
+    pair = of.affine(torch.from_numpy(params))
     scale, offset = (each.numpy().astype(np.float32)[..., None] for each in pair)
     steps = (y - offset) * (np.float32(1) / scale)
     params[bad] = np.nan
-    codes = np.clip(np.rint(steps), 0, 255).astype(np.uint8)
+    codes = of.pack(np.clip(np.rint(steps), 0, of.max_code).astype(np.uint8))
     return torch.from_numpy(codes).to(x.device), torch.from_numpy(params).to(x.device)
 
 
@@ -119,8 +161,10 @@ def stored(view, table: Tensor, sequence: int, length: int) -> tuple[Tensor, Ten
 
     def decoded(rows) -> Tensor:
         params = rows.params.view(torch.float16)[block, :, row]
-        scale, offset = ROW_FORMATS[rows.format.name].affine(params)
-        return scale[..., None] * rows.codes[block, :, row].double() + offset[..., None]
+        of = ROW_FORMATS[rows.format.name]
+        scale, offset = of.affine(params)
+        codes = of.unpack(rows.codes[block, :, row]).double()
+        return scale[..., None] * codes + offset[..., None]
 
     key, value = decoded(view.k), decoded(view.v)
     return key + means(view, table, sequence, length), value

@@ -240,7 +240,13 @@ py::dict field_names() {
 void define_cache(py::module_& m) {
   py::class_<CacheView>(m, "CacheView", py::module_local()).def(py::init(&view));
   py::class_<SequencesFields>(m, "Sequences", py::module_local())
-      .def(py::init([](const py::kwargs& given) { return filled<SequencesFields>(given); }));
+      .def(py::init([](const py::kwargs& given) {
+        const auto x = filled<SequencesFields>(given);
+        if (reinterpret_cast<uintptr_t>(x.seqs.young.data) % 16) {
+          throw py::value_error("young does not lie at a multiple of 16 bytes");
+        }
+        return x;
+      }));
   py::class_<Place>(m, "Place", py::module_local())
       .def(py::init([](int device, uintptr_t queue, uintptr_t partial, uintptr_t counters) {
         return Place{device, queue, partial, counters};

@@ -47,7 +47,7 @@ void fields(SequencesFields& x, V&& v) {
   Sequences& seqs = x.seqs;
   v("block_table", seqs.block_table), v("seq_lens", seqs.seq_lens);
   v("seq_starts", seqs.seq_starts), v("cu_seqlens_q", seqs.cu_seqlens_q);
-  v("max_seqlen_q", seqs.max_seqlen_q), v("advance", x.advance);
+  v("max_seqlen_q", seqs.max_seqlen_q), v("advance", x.advance), v("young", seqs.young);
 }
 template <class V>
 void derived(SequencesFields& x, V&& v) {
@@ -55,7 +55,8 @@ void derived(SequencesFields& x, V&& v) {
   v("table_stride", seqs.block_table_stride), v("batch", seqs.batch);
   v("max_blocks", seqs.max_blocks);
 }
-static_assert(sizeof(Sequences) == 4 * sizeof(void*) + sizeof(int64_t) + 4 * sizeof(int32_t),
+static_assert(sizeof(Sequences) ==
+                  4 * sizeof(void*) + sizeof(int64_t) + 4 * sizeof(int32_t) + sizeof(Slab),
               "a field more: list it above");
 
 template <class V>

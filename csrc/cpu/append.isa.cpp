@@ -21,6 +21,7 @@ struct Source {
   CallRows call;
   int length;  // tokens stored before the call
   Paging paging;
+  Young young;  // by age: as long as what is stored is not closed
 
   Source(Format, const AppendParams& p, int sequence, int head, bool is_key)
       : p(p),
@@ -31,7 +32,9 @@ struct Source {
         head(head),
         call(call_rows(p.seqs, sequence)),
         length(p.seqs.seq_lens ? checked_length(p.seqs.seq_lens[sequence]) : 0),
-        paging(p.cache, p.seqs.max_blocks) {}
+        paging(p.cache, p.seqs.max_blocks),
+        young(p.cache, p.seqs, sequence, head,
+              open_start(most(1, age_group(p.cache, p.seqs)), length)) {}
 
   void load(int i, float* x) const {
     load_row(rows.data, row_offset(rows, p.seqs, call, sequence, i) + head * rows.head_stride,
@@ -63,6 +66,20 @@ void add_to(float* sum, const float* x, int dim) {
   for (int c = 0; c < dim; c += kWidth) (Vec::load(sum + c) + Vec::load(x + c)).store(sum + c);
 }
 
+// A stored key in the basis it is stored in; false: it is not finite.
+template <class Format>
+bool load_stored(const Source<Format>& src, int token, Place at, float* x) {
+  const auto load = [&](auto format, const uint8_t* codes, auto params) {
+    const float scale = decltype(format)::affine(params).scale;
+    if (scale != scale) return false;
+    decode_row(format, codes, params, src.dim, src.mean_at(token), x);
+    return true;
+  };
+  if (!src.young.has(token)) return load(Format{}, src.codes(at), src.params(at));
+  const int row = src.young.row(token);
+  return load(Int8{}, src.young.codes(true, row), young_params(src.young, true, row));
+}
+
 // The mean of the usable rows of tokens [begin, end), rotated; returns how many there were.
 template <class Format>
 int mean_of_rows(const Source<Format>& src, int64_t begin, int64_t end, float* mean) {
@@ -80,10 +97,7 @@ int mean_of_rows(const Source<Format>& src, int64_t begin, int64_t end, float* m
     } else {
       const Place at = src.stored(token);
       if (at.block < 0) continue;
-      const auto params = src.params(at);
-      const float scale = Format::affine(params).scale;
-      if (scale != scale) continue;
-      decode_row(Format{}, src.codes(at), params, src.dim, src.mean_at(token), x);
+      if (!load_stored(src, int(token), at, x)) continue;
       add_to(stored, x, src.dim);
     }
     ++count;
@@ -98,11 +112,12 @@ int mean_of_rows(const Source<Format>& src, int64_t begin, int64_t end, float* m
 }
 
 // Leaves the mean of the group of tokens [start, end) in mean[dim], as stored. A mean that has no
-// place counts as zero, as it does for those who read.
+// place counts as zero, as it does for those who read. `taken`: it has been stored before.
 template <class Format>
-void group_mean(const Source<Format>& src, int64_t start, int64_t end, float* mean) {
+void group_mean(const Source<Format>& src, int64_t start, int64_t end, float* mean,
+                bool taken = false) {
   uint16_t* slot = src.mean_at(start);
-  if (slot && start >= src.length) {
+  if (slot && start >= src.length && !taken) {
     const bool found =
         start > 0 && mean_of_rows(src, start - src.p.cache.mean_group, start, mean) > 0;
     const bool own = !found && mean_of_rows(src, start, end, mean) >= kMinMeanRows;
@@ -116,8 +131,29 @@ void group_mean(const Source<Format>& src, int64_t start, int64_t end, float* me
   }
 }
 
+// A row in the basis it is stored in, ready for any format.
+struct ReadyRow {
+  const float* x;
+  int dim;
+  float low, high;
+  bool finite;
+
+  template <class Format>
+  KVQUANT_INLINE void store(Format, uint8_t* codes, typename Format::Params& to) const {
+    const auto params = Format::params(low, high, finite);
+    const RowAffine affine = Format::affine(params);
+    const Vec offset = Vec::set(affine.offset), inverse = Vec::set(1.f / affine.scale);
+    for (int c = 0; c < dim; c += kWidth) {  // a NaN becomes 0
+      const Vec code = clamp((Vec::load(x + c) - offset) * inverse, 0.f, Format::kMaxCode);
+      Codes<Format>::store(codes, c, code);
+    }
+    to = params;
+  }
+};
+
+// Rotates x and takes the mean off.
 template <class Format>
-void write_row(const Source<Format>& src, const float* mean, Place to, float* x) {
+ReadyRow ready_row(const Source<Format>& src, const float* mean, float* x) {
   const bool finite = is_finite(x, src.dim);
   rotate(x, src.dim, src.view.rotation);
   Range range;
@@ -126,15 +162,84 @@ void write_row(const Source<Format>& src, const float* mean, Place to, float* x)
     y.store(x + c);
     range.add(y);
   }
-  const auto params = Format::params(reduce_min(range.low), reduce_max(range.high), finite);
-  const RowAffine affine = Format::affine(params);
-  const Vec offset = Vec::set(affine.offset), inverse = Vec::set(1.f / affine.scale);
-  uint8_t* const codes = src.codes(to);
-  for (int c = 0; c < src.dim; c += kWidth) {  // a NaN becomes 0
-    const Vec code = clamp((Vec::load(x + c) - offset) * inverse, 0.f, Format::kMaxCode);
-    Codes<Format>::store(codes, c, code);
+  return {x, src.dim, reduce_min(range.low), reduce_max(range.high), finite};
+}
+
+// An 8-bit row in another format. One that needs no larger codes than the format's stays as it is.
+template <class Format>
+void narrow(Format, const uint8_t* from, Int8::Params params, int dim, uint8_t* codes,
+            typename Format::Params& to) {
+  alignas(64) float x[kMaxDim];
+  const float scale = Int8::affine(params).scale;
+  Vec largest = zero();
+  for (int c = 0; c < dim; c += kWidth) largest = max(Vec::load(from + c), largest);
+  if (scale == scale && reduce_max(largest) > Format::kMaxCode) {
+    Range range;
+    decode_row(Int8{}, from, params, dim, nullptr, x);
+    for (int c = 0; c < dim; c += kWidth) range.add(Vec::load(x + c));
+    const ReadyRow row{x, dim, reduce_min(range.low), reduce_max(range.high), true};
+    return row.store(Format{}, codes, to);
   }
-  src.params(to) = params;
+  for (int c = 0; c < dim; c += kWidth) Codes<Format>::store(codes, c, Vec::load(from + c));
+  to = params;
+}
+
+// The group behind the open one, whose mean is of stored rows.
+template <class Format>
+int64_t next_group(const Source<Format>& src) {
+  return src.young.group && src.length ? int64_t(src.young.from) + src.young.group : -1;
+}
+
+// Takes what is stored of the group that was open for the mean of the next and re-encodes it, where
+// the call opens another: before new rows take the place of these.
+template <class Format>
+void close_group(const Source<Format>& src, bool is_key) {
+  const int group = src.young.group, begin = src.young.from;
+  const int total = src.length + src.call.count, end = open_start(group, total);
+  if (const int64_t next = next_group(src);
+      is_key && src.p.cache.mean_group && next >= src.length && next < total) {
+    alignas(64) float mean[kMaxDim];
+    group_mean(src, next, least<int64_t>(next + group, total), mean);
+  }
+  for (int token = most(begin, group); token < least(src.length, end); ++token) {
+    const Place to = src.stored(token);
+    if (to.block < 0) continue;
+    const int row = src.young.row(token);
+    narrow(Format{}, src.young.codes(is_key, row), young_params(src.young, is_key, row), src.dim,
+           src.codes(to), src.params(to));
+  }
+}
+
+// What a call by age does with a new token's row.
+struct Ages {
+  bool is_young, is_old, was_open;
+
+  template <class Format>
+  Ages(const Source<Format>& src, int token) {
+    const int group = src.young.group, length = src.length + src.call.count;
+    is_young = token < group || token >= kept_from(group, length);
+    is_old = token >= group && token < open_start(group, length);
+    was_open = src.length > 0 && token < src.young.from + group;  // its group began before the call
+  }
+};
+
+template <class Format>
+void write_row(const Source<Format>& src, bool is_key, int token, Place to, const ReadyRow& row) {
+  if (!src.young.group) return row.store(Format{}, src.codes(to), src.params(to));
+  const Ages ages(src, token);
+  alignas(64) uint8_t codes[kMaxDim];
+  Int8::Params params;
+  if (ages.is_young || ages.was_open) row.store(Int8{}, codes, params);
+  if (ages.is_old && ages.was_open) {
+    narrow(Format{}, codes, params, src.dim, src.codes(to), src.params(to));
+  } else if (ages.is_old) {
+    row.store(Format{}, src.codes(to), src.params(to));
+  }
+  if (ages.is_young) {
+    const int at = src.young.row(token);
+    memcpy(src.young.codes(is_key, at), codes, size_t(src.dim));
+    young_params(src.young, is_key, at) = params;
+  }
 }
 
 }  // namespace
@@ -147,6 +252,14 @@ Status append(const AppendParams& p, int threads) {
       p.seqs.batch * tokens * cache.num_kv_heads * (cache.k.head_dim + cache.v.head_dim);
   if (tokens == 0) return Status::ok();
   const Status status = with_pair(cache.k.format, cache.v.format, [&](auto formats) {
+    if (p.seqs.young.data) {
+      parallel(worth(threads, elements), p.seqs.batch * pairs, [&](int64_t item) {
+        const bool is_key = item % 2 == 0;
+        with_rows(formats, is_key, [&](auto format) {
+          close_group(Source(format, p, int(item / pairs), int(item % pairs / 2), is_key), is_key);
+        });
+      });
+    }
     parallel(worth(threads, elements), p.seqs.batch * pairs * chunks, [&](int64_t item) {
       const int sequence = int(item / (pairs * chunks)), pair = int(item / chunks % pairs);
       const bool is_key = pair % 2 == 0;
@@ -156,12 +269,14 @@ Status append(const AppendParams& p, int threads) {
         if (chunk.begin >= chunk.end) return;
         alignas(64) float mean[kMaxDim], x[kMaxDim];
         const bool has_mean = is_key && cache.mean_group;
-        if (has_mean) group_mean(src, chunk.start, chunk.end, mean);
+        if (has_mean) {
+          group_mean(src, chunk.start, chunk.end, mean, chunk.start == next_group(src));
+        }
         for (int token = chunk.begin; token < chunk.end; ++token) {
           const Place to = src.place(token - src.length);
           if (to.block < 0) continue;
           src.load(token - src.length, x);
-          write_row(src, has_mean ? mean : nullptr, to, x);
+          write_row(src, is_key, token, to, ready_row(src, has_mean ? mean : nullptr, x));
         }
       });
     });

@@ -139,8 +139,9 @@ struct Query {
   }
 };
 
-// The rows of a tile of keys and values, wherever they lie.
-template <class Formats>
+// The rows of a tile of keys and values, wherever they lie. A tile is of one group of tokens, hence
+// young or old as a whole.
+template <class Formats, bool kYoung = false>
 struct TileRows {
   using Key = typename Formats::Key;
   using Value = typename Formats::Value;
@@ -159,7 +160,7 @@ struct TileRows {
 
   // Tokens [first, first + tokens), a multiple of 16, of which [begin, end) may be read.
   KVQUANT_INLINE void find(const CacheView& cache, const Sequences& seqs, const RowTile& tile,
-                           int first, int tokens, int begin, int end) {
+                           const Young& young, int first, int tokens, int begin, int end) {
     alignas(64) static constexpr uint8_t kNoRow[kMaxDim] = {};
     const int k_bytes = Key::code_bytes(cache.k.head_dim);
     const int v_bytes = Value::code_bytes(cache.v.head_dim);
@@ -179,7 +180,13 @@ struct TileRows {
       const uint8_t *k_row = kNoRow, *v_row = kNoRow;
       Run& to = runs[run_count++];
       to = {t, run, nullptr, nullptr};
-      if (some) {
+      if (some && kYoung) {
+        const int row = young.row(token);
+        run = least(run, young.run(token)), to.count = run;
+        k_row = young.codes(true, row), v_row = young.codes(false, row);
+        to.k_params = &young_params(young, true, row);
+        to.v_params = &young_params(young, false, row);
+      } else if (some) {
         k_row = rows_of<uint8_t>(cache.k.codes, at.block, tile.head) + int64_t(at.row) * k_bytes;
         v_row = rows_of<uint8_t>(cache.v.codes, at.block, tile.head) + int64_t(at.row) * v_bytes;
         to.k_params = rows_of<typename Key::Params>(cache.k.params, at.block, tile.head) + at.row;

@@ -86,10 +86,10 @@ KVQUANT_INLINE void weigh_row(Workspace& w, const Tile& tile, int r, int first, 
 }
 
 // Adds a tile of tokens from `first` on to the split's softmax, and asks for the rows of the next.
-template <class Formats>
+template <class Formats, bool kYoung>
 KVQUANT_INLINE void add_tile(const AttentionParams& p, const RowTile& rows, int first,
-                             const TileRows<Formats>& tile, const TileRows<Formats>* next,
-                             Workspace& w) {
+                             const TileRows<Formats, kYoung>& tile,
+                             const TileRows<Formats, kYoung>* next, Workspace& w) {
   const int k_dim = p.cache.k.head_dim, v_dim = p.cache.v.head_dim, count = tile.count;
   tile.load_affine(w.k_scale, w.k_middle, w.v_scale, w.v_middle);
   if (next && next->count < count) next = nullptr;
@@ -124,6 +124,14 @@ KVQUANT_INLINE void add_tile(const AttentionParams& p, const RowTile& rows, int 
   }
 }
 
+// A tile of either age.
+template <class Formats>
+struct AgedTile {
+  TileRows<Formats> old;
+  TileRows<FormatPair<Int8, Int8>, true> young;
+  bool is_young = false;
+};
+
 // The softmax of the keys of one split, in w.split.
 template <class Formats>
 void add_split(Formats, const AttentionParams& p, const RowTile& rows, int split, Workspace& w) {
@@ -135,10 +143,18 @@ void add_split(Formats, const AttentionParams& p, const RowTile& rows, int split
   const int step = cache.mean_group ? least(cache.mean_group, kTileTokens) : kTileTokens;
   w.split.clear(rows.count, cache.v.head_dim);
   if (begin >= end) return;
-  TileRows<Formats> tiles[2];  // the one at hand and the next
-  const auto find = [&](TileRows<Formats>& tile, int first) {
-    const int limit = least(end - first, step) + first;
-    tile.find(cache, p.seqs, rows, first, round_up(limit - first, 16), begin, limit);
+  const int group_size = age_group(cache, p.seqs);
+  const Young young(cache, p.seqs, rows.sequence, rows.head,
+                    read_from(group_size, rows.length, rows.call.count));
+  AgedTile<Formats> tiles[2];  // the one at hand and the next
+  const auto find = [&](AgedTile<Formats>& tile, int first) {
+    const int limit = least(end - first, step) + first, count = round_up(limit - first, 16);
+    tile.is_young = young.has(first);
+    if (tile.is_young) {
+      tile.young.find(cache, p.seqs, rows, young, first, count, begin, limit);
+    } else {
+      tile.old.find(cache, p.seqs, rows, young, first, count, begin, limit);
+    }
   };
   int group = -1, at = 0;
   find(tiles[0], begin / step * step);
@@ -151,7 +167,13 @@ void add_split(Formats, const AttentionParams& p, const RowTile& rows, int split
     }
     const bool more = end - first > step;
     if (more) find(tiles[at ^ 1], first + step);
-    add_tile(p, rows, first, tiles[at], more ? &tiles[at ^ 1] : nullptr, w);
+    const AgedTile<Formats>&tile = tiles[at], &next = tiles[at ^ 1];
+    const bool alike = more && tile.is_young == next.is_young;
+    if (tile.is_young) {
+      add_tile(p, rows, first, tile.young, alike ? &next.young : nullptr, w);
+    } else {
+      add_tile(p, rows, first, tile.old, alike ? &next.old : nullptr, w);
+    }
     if (!more) break;
     first += step;
   }

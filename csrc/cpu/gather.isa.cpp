@@ -9,8 +9,8 @@ constexpr int kTokens = 64;  // of an item of work
 
 // Token `token` of a head in the caller's basis; zero where attention sees nothing.
 template <class Format>
-void gather_row(Format format, const GatherParams& p, const Paging& paging, int sequence, int head,
-                bool is_key, int token, bool seen, float* x) {
+void gather_row(Format format, const GatherParams& p, const Paging& paging, const Young& young,
+                int sequence, int head, bool is_key, int token, bool seen, float* x) {
   const CacheView& cache = p.cache;
   const RowsView& rows = is_key ? cache.k : cache.v;
   const int dim = rows.head_dim;
@@ -22,6 +22,11 @@ void gather_row(Format format, const GatherParams& p, const Paging& paging, int 
   const uint16_t* const mean = is_key && cache.mean_group
                                    ? mean_of<uint16_t>(cache, p.seqs, paging, sequence, head, token)
                                    : nullptr;
+  if (young.has(token)) {
+    const int row = young.row(token);
+    decode_row(Int8{}, young.codes(is_key, row), young_params(young, is_key, row), dim, mean, x);
+    return rotate(x, dim, rows.rotation);
+  }
   decode_row(
       format,
       rows_of<uint8_t>(rows.codes, at.block, head) + int64_t(at.row) * Format::code_bytes(dim),
@@ -47,11 +52,13 @@ Status gather(const GatherParams& p, int threads) {
       const int first = first_token(p.seqs, sequence);
       const int length = stored_tokens(cache, p.seqs, p.seqs.seq_lens[sequence]);
       const Rows& to = is_key ? p.key : p.value;
+      const Young young(cache, p.seqs, sequence, head,
+                        open_start(most(1, age_group(cache, p.seqs)), length));
       alignas(64) float x[kMaxDim];
       with_rows(formats, is_key, [&](auto format) {
         for (int token = begin; token < end; ++token) {
           const bool seen = token >= first && token < length;
-          gather_row(format, p, paging, sequence, head, is_key, token, seen, x);
+          gather_row(format, p, paging, young, sequence, head, is_key, token, seen, x);
           store_row(to.data,
                     sequence * to.batch_stride + token * to.token_stride + head * to.head_stride,
                     p.dtype, is_key ? cache.k.head_dim : cache.v.head_dim, x);

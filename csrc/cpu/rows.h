@@ -1,6 +1,7 @@
 // Where rows are, and rows of the caller's type as floats. For the *.isa.cpp files.
 #pragma once
 
+#include "common/age.h"
 #include "common/cpu/vec.h"
 #include "common/groups.h"
 #include "common/hadamard.h"
@@ -128,6 +129,11 @@ KVQUANT_INLINE void decode_row(Format, const uint8_t* codes, typename Format::Pa
     if (mean) x = x + Vec::load_half(mean + c);
     x.store(to + c);
   }
+}
+
+KVQUANT_INLINE Int8::Params& young_params(const Young& young, bool is_key, int row) {
+  static_assert(sizeof(Int8::Params) == 4, "what common/age.h counts with");
+  return *reinterpret_cast<Int8::Params*>(young.params(is_key, row));
 }
 
 // Smallest, largest and whether every element counts as finite, of what each lane has been shown.

@@ -8,8 +8,10 @@
 // of them, is the format's. The kernel needs to know only
 //   KeyTile    first_byte(), load_row(): where a lane's part of a row begins, and the way to it
 //              operands(j, step): two words of four codes for k-step `step`, of token j of the lane
-//              place(c), channel(step, t): at which place of the k-steps channel c is, and back.
-//              The query is laid out alike, so the order is free
+//              place(c): at which place of the k-steps channel c is. The query is laid out alike,
+//              so the order is free; kInOrder: eight neighbouring channels are eight bytes
+//              channel(step, t): where a lane's eight channels of a k-step, which are neighbours,
+//              begin; in_order(): their halves, in the order of the operands' bytes
 //   ValueTile  first_byte(), load_row(): as above
 //              for_operands<kCentered>(f): f(w, even, odd) with the A fragments of m-tiles 2 w and
 //              2 w + 1, of code - kMiddleCode or of code 2^-24
@@ -112,4 +114,5 @@ struct OperandPlace {
 
 }  // namespace kvquant::cuda
 
+#include "formats/int4.cuh"
 #include "formats/int8.cuh"

@@ -4,6 +4,7 @@
 #include <string_view>
 #include <type_traits>
 
+#include "formats/int4.h"
 #include "formats/int8.h"
 #include "status.h"
 
@@ -11,7 +12,7 @@ namespace kvquant {
 
 template <class... Format>
 struct FormatList {};
-using RowFormats = FormatList<Int8>;
+using RowFormats = FormatList<Int8, Int4>;
 
 // Calls f with the format of this tag; false if there is none.
 template <class F, class... Format>
@@ -47,6 +48,18 @@ constexpr KVQUANT_INLINE Status with_pair(RowFormat key, RowFormat value, F&& f)
 #undef KVQUANT_PAIR
   return Status::unsupported(
       "kernels for this pair of row formats are not built (formats/pairs.def)");
+}
+
+// Bits of a channel of a key and of a value together.
+template <class Key, class Value>
+constexpr int pair_bits() {
+  return Key::code_bytes(8) + Value::code_bytes(8);
+}
+inline int pair_bits(RowFormat key, RowFormat value) {
+  int bits = 0;
+  const auto add = [&](auto format) { bits += decltype(format)::code_bytes(8); };
+  with_format(key, RowFormats{}, add), with_format(value, RowFormats{}, add);
+  return bits;
 }
 
 // Calls f with the format of keys or with that of values: compiled once where they are the same.

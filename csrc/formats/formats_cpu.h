@@ -15,6 +15,15 @@ namespace kvquant::cpu::KVQUANT_ISA {
 template <class Format>
 struct Codes;
 
+// load_affine of rows with AffineParams.
+KVQUANT_INLINE void load_middle(const AffineParams* params, float middle_code, Vec& scale,
+                                Vec& middle) {
+  Vec offset;
+  load_pairs(reinterpret_cast<const uint32_t*>(params), scale, offset);
+  middle = fma(scale, Vec::set(middle_code), offset);
+}
+
 }  // namespace kvquant::cpu::KVQUANT_ISA
 
+#include "formats/int4_cpu.h"
 #include "formats/int8_cpu.h"

@@ -60,10 +60,11 @@ struct ByteKeys {
   static __device__ __forceinline__ OperandPlace place(int c) {
     return {c / 64 * 2 + c % 16 / 8, c % 64 / 16, c % 8};
   }
-  // The first of a lane's eight neighbouring channels.
+  static constexpr bool kInOrder = true;
   static __device__ __forceinline__ int channel(int step, int t) {
     return step / 2 * 64 + t * 16 + step % 2 * 8;
   }
+  static __device__ __forceinline__ uint4 in_order(const uint4& x) { return x; }
 };
 
 template <int kDim>

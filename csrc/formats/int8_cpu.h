@@ -18,9 +18,7 @@ struct Codes<Int8> {
     codes.store_codes(row + channel);
   }
   static KVQUANT_INLINE void load_affine(const Int8::Params* params, Vec& scale, Vec& middle) {
-    Vec offset;
-    load_pairs(reinterpret_cast<const uint32_t*>(params), scale, offset);
-    middle = fma(scale, Vec::set(Int8::kMiddleCode), offset);
+    load_middle(params, Int8::kMiddleCode, scale, middle);
   }
 };
 

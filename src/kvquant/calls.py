@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -34,11 +36,26 @@ def check_memory(view: CacheView, seqs: Sequences | None = None, **rows: Tensor)
     if not isinstance(seqs, Sequences):
         raise TypeError(f"seqs: expected Sequences, got {type(seqs).__name__}")
     check_device_of("block_table", seqs.block_table, view.spec.device)
+    if seqs.young is not None:
+        _check_young(seqs.young, view)
     size, max_blocks = view.spec.block_size, seqs.spec.max_blocks
     if size % 16 or (max_blocks > 1 and size & (size - 1)):
         raise ValueError(
             f"view: block_size {size}, expected a multiple of 16, and a power of two where a "
             f"sequence has {max_blocks} blocks"
+        )
+
+
+def _check_young(young: Tensor, view: CacheView) -> None:
+    try:
+        format = replace(view.format, by_age=True)
+    except ValueError as error:
+        raise ValueError(f"young: not with this view ({error})") from None
+    needed = format.young_bytes(view.k.head_dim, view.v.head_dim)
+    if young.shape[1] != view.num_kv_heads or young.shape[2] < needed:
+        raise ValueError(
+            f"young: expected slabs of {view.num_kv_heads} heads and at least {needed} bytes, got "
+            f"shape {list(young.shape)}"
         )
 
 
@@ -74,6 +91,8 @@ def check_append(
         raise ValueError("block_table, seq_lens: needed without a slot_mapping")
     if slot_mapping is None:
         return
+    if seqs is not None and seqs.young is not None:
+        raise ValueError("slot_mapping: not with young rows, which have no slots")
     if seqs is None and view.mean_group:
         raise ValueError("block_table, seq_lens: needed with a key mean")
     if seqs is not None and seqs.advance:

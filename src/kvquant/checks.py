@@ -24,6 +24,7 @@ __all__ = [
     "check_packed",
     "check_pair",
     "check_rows",
+    "check_slabs",
     "check_split_size",
     "check_table",
     "check_window",
@@ -47,6 +48,24 @@ def check_rows(name: str, x: Tensor, dims: int, *, any_dim: bool = False) -> Non
         raise ValueError(
             f"{name}: head_dim {x.shape[-1]} is not a multiple of 16 (got shape {list(x.shape)})"
         )
+
+
+def check_slabs(name: str, x: Tensor, needed: int = 0) -> None:
+    """Bytes ``(blocks, heads, at least needed)`` whose slabs begin at multiples of 16."""
+    check_tensor(name, x)
+    if x.dtype != torch.uint8:
+        raise TypeError(f"{name}: expected {torch.uint8}, got {x.dtype}")
+    require(
+        x.dim() == 3 and x.shape[2] >= needed and x.stride(2) == 1,
+        f"{name}: expected (num_blocks, num_kv_heads, at least {needed}) with a contiguous last "
+        f"dimension, got shape {list(x.shape)}, strides {list(x.stride())}",
+    )
+    apart = (*x.stride()[:2], x.storage_offset())
+    require(
+        not x.numel() or not any(n % 16 for n in apart),
+        f"{name}: expected slabs at multiples of 16 bytes, got strides {list(x.stride())} behind "
+        f"byte {x.storage_offset()}",
+    )
 
 
 def check_pair(key: Tensor, value: Tensor, dims: int) -> None:

@@ -92,7 +92,9 @@ def explain(
     view = None
     if op in _ON_CACHE:
         view = CacheView.allocate(1, 1, 16, head_dim, v_dim, format=fmt, device=target)
-    backend, reason = backends.choose(target, None if view is None else view.spec)
+    backend, reason = backends.choose(
+        target, None if view is None else view.spec, view is not None and fmt.by_age
+    )
     details: dict[str, Any] = {"device": _device_name(target)}
     if backend.name != "reference":
         details.update(backends.build_info())
@@ -100,8 +102,14 @@ def explain(
         stored, plain = fmt.row_bytes(head_dim, v_dim), 2 * (head_dim + v_dim)
         details["format"] = fmt
         details["bytes of a token and head"] = f"{stored}, {plain / stored:.2f}x less than float16"
+        if fmt.by_age:
+            details["young rows"] = (
+                f"{fmt.young_bytes(head_dim, v_dim)} bytes more a sequence and head: its first and "
+                f"its newest tokens, {fmt.young_tokens} rows of 8 bits"
+            )
     if op == "attention" and view is not None:
-        details.update(_planned(view, dtype))
+        young = fmt.young_bytes(head_dim, v_dim) if fmt.by_age else None
+        details.update(_planned(view, dtype, young))
     if cache is not None:
         details["cache"] = repr(cache)
     if cache is not None and op == "attention":
@@ -112,9 +120,9 @@ def explain(
 def _prompt(cache: QuantizedKVCache) -> str:
     """What `QuantizedKVCache.attend` does with a first prompt."""
     if cache.max_length:
-        return "not empty: attend reads the 8-bit rows"
+        return "not empty: attend reads the stored rows"
     if cache.seq_starts is not None:
-        return "left-padded: a first prompt, too, is attended to through the 8-bit rows"
+        return "left-padded: a first prompt, too, is attended to through the stored rows"
     return (
         "empty: a first dense prompt attends to its own keys and values as they are, by torch's "
         "scaled_dot_product_attention (unless exact_prompt=False, return_lse, a window, softcap, "
@@ -128,12 +136,13 @@ def _device_name(device: torch.device) -> str:
     return str(device)
 
 
-def _planned(view: CacheView, dtype: torch.dtype) -> dict[str, Any]:
+def _planned(view: CacheView, dtype: torch.dtype, young: int | None) -> dict[str, Any]:
     """The kernels of a decode step, on a cache of one block."""
     index = torch.zeros(1, 1, dtype=torch.int32, device=view.device)
     query, value = (
         torch.empty(1, 1, 1, rows.head_dim, dtype=dtype, device=view.device)
         for rows in (view.k, view.v)
     )
-    found = plan(query, view, Sequences(index, index[0]), query, value)
+    slabs = None if young is None else index.new_empty((1, 1, young), dtype=torch.uint8)
+    found = plan(query, view, Sequences(index, index[0], young=slabs), query, value)
     return {"kernels": found.regime, **found.details}

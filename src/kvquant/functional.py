@@ -16,7 +16,7 @@ from .errors import CacheFullError
 from .plan import AttentionOptions, dispatch, options_of, planned
 from .view import CacheView, Sequences
 
-__all__ = ["append_", "attention", "gather"]
+__all__ = ["append_", "attention", "gather", "gather_rows"]
 
 
 def append_(
@@ -139,23 +139,34 @@ def gather(
             tokens = capacity
         elif not 0 <= (tokens := check_integer("tokens", tokens)) <= capacity:
             raise ValueError(f"tokens: expected 0 to {capacity}, got {tokens}")
-        lead, new = (seqs.spec.batch, tokens, view.num_kv_heads), view.k.codes.new_empty
-        key, value = (new((*lead, rows.head_dim), dtype=dtype) for rows in (view.k, view.v))
-    else:
-        require(tokens is None, "tokens: out says how many")
-        require(
-            isinstance(out, tuple) and len(out) == 2,
-            f"out: expected a pair of tensors, got {type(out).__name__}",
-            TypeError,
-        )
-        key, value = out
-        check_gather(view, seqs, key, value)
+        return gather_rows(view, seqs, tokens, dtype)
+    require(tokens is None, "tokens: out says how many")
+    require(
+        isinstance(out, tuple) and len(out) == 2,
+        f"out: expected a pair of tensors, got {type(out).__name__}",
+        TypeError,
+    )
+    check_gather(view, seqs, *out)
+    _gather(view, seqs, *out)
+    return out
+
+
+def gather_rows(
+    view: CacheView, seqs: Sequences, tokens: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of checked sequences, in new tensors of ``tokens`` rows each."""
+    lead, new = (seqs.spec.batch, tokens, view.num_kv_heads), view.k.codes.new_empty
+    key, value = (new((*lead, rows.head_dim), dtype=dtype) for rows in (view.k, view.v))
+    _gather(view, seqs, key, value)
+    return key, value
+
+
+def _gather(view: CacheView, seqs: Sequences, key: Tensor, value: Tensor) -> None:
     if ops.is_plain(view.k.codes):
-        backend = backends.select("gather_", view.device, view.spec)
+        backend = backends.select("gather_", view.device, view.spec, seqs.spec.by_age)
         backend.gather(view, seqs, key, value)
     else:
         ops.gather(view, seqs, key, value)
-    return key, value
 
 
 @overload

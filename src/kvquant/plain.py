@@ -13,12 +13,16 @@ from .arguments import (
     check_float_dtype,
     check_integer,
     check_number,
+    check_tensor,
     require,
 )
 from .checks import check_affine, check_no_grad, check_rows
+from .formats.int4 import pack, unpack
 from .ops.affine import check_factor
 
 __all__ = ["dequantize_cache_torch", "pv_matmul", "qk_matmul", "quantize_cache_v"]
+
+_PACKED = 4  # bits of codes of which two share a byte
 
 Granularity = Literal["token", "head", "channel"]
 
@@ -37,7 +41,8 @@ def quantize_cache_v(
     Args:
         x: ``(batch, heads, tokens, head_dim)``, float16, bfloat16 or float32, last dimension
             contiguous.
-        bits: Bits of a code, at most 8.
+        bits: Bits of a code, at most 8. With 4, two codes share a byte, as in "int4" rows: byte
+            ``j`` has channel ``2 j`` in its low four bits and ``2 j + 1`` in its high ones.
         qmax: Largest code, ``2**bits - 1`` by default.
         qmin: Smallest code, 0 by default.
         granularity: What shares a pair: the channels of a "token" and head, all of a "head", or a
@@ -45,9 +50,10 @@ def quantize_cache_v(
         group_size: Tokens that share a pair with ``granularity="channel"``; None: all of them.
 
     Returns:
-        ``q`` uint8 of x's shape, and float32 ``scale`` and ``zero`` of shape (b, h, s, 1) for
-        "token", (b, h, 1, 1) for "head", (b, h, ceil(s / group_size), d) for "channel". Where the
-        shared elements hold a NaN or exceed 65504, both are NaN.
+        ``q`` uint8 of x's shape (with 4 bits, of half as many channels), and float32 ``scale`` and
+        ``zero`` of shape (b, h, s, 1) for "token", (b, h, 1, 1) for "head", (b, h,
+        ceil(s / group_size), d) for "channel". Where the shared elements hold a NaN or exceed
+        65504, both are NaN.
 
     Raises:
         TypeError: An argument of another type, a dtype that is not supported.
@@ -61,6 +67,10 @@ def quantize_cache_v(
     if not 0 <= low < high <= 255:
         raise ValueError(f"qmin, qmax: expected 0 <= qmin < qmax <= 255, got {low:g} and {high:g}")
     require(
+        bits != _PACKED or (x.shape[3] % 2 == 0 and high <= 15),
+        f"x: 4 bits need an even head_dim and codes up to 15, got {x.shape[3]} and {high:g}",
+    )
+    require(
         isinstance(granularity, str) and granularity in ("token", "head", "channel"),
         f"granularity: expected 'token', 'head' or 'channel', got {granularity!r}",
     )
@@ -71,8 +81,8 @@ def quantize_cache_v(
         group = max(1, x.shape[2])
     else:
         group = min(check_integer("group_size", group_size, 1, INT32_MAX), max(1, x.shape[2]))
-    result: tuple[Tensor, Tensor, Tensor] = ops.call("quantize", x, low, high, granularity, group)
-    return result
+    q, scale, zero = ops.call("quantize", x, low, high, granularity, group)
+    return pack(q) if bits == _PACKED else q, scale, zero
 
 
 def dequantize_cache_torch(
@@ -82,6 +92,7 @@ def dequantize_cache_torch(
     dtype: torch.dtype | None = None,
     *,
     group_size: int | None = None,
+    bits: int = 8,
 ) -> Tensor:
     """``scale * (q - zero)`` for every granularity of `quantize_cache_v`.
 
@@ -91,11 +102,13 @@ def dequantize_cache_torch(
         zero: Like ``scale``.
         dtype: Of the result: float16, bfloat16 or float32; scale's by default.
         group_size: As given to `quantize_cache_v`.
+        bits: As given to `quantize_cache_v`: with 4, ``q`` has ``head_dim // 2`` bytes a row.
 
     Raises:
         TypeError: An argument of another type, a dtype that is not supported.
         ValueError: Shapes that do not belong together.
     """
+    q = _codes("q", q, bits)
     group = check_affine("q", q, scale, zero, group_size)
     dtype = scale.dtype if dtype is None else dtype
     check_float_dtype("dtype", dtype)
@@ -104,7 +117,13 @@ def dequantize_cache_torch(
 
 
 def qk_matmul(
-    query: Tensor, qk: Tensor, scale: Tensor, zero: Tensor, *, group_size: int | None = None
+    query: Tensor,
+    qk: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    *,
+    group_size: int | None = None,
+    bits: int = 8,
 ) -> Tensor:
     """Scores of queries against quantized keys, ``query @ dequantized(qk).mT``, without a scale.
 
@@ -114,6 +133,7 @@ def qk_matmul(
         scale: As returned by `quantize_cache_v`, any granularity.
         zero: Like ``scale``.
         group_size: As given to `quantize_cache_v`.
+        bits: As given to `quantize_cache_v`.
 
     Returns:
         ``(batch, q_heads, q_tokens, tokens)`` in the query's dtype, accumulated in float32.
@@ -122,6 +142,7 @@ def qk_matmul(
         TypeError: An argument of another type, a dtype that is not supported.
         ValueError: Shapes that do not belong together.
     """
+    qk = _codes("qk", qk, bits)
     group = check_affine("qk", qk, scale, zero, group_size)
     check_factor("query", query, "qk", qk, qk.shape[3])
     result: Tensor = ops.call("qk_matmul", query, qk, scale.float(), zero.float(), group)
@@ -129,7 +150,13 @@ def qk_matmul(
 
 
 def pv_matmul(
-    probs: Tensor, qv: Tensor, scale: Tensor, zero: Tensor, *, group_size: int | None = None
+    probs: Tensor,
+    qv: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    *,
+    group_size: int | None = None,
+    bits: int = 8,
 ) -> Tensor:
     """Attention probabilities times quantized values, ``probs @ dequantized(qv)``.
 
@@ -139,6 +166,7 @@ def pv_matmul(
         scale: As returned by `quantize_cache_v`, any granularity.
         zero: Like ``scale``.
         group_size: As given to `quantize_cache_v`.
+        bits: As given to `quantize_cache_v`.
 
     Returns:
         ``(batch, q_heads, q_tokens, head_dim)`` in probs' dtype, accumulated in float32.
@@ -147,10 +175,21 @@ def pv_matmul(
         TypeError: An argument of another type, a dtype that is not supported.
         ValueError: Shapes that do not belong together.
     """
+    qv = _codes("qv", qv, bits)
     group = check_affine("qv", qv, scale, zero, group_size)
     check_factor("probs", probs, "qv", qv, qv.shape[2])
     result: Tensor = ops.call("pv_matmul", probs, qv, scale.float(), zero.float(), group)
     return result
+
+
+def _codes(name: str, q: Tensor, bits: int) -> Tensor:
+    """A byte a code, of what `quantize_cache_v` made with ``bits``."""
+    check_tensor(name, q)
+    if check_integer("bits", bits, 1, 8) != _PACKED:
+        return q
+    require(q.dtype == torch.uint8, f"{name}: expected torch.uint8, got {q.dtype}", TypeError)
+    require(q.dim() == 4, f"{name}: expected 4 dimensions, got shape {list(q.shape)}")
+    return unpack(q)
 
 
 def _code(name: str, code: Any) -> float:

@@ -24,7 +24,7 @@ from .arguments import (
     check_tensor,
     require,
 )
-from .checks import check_index, check_split_size, check_table, check_window
+from .checks import check_index, check_slabs, check_split_size, check_table, check_window
 from .formats import CacheFormat, RowFormat, check_format
 
 __all__ = [
@@ -62,6 +62,12 @@ class SeqsSpec(NamedTuple):
     max_seqlen_q: int
     advance: bool
     device: torch.device
+    young: tuple[int, int] | None = None  # heads and bytes of a slab
+
+    @property
+    def by_age(self) -> bool:
+        """Whether there are young rows."""
+        return self.young is not None
 
 
 _Spec = TypeVar("_Spec", ViewSpec, SeqsSpec)
@@ -269,21 +275,7 @@ class CacheView:
             check_head_dim("head_dim", head_dim),
             check_head_dim("v_head_dim", head_dim if v_head_dim is None else v_head_dim),
         )
-        check_tensor("buffer", buffer)
-        if buffer.dtype != torch.uint8:
-            raise TypeError(f"buffer: expected {torch.uint8}, got {buffer.dtype}")
-        needed = fmt.slab_bytes(*dims, size)
-        require(
-            buffer.dim() == 3 and buffer.shape[2] >= needed and buffer.stride(2) == 1,
-            f"buffer: expected (num_blocks, num_kv_heads, at least {needed}) with a contiguous "
-            f"last dimension, got shape {list(buffer.shape)}, strides {list(buffer.stride())}",
-        )
-        apart = (*buffer.stride()[:2], buffer.storage_offset())
-        require(
-            not buffer.numel() or not any(n % 16 for n in apart),
-            f"buffer: expected slabs at multiples of 16 bytes, got strides "
-            f"{list(buffer.stride())} behind byte {buffer.storage_offset()}",
-        )
+        check_slabs("buffer", buffer, fmt.slab_bytes(*dims, size))
         begin = 0
 
         def part(length: int, width: int) -> Tensor:
@@ -387,6 +379,8 @@ class Sequences:
         cu_seqlens_q: int32 ``(batch + 1,)``: where each sequence's packed rows begin.
         max_seqlen_q: With ``cu_seqlens_q``, a bound on the rows of one sequence; 0: their total.
         advance: The call adds its tokens to ``seq_lens``.
+        young: With a format by age, uint8 ``(batch, num_kv_heads, CacheFormat.young_bytes(..))``:
+            8-bit rows of the first and the newest tokens; see docs/by-age.md.
         on_host: What the tensors hold, taken at its word. Attention of long chunks on CUDA needs
             it, and reads the tensors back where it is not given.
 
@@ -401,6 +395,7 @@ class Sequences:
     cu_seqlens_q: Tensor | None = None
     max_seqlen_q: int = 0
     advance: bool = False
+    young: Tensor | None = None
     on_host: HostLengths | None = field(default=None, metadata={"is_flat": False})
     spec: SeqsSpec = field(init=False, repr=False)
     _twin: Any = field(init=False, repr=False)
@@ -420,9 +415,17 @@ class Sequences:
         check_flag("advance", self.advance)
         if self.on_host is not None:
             _check_on_host(self.on_host, batch, self)
+        if self.young is not None:
+            check_slabs("young", self.young)
+            if len(self.young) != batch or self.young.device != device:
+                raise ValueError(
+                    f"young: expected slabs of {batch} sequences on {device}, got shape "
+                    f"{list(self.young.shape)} on {self.young.device}"
+                )
         spec = SeqsSpec(
             batch, self.block_table.shape[1], self.cu_seqlens_q is not None,
             self.seq_starts is not None, most, self.advance, device,
+            None if self.young is None else (self.young.shape[1], self.young.shape[2]),
         )  # fmt: skip
         object.__setattr__(self, "spec", _interned(spec))
         object.__setattr__(self, "_twin", None)
@@ -434,7 +437,7 @@ class Sequences:
 
     def __reduce__(self) -> tuple[Any, ...]:
         parts = (self.block_table, self.seq_lens, self.seq_starts, self.cu_seqlens_q)
-        return Sequences, (*parts, self.max_seqlen_q, self.advance, self.on_host)
+        return Sequences, (*parts, self.max_seqlen_q, self.advance, self.young, self.on_host)
 
 
 def _check_on_host(x: HostLengths, batch: int, seqs: Sequences) -> None:

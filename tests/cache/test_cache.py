@@ -150,7 +150,7 @@ def test_the_first_prompt_sees_exact_rows(kind, device):
     torch.testing.assert_close(out, exact, atol=1e-5, rtol=1e-5)
     quantized = cache.attend(1, query, key, value, exact_prompt=False)
     assert not torch.allclose(quantized, exact, atol=1e-5)
-    torch.testing.assert_close(quantized, exact, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(quantized, exact, atol=0.1, rtol=0.1)
     assert cache.seq_lens_of(0).tolist() == cache.seq_lens_of(1).tolist() == [50] * 3
     later = cache.attend(0, query, key, value)  # not empty any more
     assert later.shape == out.shape

@@ -32,6 +32,8 @@ FORMATS = {
     "default": CacheFormat(),
     "means": CacheFormat(key_mean=64, value_rotation=True),
     "plain": CacheFormat.plain(),
+    "k8v4": CacheFormat.named("k8v4"),
+    "k4v4": CacheFormat.named("k4v4"),
 }
 
 
@@ -43,6 +45,13 @@ def filled(kind: str, device: str = "cpu", **options) -> tuple[QuantizedKVCache,
 
 
 # ------------------------------------------------------------------------------------- state dicts
+
+
+def test_the_first_version_that_can_say_a_format_is_written():
+    """So packages that know int8 alone read its caches."""
+    versions = {name: int(filled("growing", format=fmt)[0].state_dict()["format"][0])
+                for name, fmt in FORMATS.items()}  # fmt: skip
+    assert versions == {"default": 1, "means": 1, "plain": 1, "k8v4": 2, "k4v4": 2}
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -67,7 +76,7 @@ def test_state_dict_is_the_same_in_every_layout(source, target, fmt, device):
 def test_rows_that_are_nowhere_are_zero():
     cache, _ = filled("paged16")
     state = cache.state_dict()
-    assert state["layers.0.k_data"].shape == (3, HEADS, 101, DIM)
+    assert state["layers.0.k_data"].shape == (3, HEADS, 101, cache.format.rows[0].code_bytes(DIM))
     assert not state["layers.0.k_data"][1, :, 70:].any()
     assert not state["layers.1.v_params"][0, :, 80:].any()
 
@@ -164,7 +173,8 @@ def rewrite(path, header=None, tensors=None, metadata=None) -> None:
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"version": 2}, "file version 2, but this kvquant reads 1"),
+        ({"version": 3}, "file version 3, but this kvquant reads 1, 2"),
+        ({"version": 2}, r"missing \['by_age', 'key', 'value'\]"),
         ({"version": "drop"}, "the header does not hold together"),
         ({"format": {"bits": 4, "key_rotation": True, "key_mean": None, "value_rotation": True}},
          "bits: expected 8, got 4"),
@@ -185,7 +195,43 @@ def rewrite(path, header=None, tensors=None, metadata=None) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_headers_that_lie(path, header, message):
+def test_headers_that_lie(tmp_path, header, message):
+    """Of version 1, which int8 caches have."""
+    path = tmp_path / "cache"
+    filled("contiguous", format=CacheFormat(key_mean=16))[0].save(path)
+    rewrite(path, header)
+    refused(path, message)
+
+
+V2 = {
+    "key": "int8", "value": "int4", "key_rotation": True, "key_mean": 16, "value_rotation": True,
+    "by_age": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"version": 1}, r"missing \['bits'\]"),
+        ({"format": V2 | {"key": "int3"}}, "key: expected one of int8, int4, got 'int3'"),
+        ({"format": V2 | {"key": "int4"}}, "format: expected"),
+        (
+            {"format": V2 | {"value": "int8", "by_age": False}},
+            "file version 2, but a cache",
+        ),
+        ({"format": V2 | {"value": "int8"}}, "by_age: expected False"),
+        ({"format": V2 | {"by_age": False}}, "format: expected"),
+        ({"format": V2 | {"by_age": 1}}, "by_age: expected True or False"),
+        ({"format": V2 | {"value_rotation": None}}, "value_rotation: expected a flag"),
+        ({"format": V2 | {"key_mean": 2**20}}, "by_age: expected a key_mean of at most 4096"),
+        ({"format": V2 | {"key_mean": 4096}}, "format: expected"),
+    ],
+    ids=str,
+)
+def test_headers_of_version_2_that_lie(tmp_path, header, message):
+    path = tmp_path / "cache"
+    filled("contiguous", format=CacheFormat(**V2))[0].save(path)
+    assert QuantizedKVCache.load(path).format == CacheFormat(**V2)
     rewrite(path, header)
     refused(path, message)
 

@@ -17,6 +17,7 @@ FORMATS = {
     "default": kvquant.CacheFormat(),
     "plain": kvquant.CacheFormat.plain(),
     "mean64": kvquant.CacheFormat(key_mean=64),
+    "k4v4": kvquant.CacheFormat(key="int4", value="int4", key_mean=64),
 }
 
 

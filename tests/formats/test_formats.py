@@ -41,6 +41,20 @@ def test_plain_is_plain():
         assert not dataclasses.replace(CacheFormat.plain(), **option).is_plain
 
 
+def test_names():
+    for name in ("int8", "plain", "k8v4", "k4v4"):
+        assert CacheFormat.named(name).name == name
+    assert CacheFormat.named("int8") == CacheFormat()
+    assert CacheFormat(key_mean=64).name is None
+    k8v4 = CacheFormat.named("k8v4")
+    assert (k8v4.key, k8v4.value, k8v4.value_rotation) == ("int8", "int4", True)
+    assert not CacheFormat(value="int4", value_rotation=False).value_rotation
+    with pytest.raises(ValueError, match=r"name: expected one of int8, plain, k8v4.*got 'k3v3'"):
+        CacheFormat.named("k3v3")
+    with pytest.raises(TypeError, match="name: expected a string, got 8"):
+        CacheFormat.named(8)
+
+
 def test_format_is_a_frozen_value():
     assert CacheFormat() == CacheFormat()
     assert len({CacheFormat(), CacheFormat(), CacheFormat.plain()}) == 2
@@ -53,7 +67,7 @@ def test_format_is_a_frozen_value():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"key": "int4"}, "key: expected one of int8.*, got 'int4'"),
+        ({"key": "int3"}, "key: expected one of int8, int4, got 'int3'"),
         ({"key_mean": 8}, "key_mean: expected None or a power of two from 16 to 2\\*\\*30, got 8"),
         ({"key_mean": 48}, "key_mean: .* got 48"),
         ({"key_mean": 0}, "key_mean: .* got 0"),
@@ -68,6 +82,8 @@ def test_format_refuses(options, message):
 def test_bytes_of_a_row():
     assert CacheFormat().row_bytes(128, 128) == 2 * 132
     assert CacheFormat().row_bytes(192, 128) == 196 + 132
+    assert CacheFormat.named("k8v4").row_bytes(128, 128) == 200
+    assert CacheFormat.named("k4v4").row_bytes(128, 128) == 136
 
 
 @pytest.mark.parametrize(

@@ -229,5 +229,4 @@ def bits_of_rows(x: Tensor) -> Tensor:
 
 
 def _dequantized(view: kvquant.CacheView) -> Tensor:
-    scale, offset = view.k.params.view(torch.float16).float().unbind(-1)
-    return scale[..., None] * view.k.codes.float() + offset[..., None]
+    return view.k.format.decode(view.k.codes, view.k.params)

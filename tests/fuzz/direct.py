@@ -97,7 +97,7 @@ def _on_cache(dice: Dice, arguments: tuple[Argument, ...]) -> Arguments:
     if "slot_mapping" in of and values["slot_mapping"] is not None:
         values["advance"] = False
         if of["block_table"].is_optional and not view.mean_group and dice.flag():
-            where = names_of(kvquant.Sequences)[:-2]
+            where = names_of(kvquant.Sequences)[:-3]
             values |= {**dict.fromkeys(where), "max_seqlen_q": 0}
     return values
 

@@ -66,6 +66,11 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         [33, 2, 1],
         {"block_size": 16, "num_blocks": 5, "order": [0, 0, 0], "format": MEANS},
     ),
+    "k8v4": ([20, 0, 7], {"max_seq_len": 96, "format": CacheFormat.named("k8v4")}),
+    "k4v4-paged": (
+        [16, 35, 1],
+        {"max_seq_len": 96, "block_size": 16, "format": CacheFormat.named("k4v4")},
+    ),
     "uneven": (([21, 4, 9], [20, 3, 8]), {"max_seq_len": 64}),
     "empty": ([0, 0, 0], {"max_seq_len": 96}),
     "empty-growing": ([0, 0, 0], {"starts": STARTS}),

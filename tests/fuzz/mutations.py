@@ -333,14 +333,20 @@ def blank(rng: random.Random, sizes: dict[str, Any], group: int, most: int) -> d
     tokens = [max(of_layer, default=0) for of_layer in lens]
     if heads * (k_dim + v_dim + 8) * max(batch, 1) * sum(tokens) > 200_000:
         lens, tokens = [[0] * len(x) for x in lens], [0] * len(lens)
-    rotations = (int(sizes["format"][f"{x}_rotation"]) for x in ("key", "value"))
-    format = [1, 8, next(rotations), group, next(rotations)]
-    result = {"format": ["I64", [5], _packed(format, 8)]}
+    said = sizes["format"]
+    rotations = (int(said[f"{x}_rotation"]) for x in ("key", "value"))
+    rows = [("int8", "int4").index(said[x]) for x in ("key", "value")] if "key" in said else [8]
+    age = [int(said["by_age"])] if "by_age" in said else []
+    format = [len(rows), *rows, next(rotations), group, next(rotations), *age]
+    result = {"format": ["I64", [len(format)], _packed(format, 8)]}
+    k_bytes, v_bytes = (
+        dim // 2 if said.get(x) == "int4" else dim for x, dim in (("key", k_dim), ("value", v_dim))
+    )
     result["seq_lens"] = ["I32", [layers, batch], _packed([n for x in lens for n in x], 4)]
     if rng.random() < 0.3 and fits:
         result["seq_starts"] = ["I32", [batch], bytes(4 * batch)]
-    every = [("k_data", "U8", 1, k_dim), ("k_params", "F16", 1, 2)]
-    every += [("v_data", "U8", 1, v_dim), ("v_params", "F16", 1, 2)]
+    every = [("k_data", "U8", 1, k_bytes), ("k_params", "F16", 1, 2)]
+    every += [("v_data", "U8", 1, v_bytes), ("v_params", "F16", 1, 2)]
     every += [("k_mean", "F16", group, k_dim)] * (group > 0)
     for layer, (of_layer, longest) in enumerate(zip(lens, tokens, strict=True)):
         for name, dtype, step, width in every:

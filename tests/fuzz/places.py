@@ -17,7 +17,10 @@ MOST_TOKENS = 600  # of a sequence, so that groups of 256 open
 
 
 def random_format(dice: Dice) -> kvquant.CacheFormat:
+    key, value = dice.among([("int8", "int8"), ("int8", "int4"), ("int4", "int4")])
     return kvquant.CacheFormat(
+        key=key,
+        value=value,
         key_rotation=dice.chance(0.7),
         key_mean=dice.among([None, None, 16, 16, 64, 256]),
         value_rotation=dice.chance(0.3),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import kvquant
+from kvquant.formats import ROW_FORMATS
 
 from .arguments import MAYBE_INDEX, Choice, Device, Flag, Integer, Kind, Tensors, Wrong
 from .compare import own_fields
@@ -31,11 +32,11 @@ FORMAT = Format(optional=True)
 
 def _make_format(dice: Dice, cache: Any) -> Arguments:
     args = {
-        "key": "int8",
-        "value": "int8",
+        "key": dice.among(list(ROW_FORMATS)),
+        "value": dice.among(list(ROW_FORMATS)),
         "key_rotation": dice.flag(),
         "key_mean": dice.among([None, *map(dice.integer, (16, 32, 64, 256, 1024))]),
-        "value_rotation": dice.flag(),
+        "value_rotation": dice.among([None, dice.flag()]),
     }
     return {name: x for name, x in args.items() if dice.flag()}
 
@@ -49,7 +50,7 @@ CACHE_FORMAT = Operation(
         "value": Choice(),
         "key_rotation": Flag(),
         "key_mean": Integer(optional=True, bad=(0, 1, 8, 24, -16, 100)),
-        "value_rotation": Flag(),
+        "value_rotation": Flag(optional=True),
     },
 )
 

@@ -44,6 +44,17 @@ def test_logits_are_those_of_a_full_cache(
     assert "dequantized" not in warnings_of.text
 
 
+@pytest.mark.parametrize("pair", [{"value": "int4"}, {"key": "int4", "value": "int4"}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_logits_by_age_are_near_those_of_a_full_cache(name, pair, device) -> None:
+    model, peer = make(name, device), reference(name, device)
+    cache = KVQuantCache(model, format=kvquant.CacheFormat(key_mean=16, by_age=True, **pair))
+    full = transformers.DynamicCache(config=peer.config)
+    ids = ids_of(2, 160, device)
+    for part in ids.split([41, 7, *[1] * 40, 52, *[1] * 20], dim=1):
+        assert_close(logits(model, cache, part), logits(peer, full, part), 0.4)
+
+
 def test_a_prompt_is_exact(device: str) -> None:
     ids = ids_of(2, 40, device)
     model, peer = make("llama", device), reference("llama", device)

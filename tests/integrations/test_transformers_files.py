@@ -21,8 +21,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"block_size": 16}, {"max_cache_len": 200, "format": CacheFormat.plain()}],
-    ids=["grows", "paged", "fixed-plain"],
+    [
+        {},
+        {"block_size": 16},
+        {"max_cache_len": 200, "format": CacheFormat.plain()},
+        {"format": CacheFormat(key="int4", value="int4", key_mean=16, by_age=True)},
+    ],
+    ids=["grows", "paged", "fixed-plain", "k4v4"],
 )
 def test_a_loaded_cache_goes_on_as_the_saved_one(
     options: dict[str, Any], tmp_path: Path, device: str

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import kvquant
 import oracle
 from kvquant import dequantize_cache_torch, quantize_cache_v, use_backend
 from support import BF16, DTYPES, FP16, FP32, same_bits
@@ -30,8 +33,12 @@ def check(x, options, qmin=0, qmax=255):
     """Quantizes ``x`` and holds the result to half a step everywhere."""
     q, scale, zero = quantize_cache_v(x, **options)
     granularity, group = options.get("granularity", "token"), options.get("group_size")
-    assert (q.shape, q.dtype) == (x.shape, torch.uint8)
+    assert q.dtype == torch.uint8
     assert q.is_contiguous()
+    if options.get("bits") == 4:
+        assert q.shape == (*x.shape[:3], x.shape[3] // 2)
+        q = oracle.Int4.unpack(q)
+    assert q.shape == x.shape
     assert scale.shape == zero.shape == params_shape(x, granularity, group)
     assert scale.dtype == zero.dtype == FP32
     assert (scale > 0).all()
@@ -92,6 +99,31 @@ def test_bits_and_limits(backend, device, options, qmin, qmax):
     q, _, _ = check(x, options, qmin, qmax)
     assert q.min() == qmin
     assert q.max() == qmax
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_two_codes_in_a_byte_serve_as_one_each(backend, device, granularity):
+    x = torch.randn(2, 2, 33, 64, device=device)
+    query, probs = torch.randn(2, 4, 3, 64, device=device), torch.rand(2, 4, 3, 33, device=device)
+    options = GRANULARITIES[granularity]
+    q, *pair = quantize_cache_v(x, 4, **options)
+    group = {"group_size": options.get("group_size")}
+    for of, packed in (
+        (partial(kvquant.dequantize_cache_torch, **group), q),
+        (partial(kvquant.qk_matmul, query, **group), q),
+        (partial(kvquant.pv_matmul, probs, **group), q),
+    ):
+        assert torch.equal(of(packed, *pair, bits=4), of(oracle.Int4.unpack(packed), *pair))
+    wide, *same = quantize_cache_v(x, qmax=15, **options)
+    assert torch.equal(oracle.Int4.unpack(q), wide)
+    assert all(map(torch.equal, pair, same))
+
+
+def test_four_bits_need_pairs_of_channels():
+    with pytest.raises(ValueError, match=r"x: 4 bits need an even head_dim .* got 5 and 15"):
+        quantize_cache_v(torch.zeros(1, 1, 1, 5), 4)
+    with pytest.raises(ValueError, match="codes up to 15, got 6 and 16"):
+        quantize_cache_v(torch.zeros(1, 1, 1, 6), 4, 16)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

@@ -81,3 +81,9 @@ def test_an_unknown_operation():
 def test_nothing_is_promised_that_a_call_refuses(options, error, named):
     with pytest.raises(error, match=named):
         explain(device="cpu", **options)
+
+
+def test_young_rows_are_explained():
+    found = explain(head_dim=128, device="cpu", format=CacheFormat.named("k4v4"))
+    assert found.details["young rows"].startswith("143616 bytes more")
+    assert found.details["bytes of a token and head"].startswith("136, ")

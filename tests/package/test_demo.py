@@ -222,7 +222,7 @@ def test_the_demo_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFi
     text = "".join(chr(33 + (7 * i * i + i) % 90) for i in range(200))
     figures = run(options, loaded=(Letters(), tiny_model(), text))
     assert json.loads(options.json.read_text()) == figures
-    names = {"bf16", "fp8", "int8_plain", "kvquant"}
+    names = {"bf16", "fp8", "int8_plain", "kvquant", "k8v4", "k4v4"}
     for key in ("quality", "key_bias"):
         assert set(figures[key]) == names
         assert all(set(score) == {"ppl", "kl", "top1"} for score in figures[key].values())

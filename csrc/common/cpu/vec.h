@@ -8,7 +8,9 @@
 // min(a, b) and max(a, b) give b where either is NaN, as the instructions do: min(x, bound) drops
 // a NaN, min(bound, x) keeps it.
 //
-// load_centered() reads bytes as q - 128.
+// load_centered() reads bytes as q - 128. load_nibbles() reads kWidth / 2 bytes as twice as many
+// codes, the low four bits of each byte first; load_nibbles_centered() as q - 8; store_nibbles()
+// writes codes from 0 to 15 like that.
 //
 // store_codes4(p, a, b, c, d, low, high) stores four vectors side by side as bytes, rounded half to
 // even and then within [low, high], 0 to 255. They are at most 2^21, or a NaN, which becomes low.

@@ -24,6 +24,12 @@ struct Vec {
     const __m128i centered = _mm_xor_si128(bytes, _mm_set1_epi8(-128));
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(centered))};
   }
+  static KVQUANT_INLINE Vec load_nibbles(const uint8_t* p) {
+    return {_mm256_cvtepi32_ps(nibbles(p))};
+  }
+  static KVQUANT_INLINE Vec load_nibbles_centered(const uint8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_sub_epi32(nibbles(p), _mm256_set1_epi32(8)))};
+  }
   static KVQUANT_INLINE Vec load_half(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
@@ -54,6 +60,25 @@ struct Vec {
     const __m128i words =
         _mm_packus_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+  }
+  KVQUANT_INLINE void store_nibbles(uint8_t* p) const {
+    const __m256i codes = _mm256_cvtps_epi32(v);
+    const __m256i pairs = _mm256_or_si256(codes, _mm256_srli_epi64(codes, 28));
+    const __m128i low = _mm256_castsi256_si128(pairs), high = _mm256_extracti128_si256(pairs, 1);
+    const __m128i first = _mm_unpacklo_epi8(low, high);  // bytes 0 1 . .: of qwords 0 and 2
+    const __m128i second = _mm_unpackhi_epi8(low, high);
+    const __m128i all = _mm_unpacklo_epi8(first, second);  // 0 1 2 3
+    const int word = _mm_cvtsi128_si32(all);
+    memcpy(p, &word, 4);
+  }
+
+ private:
+  static KVQUANT_INLINE __m256i nibbles(const uint8_t* p) {
+    int word;
+    memcpy(&word, p, 4);
+    const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+    return _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(word), shifts),
+                            _mm256_set1_epi32(15));
   }
 };
 

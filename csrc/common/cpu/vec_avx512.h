@@ -27,6 +27,14 @@ struct Vec {
     const __m128i centered = _mm_xor_si128(bytes, _mm_set1_epi8(-128));
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(centered))};
   }
+  static KVQUANT_INLINE Vec load_nibbles(const uint8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_and_si512(nibbles(p), _mm512_set1_epi32(15)))};
+  }
+  static KVQUANT_INLINE Vec load_nibbles_centered(const uint8_t* p) {
+    // The permutation looks at four bits of each index alone: it is the conversion.
+    const __m512 codes = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    return {_mm512_permutexvar_ps(nibbles(p), codes)};
+  }
   static KVQUANT_INLINE Vec load_half(const uint16_t* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
@@ -60,6 +68,22 @@ struct Vec {
   // Low bytes of the values, rounded half to even.
   KVQUANT_INLINE void store_codes(uint8_t* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+  }
+  KVQUANT_INLINE void store_nibbles(uint8_t* p) const {
+    const __m512i codes = _mm512_cvtps_epi32(v);
+    const __m512i pairs = _mm512_or_si512(codes, _mm512_srli_epi64(codes, 28));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm512_cvtepi64_epi8(pairs));
+  }
+
+ private:
+  // Sixteen of four bits each, below others of no meaning.
+  static KVQUANT_INLINE __m512i nibbles(const uint8_t* p) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    const __m512i words = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    const __m512i shifts =
+        _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    return _mm512_srlv_epi32(_mm512_permutexvar_epi32(words, _mm512_castsi128_si512(bytes)),
+                             shifts);
   }
 };
 

@@ -23,6 +23,10 @@ struct Vec {
     const int8x8_t centered = vreinterpret_s8_u8(veor_u8(bytes, vdup_n_u8(0x80)));
     return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(centered))))};
   }
+  static KVQUANT_INLINE Vec load_nibbles(const uint8_t* p) { return {vcvtq_f32_s32(nibbles(p))}; }
+  static KVQUANT_INLINE Vec load_nibbles_centered(const uint8_t* p) {
+    return {vcvtq_f32_s32(vsubq_s32(nibbles(p), vdupq_n_s32(8)))};
+  }
   static KVQUANT_INLINE Vec load_half(const uint16_t* p) {
     return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))};
   }
@@ -51,8 +55,21 @@ struct Vec {
     const uint8x8_t bytes = vmovn_u16(vcombine_u16(words, words));
     memcpy(p, &bytes, 4);
   }
+  KVQUANT_INLINE void store_nibbles(uint8_t* p) const {
+    const int32_t shifts[4] = {0, 4, 8, 12};
+    const uint32x4_t codes = vreinterpretq_u32_s32(vcvtnq_s32_f32(v));
+    const uint16_t word = uint16_t(vaddvq_u32(vshlq_u32(codes, vld1q_s32(shifts))));
+    memcpy(p, &word, 2);
+  }
 
  private:
+  static KVQUANT_INLINE int32x4_t nibbles(const uint8_t* p) {
+    uint16_t word;
+    memcpy(&word, p, 2);
+    const int32_t shifts[4] = {0, -4, -8, -12};
+    const uint32x4_t apart = vshlq_u32(vdupq_n_u32(word), vld1q_s32(shifts));
+    return vreinterpretq_s32_u32(vandq_u32(apart, vdupq_n_u32(15)));
+  }
   static KVQUANT_INLINE uint8x8_t four_bytes(const uint8_t* p) {
     uint32_t word;
     memcpy(&word, p, 4);

@@ -63,6 +63,12 @@ struct Vec {
     return {Floats{float(int(p[0]) - 128), float(int(p[1]) - 128), float(int(p[2]) - 128),
                    float(int(p[3]) - 128)}};
   }
+  static KVQUANT_INLINE Vec load_nibbles(const uint8_t* p) {
+    return {Floats{float(p[0] & 15), float(p[0] >> 4), float(p[1] & 15), float(p[1] >> 4)}};
+  }
+  static KVQUANT_INLINE Vec load_nibbles_centered(const uint8_t* p) {
+    return {load_nibbles(p).v - 8.f};
+  }
   static KVQUANT_INLINE Vec load_half(const uint16_t* p) {
     return {
         Floats{half_to_float(p[0]), half_to_float(p[1]), half_to_float(p[2]), half_to_float(p[3])}};
@@ -83,6 +89,11 @@ struct Vec {
   KVQUANT_INLINE void store_codes(uint8_t* p) const {
     const Ints codes = bits(v + 12582912.f);
     for (int i = 0; i < 4; ++i) p[i] = uint8_t(codes[i]);
+  }
+  KVQUANT_INLINE void store_nibbles(uint8_t* p) const {
+    uint8_t codes[4];
+    store_codes(codes);
+    p[0] = uint8_t(codes[0] | codes[1] << 4), p[1] = uint8_t(codes[2] | codes[3] << 4);
   }
 };
 

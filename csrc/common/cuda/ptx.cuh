@@ -37,6 +37,12 @@ __device__ __forceinline__ uint2 load_stream<uint2>(const void* p) {
                : "l"(p));
   return u;
 }
+template <>
+__device__ __forceinline__ uint32_t load_stream<uint32_t>(const void* p) {
+  uint32_t u;
+  asm volatile("ld.global.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(u) : "l"(p));
+  return u;
+}
 // Bytes whose cache line other warps need too.
 template <class T = uint4>
 __device__ __forceinline__ T load_keep(const void* p);
@@ -62,6 +68,26 @@ __device__ __forceinline__ T load_piece(const uint8_t* p) {
   } else {
     return load_stream<T>(p);
   }
+}
+// This lane's number, which the assembler has to keep in a register: it would work it out anew at
+// each use, but does not know where a shuffle's result comes from.
+__device__ __forceinline__ uint32_t kept(uint32_t x) { return __shfl_xor_sync(0xffffffffu, x, 0); }
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return uint32_t(__cvta_generic_to_shared(p));
+}
+template <class T>
+__device__ __forceinline__ T load_shared(uint32_t address) {
+  T x;
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(reinterpret_cast<uint32_t&>(x)) : "r"(address));
+  } else {
+    static_assert(sizeof(T) == 16);
+    uint4& u = reinterpret_cast<uint4&>(x);
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(u.x), "=r"(u.y), "=r"(u.z), "=r"(u.w)
+                 : "r"(address));
+  }
+  return x;
 }
 // A word, asked for where this stands: the compiler would move an ordinary load to its use.
 __device__ __forceinline__ int load_early(const int* p) {
@@ -111,7 +137,8 @@ __device__ __forceinline__ void wait_copies(int left) {
 template <int kCount, class T>
 __device__ __forceinline__ void store_vector(T* p, const T* x) {
   constexpr int kBytes = kCount * sizeof(T);
-  using Short = std::conditional_t<kBytes == 4, uint32_t, uint16_t>;
+  using Byte = std::conditional_t<kBytes == 2, uint16_t, uint8_t>;
+  using Short = std::conditional_t<kBytes == 4, uint32_t, Byte>;
   using Word =
       std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, Short>>;
   static_assert(sizeof(Word) == kBytes);
@@ -229,11 +256,14 @@ __device__ __forceinline__ uint32_t mul_halves(uint32_t a, uint32_t b) {
   asm("mul.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
   return x;
 }
+__device__ __forceinline__ uint32_t sub_halves(uint32_t a, uint32_t b) {
+  uint32_t x;
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
+  return x;
+}
 // 1024 + q to q - 128, exactly.
 __device__ __forceinline__ uint32_t centered(uint32_t codes) {
-  uint32_t x;
-  asm("sub.f16x2 %0, %1, %2;" : "=r"(x) : "r"(codes), "r"(0x64806480u));
-  return x;
+  return sub_halves(codes, 0x64806480u);
 }
 
 __device__ __forceinline__ uint32_t half2_bits(__half2 x) {

@@ -54,6 +54,8 @@ __device__ __forceinline__ float mask_scores(const AttentionCall& p,
 // on their way while one is worked on.
 template <class Traits>
 struct MainLoop {
+  using Bases = typename LoadPipeline<Traits>::Bases;
+
   const AttentionCall& p;
   const Paging& paging;
   LoadPipeline<Traits> pipeline;
@@ -73,7 +75,8 @@ struct MainLoop {
     pipeline.find(rows.head, rings, p.stages);
   }
   // From `begin` on: asks for the first pieces, as many as have room.
-  __device__ __forceinline__ void start(const RowTile& rows, int first_block, int begin, int end) {
+  __device__ __forceinline__ void start(const RowTile& rows, const Bases& k_bases,
+                                        const Bases& v_bases, int first_block, int begin, int end) {
     this->end = end;
     token = begin + warp * kTile * Traits::kTiles;
 #pragma unroll
@@ -81,8 +84,8 @@ struct MainLoop {
     for (int i = 0; i < pipeline.stages(); ++i) {
       const int at = token + i * Traits::kStep;
       find_blocks(at, block);
-      load_keys(at, block);
-      load_values(at, block);
+      load_keys(at, k_bases, block);
+      load_values(at, v_bases, block);
     }
     clean_begin = p.softcap == 0.f && !p.alibi_slopes ? rows.all_begin : 1 << 30;
     clean_end = rows.all_end - kTile;
@@ -97,27 +100,31 @@ struct MainLoop {
                                table[min((at + u * kTile) >> paging.shift, p.seqs.max_blocks - 1)]);
     }
   }
-  __device__ __forceinline__ void load_keys(int at, const int (&blocks)[Traits::kTiles]) {
+  __device__ __forceinline__ void load_keys(int at, const Bases& bases,
+                                            const int (&blocks)[Traits::kTiles]) {
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) {
       if (at + u * kTile >= end) break;
-      pipeline.load_keys(u, blocks[u], (at + u * kTile) & paging.mask);
+      pipeline.load_keys(u, bases, blocks[u], (at + u * kTile) & paging.mask);
     }
   }
-  __device__ __forceinline__ void load_values(int at, const int (&blocks)[Traits::kTiles]) {
+  __device__ __forceinline__ void load_values(int at, const Bases& bases,
+                                              const int (&blocks)[Traits::kTiles]) {
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) {
       if (at + u * kTile >= end) break;
-      pipeline.load_values(u, blocks[u], (at + u * kTile) & paging.mask);
+      pipeline.load_values(u, bases, blocks[u], (at + u * kTile) & paging.mask);
     }
     pipeline.commit_stage();
   }
   // Takes the pieces before `until`. shared.mean_scores are of groups from first_group on.
   __device__ __forceinline__ void run(const AttentionShared<Traits>& shared,
                                       const Query<Traits>& query, int first_group, int until,
-                                      Accumulator<Traits>& acc) {
+                                      int new_tokens, Accumulator<Traits>& acc) {
     const int g = query.g, t = query.t;
-    const float* const mean_scores = &shared.mean_scores[0][g] - first_group * Traits::kRows;
+    const uint32_t mean_scores =
+        kept(shared_address(&shared.mean_scores[0][g])) - first_group * Traits::kRows * 4;
+    const uint32_t k_bases = shared_address(&shared.k_bases), v_bases = k_bases + sizeof(Bases);
     while (token < until) {
       const int next = token + pipeline.stages() * Traits::kStep;
       int next_block[Traits::kTiles];
@@ -127,14 +134,14 @@ struct MainLoop {
       pipeline.wait_stage();
       float score[Traits::kTiles][Traits::kRowSets][4], v_scale = 0.f;
       TileParams<typename Traits::Value> v_params[Traits::kTiles];
-      const int new_tokens = shared.new_tokens.begin;
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) {
         const int at = token + u * kTile;
         float dot[Traits::kRowSets];
 #pragma unroll
         for (int r = 0; r < Traits::kRowSets; ++r) {
-          dot[r] = mean_scores[(at >> paging.group_shift) * Traits::kRows + 8 * r];
+          dot[r] = load_shared<float>(mean_scores +
+                                      ((at >> paging.group_shift) * Traits::kRows + 8 * r) * 4);
         }
         if (at + kTile > new_tokens) pipeline.take_new(u, at, shared.new_tokens);
         mma_qk(pipeline.keys(u), query, dot, score[u]);
@@ -153,7 +160,7 @@ struct MainLoop {
           }
         }
       }
-      load_keys(next, next_block);
+      load_keys(next, Bases::load(k_bases), next_block);
       float best[Traits::kRowSets];
 #pragma unroll
       for (int r = 0; r < Traits::kRowSets; ++r) {
@@ -167,7 +174,7 @@ struct MainLoop {
       acc.rescale(best, v_scale, t);
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) acc.add(score[u], v_params[u], pipeline.values(u));
-      load_values(next, next_block);
+      load_values(next, Bases::load(v_bases), next_block);
       if (token / Traits::kStep % Accumulator<Traits>::kFlush == 0) acc.flush();
       token += Traits::kStep;
 #pragma unroll
@@ -256,11 +263,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   };
   if (Traits::kHeld) ask_means(begin);
   new_tokens.begin(new_begin, new_end);
-  loop.start(rows, first_block, begin, end);
+  using Bases = typename LoadPipeline<Traits>::Bases;
+  const auto k_bases = Bases::of(p.cache.k, rows.head), v_bases = Bases::of(p.cache.v, rows.head);
+  loop.start(rows, k_bases, v_bases, first_block, begin, end);
   if (!Traits::kHeld) ask_means(begin);
   const int from_last = Traits::kThreads - 1 - threadIdx.x;
   if (from_last == 0) {
     shared.rows = rows;
+    shared.k_bases = k_bases, shared.v_bases = v_bases;
     shared.new_tokens.begin = new_begin, shared.new_tokens.end = new_end;
   }
   if (from_last < Traits::kRows) shared.views[from_last] = rows.view(p, from_last);
@@ -277,7 +287,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   for (int from = begin;;) {
     means.multiply(query, shared.mean_scores);
     __syncthreads();
-    loop.run(shared, query, from >> paging.group_shift, min(end, from + reach), acc);
+    loop.run(shared, query, from >> paging.group_shift, min(end, from + reach), new_begin, acc);
     from += reach;
     if (from >= end) break;
     ask_means(from);

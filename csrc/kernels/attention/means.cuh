@@ -93,7 +93,7 @@ struct GroupMeans {
     float c[2][Traits::kFragments][4] = {};
 #pragma unroll
     for (int step = 0; step < Traits::kDim / 32; ++step) {
-      const uint4 mean = piece(step);
+      const uint4 mean = Keys::in_order(piece(step));
 #pragma unroll
       for (int f = 0; f < Traits::kFragments; ++f) {
         uint4 a = query.fragment(f, step);  // signed bytes, to fp16

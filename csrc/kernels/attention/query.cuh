@@ -197,7 +197,8 @@ struct AttentionTraits {
   // float32 weights are kept as fp16 and what fp16 left of them.
   static constexpr bool kSplit = std::is_same_v<T, float>;
   static constexpr int kQueryLimbs = kSplit ? 3 : 2;  // bytes of a query's integer
-  static constexpr InstanceShape kShape = instance_shape(kHeadDim, kRowCount, kSplit, kOccupancy);
+  static constexpr InstanceShape kShape =
+      instance_shape(kHeadDim, pair_bits<Key, Value>(), kRowCount, kSplit, kOccupancy);
   static constexpr int kDim = kHeadDim;
   static constexpr int kRows = kRowCount;  // query rows of a block
   static constexpr int kWarps = kShape.warps;
@@ -254,10 +255,21 @@ struct QueryShared {
   // Bytes of neighbouring channels from c on, which is a multiple of their number.
   template <class Bytes>
   __device__ __forceinline__ void put(int row, int c, Bytes bytes) {
-    const OperandPlace place = KeyTile<typename Traits::Key, Traits::kDim>::place(c);
+    if constexpr (Keys::kInOrder) {
+      *reinterpret_cast<Bytes*>(byte(row, c)) = bytes;
+    } else {
+#pragma unroll
+      for (int i = 0; i < int(sizeof(Bytes)); ++i) *byte(row, c + i) = uint8_t(bytes >> 8 * i);
+    }
+  }
+
+ private:
+  using Keys = KeyTile<typename Traits::Key, Traits::kDim>;
+
+  __device__ __forceinline__ uint8_t* byte(int row, int c) {
+    const OperandPlace place = Keys::place(c);
     uint4& at = words[row / 16][place.step][row % 8 * 4 + place.lane];
-    *reinterpret_cast<Bytes*>(reinterpret_cast<uint8_t*>(&at) + place.byte / 4 * 8 +
-                              row % 16 / 8 * 4 + place.byte % 4) = bytes;
+    return reinterpret_cast<uint8_t*>(&at) + place.byte / 4 * 8 + row % 16 / 8 * 4 + place.byte % 4;
   }
 };
 
@@ -372,18 +384,19 @@ __device__ __forceinline__ void prepare_query(const AttentionCall& p, const RawQ
 // A lane's view of the query.
 template <class Traits>
 struct Query {
-  const QueryShared<Traits>& shared;
+  uint32_t words;  // this lane's first ones
   RowScale scale[Traits::kRowSets];
   int g, t;
 
   __device__ __forceinline__ Query(const QueryShared<Traits>& from, const RowScale* scales, int g,
                                    int t)
-      : shared(from), g(g), t(t) {
+      : words(kept(shared_address(&from.words[0][0][threadIdx.x & 31]))), g(g), t(t) {
 #pragma unroll
     for (int r = 0; r < Traits::kRowSets; ++r) scale[r] = scales[g + 8 * r];
   }
   __device__ __forceinline__ uint4 fragment(int f, int step) const {
-    return shared.words[f][step][threadIdx.x & 31];
+    return load_shared<uint4>(words +
+                              (f * QueryShared<Traits>::kSteps + step) * 32 * sizeof(uint4));
   }
 };
 

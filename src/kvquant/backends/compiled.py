@@ -43,6 +43,7 @@ def seqs_twin(seqs: Sequences) -> Any:
             cu_seqlens_q=0 if cu is None else cu.data_ptr(),
             max_seqlen_q=seqs.max_seqlen_q,
             advance=seqs.advance,
+            young=(0, 0, 0) if seqs.young is None else _field(seqs.young),
             table_stride=table.stride(0),
             batch=table.shape[0],
             max_blocks=table.shape[1],
@@ -248,7 +249,9 @@ class Compiled(AffineBackend):
         """Addresses of partial results and of counters, and what keeps them alive."""
         return 0, 0, None
 
-    def refuses(self, device: torch.device, view: ViewSpec | None = None) -> str | None:
+    def refuses(
+        self, device: torch.device, view: ViewSpec | None = None, by_age: bool = False
+    ) -> str | None:
         if reason := self.unavailable(device):
             return reason
         if view is None:
@@ -256,7 +259,7 @@ class Compiled(AffineBackend):
         return _refusal(view.k_format.name, view.v_format.name, view.head_dim, view.v_head_dim)
 
     def prepare(self, problem: Problem) -> Prepared | str:
-        if reason := self.refuses(problem.query.device, problem.view):
+        if reason := self.refuses(problem.query.device, problem.view, problem.seqs.by_age):
             return reason
         call = CompiledCall(self, problem)
         for argument, why in call.refusals:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats.int8 import MAX_ABS
+from ..formats.affine import MAX_ABS
 from ..view import CacheView, Options, Sequences, ViewSpec
 from .base import Backend, Outputs, Prepared, Problem
+from .reference_age import Held, append_by_age, open_start, read_from, young_rows
 from .reference_rows import KEYS, chunks, dequantize, pv_matmul, qk_matmul, quantize, rotate
 
 __all__ = ["REFERENCE"]
@@ -27,7 +28,8 @@ _QUERIES = 256  # query tokens at a time
 class _Memory:
     """One layer's tensors, read and written by token."""
 
-    def __init__(self, view: CacheView) -> None:
+    def __init__(self, view: CacheView, seqs: Sequences | None = None) -> None:
+        self.young = young_rows(view, seqs)
         self.view, self.group, self.block_size = view, view.mean_group, view.block_size
         self.k_rotation, self.v_rotation = (
             rows.format.rotation(rows.head_dim) for rows in (view.k, view.v)
@@ -45,22 +47,27 @@ class _Memory:
         inside &= (block >= 0) & (block < self.view.num_blocks)
         return block.where(inside, 0), (tokens % self.block_size).where(inside, 0), inside
 
-    def keys(self, table: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def keys(self, held: Held, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Keys ``(tokens, heads, dim)`` as stored, not rotated back, and which there are."""
-        block, row, there = self.find(table, tokens)
+        block, row, there = self.find(held.table, tokens)
         k = self.view.k
         x = k.format.decode(k.codes[block, :, row], k.params[block, :, row])
+        if self.young is not None:
+            x = self.young.read(self.young.view.k, held, tokens, x)
         if self.mean is not None:
-            home, start, known = self.find(table, tokens // self.group * self.group)
+            home, start, known = self.find(held.table, tokens // self.group * self.group)
             mean = self.mean[home, :, start // self.group].float()
             x = x + mean.where(known[:, None, None], 0)
         return x, there
 
-    def values(self, table: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def values(self, held: Held, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Like `keys`."""
-        block, row, there = self.find(table, tokens)
+        block, row, there = self.find(held.table, tokens)
         v = self.view.v
-        return v.format.decode(v.codes[block, :, row], v.params[block, :, row]), there
+        x = v.format.decode(v.codes[block, :, row], v.params[block, :, row])
+        if self.young is not None:
+            x = self.young.read(self.young.view.v, held, tokens, x)
+        return x, there
 
 
 def _call_rows(seqs: Sequences, total: int, rows: Tensor) -> list[tuple[int, int]]:
@@ -82,7 +89,7 @@ def _append(
     slot_mapping: Tensor | None,
 ) -> list[int]:
     """Store rows; how many came of each sequence."""
-    memory = _Memory(view)
+    memory = _Memory(view, seqs)
     total = key.shape[0] if key.dim() == 3 else key.shape[0] * key.shape[1]
     keys, values = (x.reshape(total, *x.shape[-2:]) for x in (key, value))
     if seqs is None:  # by slots alone: whose rows they are does not matter
@@ -110,10 +117,21 @@ def _append(
         y = rotate(new_keys, memory.k_rotation)
         if memory.mean is not None and table is not None:
             usable = finite & (there & (tokens >= starts[b]))[:, None, None]
-            means = _group_means(memory, table, new_keys, usable, lengths[b], starts[b])
+            held = Held(table, b, open_start(memory.young.group, lengths[b]) if memory.young else 0)
+            means = _group_means(memory, held, new_keys, usable, lengths[b], starts[b])
             y = y - means[tokens // memory.group - lengths[b] // memory.group]
-        block, row = block[there], row[there]
         k, v = view.k, view.v
+        if memory.young is not None:
+            span = lengths[b], lengths[b] + count
+            first = open_start(memory.young.group, lengths[b])
+            at = torch.arange(first, span[1], device=key.device)
+            places = at, *memory.find(table, at)
+            young, values_in = memory.young.view, rotate(new_values, memory.v_rotation)
+            fine = (new_values.abs() <= MAX_ABS).all(-1, keepdim=True)
+            append_by_age(memory.young, (k, young.k), places, b, *span, y, finite)
+            append_by_age(memory.young, (v, young.v), places, b, *span, values_in, fine)
+            continue
+        block, row = block[there], row[there]
         k.codes[block, :, row], k.params[block, :, row] = (
             part[there] for part in k.format.encode(y, finite)
         )
@@ -128,22 +146,22 @@ def _append(
 
 
 def _group_means(
-    memory: _Memory, table: Tensor, keys: Tensor, usable: Tensor, length: int, start: int
+    memory: _Memory, held: Held, keys: Tensor, usable: Tensor, length: int, start: int
 ) -> Tensor:
     """Means ``(groups, heads, dim)`` of the groups of new rows; those that begin are stored."""
     assert memory.mean is not None
     group, count = memory.group, keys.shape[0]
     means = []
     for g in range(length // group, (length + count - 1) // group + 1):
-        block, row, there = memory.find(table, torch.tensor([g * group], device=keys.device))
+        block, row, there = memory.find(held.table, torch.tensor([g * group], device=keys.device))
         if g * group < length:
             mean = memory.mean[block, :, row // group].float()
             mean = mean[0].where(there, 0)
         else:
-            total, rows = _sum_rows(memory, table, keys, usable, length, start, (g - 1) * group)
+            total, rows = _sum_rows(memory, held, keys, usable, length, start, (g - 1) * group)
             mean = total / rows.clamp_min(1)
             if not bool(rows.all()):
-                own, own_rows = _sum_rows(memory, table, keys, usable, length, start, g * group)
+                own, own_rows = _sum_rows(memory, held, keys, usable, length, start, g * group)
                 own = (own / own_rows.clamp_min(1)).where(own_rows >= _MIN_MEAN_ROWS, 0)
                 mean = mean.where(rows > 0, own)
             mean = mean.clamp(-MAX_ABS, MAX_ABS).half()
@@ -155,7 +173,7 @@ def _group_means(
 
 def _sum_rows(
     memory: _Memory,
-    table: Tensor,
+    held: Held,
     keys: Tensor,
     usable: Tensor,
     length: int,
@@ -171,7 +189,7 @@ def _sum_rows(
     first, last = max(begin, start), min(end, length)
     if first < last:
         old = torch.arange(first, last, device=keys.device)
-        stored, there = memory.keys(table, old)
+        stored, there = memory.keys(held, old)
         known = there[:, None, None] & ~stored.isnan().any(-1, keepdim=True)
         total, rows = total + stored.where(known, 0).sum(0), rows + known.sum(0)
     return total, rows
@@ -243,7 +261,8 @@ class _Call(Prepared):
         lse: Tensor | None,
         spans: list[tuple[int, int]],
     ) -> None:
-        memory = _Memory(view)
+        memory = _Memory(view, seqs)
+        group = memory.young.group if memory.young else 1
         heads, kv_heads = query.shape[-2], view.num_kv_heads
         share = (kv_heads, heads // kv_heads, 1, 1)
         slopes = None if alibi_slopes is None else alibi_slopes.reshape(share)
@@ -252,6 +271,7 @@ class _Call(Prepared):
         total = query.shape[0] if is_packed else query.shape[0] * query.shape[1]
         for b, (first, count) in enumerate(_call_rows(seqs, total, query)):
             start, length = spans[b]
+            held = Held(seqs.block_table[b], b, read_from(group, length, count))
             for begin, end in chunks(count, _QUERIES):
                 if is_packed:
                     rows: Any = slice(first + begin, first + end)
@@ -263,9 +283,7 @@ class _Call(Prepared):
                 if sinks is not None:
                     top = sinks.reshape(share).expand_as(top)
                 span = (start, length, length - count + begin)
-                acc, log_sum = _attend(
-                    memory, seqs.block_table[b], x, top, sinks is not None, span, rules
-                )
+                acc, log_sum = _attend(memory, held, x, top, sinks is not None, span, rules)
                 acc = rotate(acc, memory.v_rotation)
                 out[rows] = acc.flatten(0, 1).transpose(0, 1).to(query.dtype)
                 if lse is not None:
@@ -274,7 +292,7 @@ class _Call(Prepared):
 
 def _attend(
     memory: _Memory,
-    table: Tensor,
+    held: Held,
     query: Tensor,
     top: Tensor,
     has_sink: bool,
@@ -297,8 +315,8 @@ def _attend(
     acc = torch.zeros(*query.shape[:3], v_dim, dtype=torch.float32, device=query.device)
     for begin in range(first, end, KEYS):
         tokens = torch.arange(begin, min(begin + KEYS, end), device=query.device)
-        key, there = memory.keys(table, tokens)
-        value, _ = memory.values(table, tokens)
+        key, there = memory.keys(held, tokens)
+        value, _ = memory.values(held, tokens)
         visible = there.expand(n, -1)
         if options.causal:
             visible = visible & (tokens <= at)
@@ -327,7 +345,9 @@ def _attend(
 class _Reference(Backend):
     name = "reference"
 
-    def refuses(self, device: torch.device, view: ViewSpec | None = None) -> str | None:
+    def refuses(
+        self, device: torch.device, view: ViewSpec | None = None, by_age: bool = False
+    ) -> str | None:
         return None
 
     def prepare(self, problem: Problem) -> Prepared:
@@ -344,8 +364,10 @@ class _Reference(Backend):
         _append(key, value, view, seqs, slot_mapping)
 
     def gather(self, view: CacheView, seqs: Sequences, key: Tensor, value: Tensor) -> None:
-        memory, tokens = _Memory(view), key.shape[1]
+        memory, tokens = _Memory(view, seqs), key.shape[1]
+        group = memory.young.group if memory.young else 1
         for b, (start, length) in enumerate(_lengths(seqs, memory.block_size)):
+            held = Held(seqs.block_table[b], b, open_start(group, length))
             for out, read, rotation in (
                 (key, memory.keys, memory.k_rotation),
                 (value, memory.values, memory.v_rotation),
@@ -354,7 +376,7 @@ class _Reference(Backend):
                 for begin in range(start, min(length, tokens), KEYS):
                     end = min(begin + KEYS, length, tokens)
                     at = torch.arange(begin, end, device=out.device)
-                    x, there = read(seqs.block_table[b], at)
+                    x, there = read(held, at)
                     x = rotate(x.where(there[:, None, None], 0), rotation)
                     out[b, begin:end] = x.to(out.dtype)
 

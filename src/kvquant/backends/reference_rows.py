@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats.int8 import MAX_ABS, MIN_SCALE
+from ..formats.affine import MAX_ABS, MIN_SCALE
 
 __all__ = [
     "KEYS",

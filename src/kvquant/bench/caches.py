@@ -60,11 +60,11 @@ class RandomCache:
     @property
     def read_bytes(self) -> int:
         """Bytes that attention over all tokens must read."""
-        k, v = self.view.k.codes, self.view.v.codes
-        tokens = int(self.seq_lens.sum()) * k.shape[1]
-        group = self.view.format.key_mean
-        means = tokens // group * k.shape[3] * 2 if group else 0
-        return tokens * self.view.format.row_bytes(k.shape[3], v.shape[3]) + means
+        view = self.view
+        tokens = int(self.seq_lens.sum()) * view.num_kv_heads
+        group = view.format.key_mean
+        means = tokens // group * view.k.head_dim * 2 if group else 0
+        return tokens * view.format.row_bytes(view.k.head_dim, view.v.head_dim) + means
 
     def attend(self, query: Tensor, **options: Any) -> Tensor:
         """`kvquant.attention` on this layer."""

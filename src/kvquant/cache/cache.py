@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal, overload
 
@@ -23,7 +24,7 @@ from ..arguments import (
 )
 from ..calls import check_append, check_out
 from ..checks import check_index, check_packed, check_rows
-from ..functional import gather
+from ..functional import gather_rows
 from ..plan import AnyPlan, AttentionOptions, planned
 from ..view import CacheView, Options, Sequences
 from . import files, serialize
@@ -33,6 +34,7 @@ from .sequences import CacheSequences
 from .serialize import LayerPast
 from .state import CacheState
 from .window import check_window, first_stored
+from .young import pieces
 
 __all__ = ["QuantizedKVCache"]
 
@@ -108,7 +110,7 @@ class QuantizedKVCache(CacheSequences):
             self._expect(layer, counts, cu_seqlens is not None)
             try:
                 if ops.is_plain(key):
-                    backend = backends.select("append_", view.device, view.spec)
+                    backend = backends.select("append_", view.device, view.spec, seqs.spec.by_age)
                     backend.append(key, value, view, seqs, None)
                 else:
                     ops.append(key, value, view, seqs, None)
@@ -221,6 +223,7 @@ class QuantizedKVCache(CacheSequences):
                         return plan.launch(query, view, seqs, None, None)
                 elif (
                     state.room[layer] >= (tokens := key.shape[1])
+                    and tokens <= state.most_at_once
                     and not (exact_prompt and tokens > 1 and not state.lengths.high[layer])
                     and ops.is_plain(query)
                 ):
@@ -259,6 +262,17 @@ class QuantizedKVCache(CacheSequences):
         for name, x in vectors.items():
             check_index(name, x, query.shape[-2], self.device, torch.float32)
         check_out(out, None, query, state.config.v_head_dim)
+        if key is not None and cu_seqlens_q is None and plan.backend != "torch":
+            fed = pieces(state.config.format, state.lengths.high[layer], counts[0])
+            if len(fed) > 1 and value is not None:
+                self._with_room(layer, seqs, counts)
+                numbers = {
+                    "softmax_scale": softmax_scale, "causal": causal, "softcap": softcap,
+                    "sliding_window": sliding_window, "split_size": split_size, **vectors,
+                }  # fmt: skip
+                return self._attend_in_pieces(
+                    fed, layer, query, key, value, out, return_lse, numbers
+                )
         with state.pool.lock if state.pool.is_shared else nullcontext():
             was_stale = state.lengths.stale
             view = state.view(layer)
@@ -281,6 +295,32 @@ class QuantizedKVCache(CacheSequences):
                 self._known.clear()
             self._known[asked] = plan
         return result
+
+    def _attend_in_pieces(
+        self,
+        pieces: list[tuple[int, int]],
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor | None,
+        return_lse: bool,
+        options: dict[str, Any],
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """A call by age whose tokens fill several groups: each reads its own while it is young."""
+        found = [
+            self.attend(
+                layer, *(x[:, begin:end] for x in (query, key, value)),
+                out=None if out is None else out[:, begin:end], return_lse=return_lse,
+                exact_prompt=False, **options,
+            )
+            for begin, end in pieces
+        ]  # fmt: skip
+        parts = [[x] if isinstance(x, Tensor) else [*x] for x in found]
+        joined = [torch.cat(of, 1) for of in zip(*parts, strict=True)]
+        if out is not None:
+            joined[0] = out
+        return (joined[0], joined[1]) if return_lse else joined[0]
 
     def _known_plan(self, asked: tuple[Any, ...]) -> AnyPlan | None:
         """The last plan with these options; a tensor or a list in a number's place has none."""
@@ -322,7 +362,7 @@ class QuantizedKVCache(CacheSequences):
             counts = [most] * batch
         plain = state.seqs(layer)
         return Sequences(
-            plain.block_table, plain.seq_lens, plain.seq_starts, cu, max(1, most), advance=True
+            plain.block_table, plain.seq_lens, plain.seq_starts, cu, max(1, most), True, plain.young
         ), counts
 
     def _with_room(
@@ -338,7 +378,7 @@ class QuantizedKVCache(CacheSequences):
         elif seqs.block_table is not plain.block_table:
             seqs = Sequences(
                 plain.block_table, plain.seq_lens, plain.seq_starts, seqs.cu_seqlens_q,
-                seqs.max_seqlen_q, advance=True,
+                seqs.max_seqlen_q, True, plain.young,
             )  # fmt: skip
         return state.view(layer), seqs
 
@@ -376,14 +416,8 @@ class QuantizedKVCache(CacheSequences):
         check_float_dtype("dtype", dtype)
         state.settle()
         with state.pool.lock:
-            return gather(
-                state.view(layer),
-                block_table=state.blocks.table,
-                seq_lens=state.lengths.lens[layer],
-                seq_starts=first_stored(state),
-                tokens=state.lengths.high[layer],
-                dtype=dtype,
-            )
+            seqs = replace(state.seqs(layer), seq_starts=first_stored(state), advance=False)
+            return gather_rows(state.view(layer), seqs, state.lengths.high[layer], dtype)
 
     def layer_past(self, layer: int) -> LayerPast:
         """A layer as Qwen's original code has it: ``x ~ scale * (q - zero)``.

@@ -17,7 +17,7 @@ from ..errors import CacheFullError
 from ..formats import CacheFormat
 from .blocks import ceil_to
 from .config import CacheConfig
-from .serialize import VERSION, blocks_for, check_state, restore, state_dict
+from .serialize import blocks_for, check_state, restore, state_dict, version_of
 from .state import CacheState
 
 __all__ = ["load", "save"]
@@ -28,7 +28,8 @@ _SIZES = (  # in the header, as in CacheConfig
     "num_layers", "batch_size", "num_kv_heads", "head_dim", "v_head_dim", "max_seq_len",
     "block_size", "num_blocks",
 )  # fmt: skip
-_FORMAT = ("bits", "key_rotation", "key_mean", "value_rotation")
+_OPTIONS = ("key_rotation", "key_mean", "value_rotation")
+_FORMAT = {1: ("bits", *_OPTIONS), 2: ("key", "value", *_OPTIONS, "by_age")}  # by version
 # A cache may take this many times the bytes of its file, and some: blocks of 256 tokens with one
 # in each are the natural worst case.
 _MOST_TIMES, _MOST_MORE = 256, 32 << 20
@@ -57,10 +58,11 @@ def save(state: CacheState, dtype: torch.dtype, path: str | os.PathLike[str]) ->
     name = _name_of(path)
     _, files = _safetensors()
     config = state.config
+    version = version_of(config.format)
+    format = {field: getattr(config.format, field, 8) for field in _FORMAT[version]}
     header = {
-        "version": VERSION,
-        "format": {"bits": config.format.rows[0].bits}
-        | {field: getattr(config.format, field) for field in _FORMAT[1:]},
+        "version": version,
+        "format": format,
         **{field: getattr(config, field) for field in _SIZES},
         "dtype": str(dtype).removeprefix("torch."),
     }
@@ -139,12 +141,12 @@ def _read_header(
         require(isinstance(header, dict), "it is no object")
         version = header.pop("version")
         require(
-            type(version) is int and version == VERSION,
-            f"file version {version}, but this kvquant reads {VERSION}",
+            type(version) is int and version in _FORMAT,
+            f"file version {version}, but this kvquant reads {', '.join(map(str, _FORMAT))}",
         )
         fields, dtype = header.pop("format"), _DTYPES[header.pop("dtype")]
         require(isinstance(fields, dict), "format is no object")
-        for found, wanted in ((header.keys(), {*_SIZES}), (fields.keys(), {*_FORMAT})):
+        for found, wanted in ((header.keys(), {*_SIZES}), (fields.keys(), {*_FORMAT[version]})):
             missing, unknown = sorted(wanted - found), sorted(found - wanted)
             require(not (missing or unknown), f"missing {missing}, unknown {unknown}")
     except (KeyError, RecursionError, TypeError, ValueError) as error:
@@ -153,9 +155,17 @@ def _read_header(
     if "block_size" in chosen and isinstance(size, int) and isinstance(blocks, int):
         header["num_blocks"] = ceil_to(blocks * size, chosen["block_size"]) // chosen["block_size"]
     sizes = {key: chosen.get(key, x) for key, x in header.items()}
-    bits = check_integer("bits", fields.pop("bits"))
-    require(bits == 8, f"bits: expected 8, got {bits}")
-    return CacheConfig(format=CacheFormat(**fields), device=device, **sizes), dtype
+    if version == 1:
+        bits = check_integer("bits", fields.pop("bits"))
+        require(bits == 8, f"bits: expected 8, got {bits}")
+    require(fields["value_rotation"] is not None, "value_rotation: expected a flag, got None")
+    format = CacheFormat(**fields)
+    require(
+        version_of(format) == version,
+        f"file version {version}, but a cache of {format.key} and {format.value} has "
+        f"{version_of(format)}",
+    )
+    return CacheConfig(format=format, device=device, **sizes), dtype
 
 
 def _check_fit(

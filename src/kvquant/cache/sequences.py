@@ -154,9 +154,10 @@ class CacheSequences:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage, tables and lengths; forks of a paged cache share the storage."""
+        """Bytes of storage, tables and lengths; forks of a paged cache share the blocks' part."""
         state = self._state
-        return state.memory.nbytes + state.blocks.table.nbytes + state.lengths.seq_lens.nbytes
+        own = (state.blocks.table, state.lengths.seq_lens, state.young)
+        return state.memory.nbytes + sum(x.nbytes for x in own if x is not None)
 
     def __repr__(self) -> str:
         config = self._state.config

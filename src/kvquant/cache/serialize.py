@@ -16,12 +16,12 @@ from ..formats import CacheFormat
 from ..view import CacheView
 from .config import CacheConfig
 from .state import CacheState
+from .young import live_old, live_young, slabs
 
 AffineRows: TypeAlias = tuple[Tensor, Tensor, Tensor]
 LayerPast: TypeAlias = tuple[AffineRows, AffineRows]
 
 __all__ = [
-    "VERSION",
     "LayerPast",
     "blocks_for",
     "check_state",
@@ -31,9 +31,10 @@ __all__ = [
     "read_layer",
     "restore",
     "state_dict",
+    "version_of",
 ]
 
-VERSION = 1  # of what a state dict holds
+VERSION = 2  # of what a state dict holds; 1 knows no row formats but int8, and is written for it
 
 
 # ------------------------------------------------------------------------------- rows in and out
@@ -52,6 +53,7 @@ _PARTS = {
     "v_params": ("v.params", torch.float16),
     "k_mean": ("mean", torch.float16),
 }
+_YOUNG = "young"  # of a format by age: the slabs, zero but for the rows that count
 
 
 def _shapes(config: CacheConfig, tokens: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -63,11 +65,15 @@ def _shapes(config: CacheConfig, tokens: int) -> dict[str, tuple[tuple[int, ...]
         widths[f"{x}_data"] = tokens, rows.code_bytes(dim)
         widths[f"{x}_params"] = tokens, rows.params_bytes(dim)
     lead = config.batch_size, config.num_kv_heads
-    return {
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         name: ((*lead, widths[name][0], widths[name][1] // dtype.itemsize), dtype)
         for name, (_, dtype) in _PARTS.items()
         if name != "k_mean" or config.format.key_mean is not None
     }
+    if config.format.by_age:
+        size = config.format.young_bytes(config.head_dim, config.v_head_dim)
+        shapes[_YOUNG] = (*lead, size), torch.uint8
+    return shapes
 
 
 def _pieces(
@@ -100,12 +106,30 @@ def read_layer(state: CacheState, layer: int) -> dict[str, Tensor]:
     view, lengths = state.view(layer), state.lengths
     result = {}
     for name, (shape, dtype) in _shapes(state.config, lengths.high[layer]).items():
+        if name == _YOUNG and state.young is not None:
+            result[name] = state.young[layer].clone()
+            _clear_young(state.config, result[name], lengths.bounds(layer))
+            continue
         rows = torch.zeros(shape, dtype=dtype, device=state.config.device)
         for b, length in enumerate(lengths.bounds(layer)):
-            for part, begin, end in _pieces(state, view, name, b, length):
+            counts = _counting(state.config, name, length)
+            for part, begin, end in _pieces(state, view, name, b, counts.stop):
                 rows[b, :, begin:end] = part
+            rows[b, :, : counts.start] = 0
         result[name] = rows
     return result
+
+
+def _counting(config: CacheConfig, name: str, length: int) -> range:
+    """Which tokens of a sequence have a row that counts in a part of a view."""
+    return range(length) if name == "k_mean" else live_old(config.format, length)
+
+
+def _clear_young(config: CacheConfig, young: Tensor, lengths: Sequence[int]) -> None:
+    """Zeros in the place of rows that do not count."""
+    dead = ~live_young(config.format, lengths).to(young.device)
+    for x in slabs(config, young).tensors.values():
+        x.masked_fill_(dead[:, None, :, None], 0)
 
 
 def state_dict(state: CacheState) -> dict[str, Tensor]:
@@ -121,12 +145,17 @@ def state_dict(state: CacheState) -> dict[str, Tensor]:
     return result
 
 
+def version_of(format: CacheFormat) -> int:
+    """The first version that can say this format: older packages read it then."""
+    return 1 if format.key == format.value == "int8" else VERSION
+
+
 def _format_tensor(format: CacheFormat) -> Tensor:
-    fields = (
-        format.rows[0].bits, int(format.key_rotation), format.mean_group,
-        int(format.value_rotation),
-    )  # fmt: skip
-    return torch.tensor([VERSION, *fields], dtype=torch.int64)
+    version, (key, value) = version_of(format), format.rows
+    rows = [key.bits] if version == 1 else [key.tag, value.tag]
+    age = [] if version == 1 else [int(format.by_age)]
+    numbers = [*rows, int(key.rotated), format.mean_group, int(value.rotated), *age]
+    return torch.tensor([version, *numbers], dtype=torch.int64)
 
 
 def check_state(tensors: Mapping[str, Tensor], config: CacheConfig) -> None:
@@ -146,12 +175,15 @@ def check_state(tensors: Mapping[str, Tensor], config: CacheConfig) -> None:
         )
 
     batch, layers = config.batch_size, config.num_layers
-    expect("format", (5,), torch.int64)
-    ours, theirs = _format_tensor(config.format), tensors["format"].cpu()
+    ours = _format_tensor(config.format)
+    expect("format", tuple(ours.shape), torch.int64)
+    theirs = tensors["format"].cpu()
+    fields = "bits, key_rotation, key_mean, value_rotation"
+    if len(ours) > 5:
+        fields = fields.replace("bits", "key, value") + ", by_age"
     require(
         torch.equal(ours, theirs),
-        f"format: expected {ours.tolist()}, got {theirs.tolist()} "
-        "(version, bits, key_rotation, key_mean, value_rotation)",
+        f"format: expected {ours.tolist()}, got {theirs.tolist()} (version, {fields})",
     )
     expect("seq_lens", (layers, batch), torch.int32)
     lengths = tensors["seq_lens"].cpu()
@@ -180,20 +212,31 @@ def check_state(tensors: Mapping[str, Tensor], config: CacheConfig) -> None:
 def _check_ends(
     tensors: Mapping[str, Tensor], layer: str, lengths: Tensor, config: CacheConfig
 ) -> None:
-    """Nothing but zeros behind the last token of each sequence: it would be lost."""
-    if int(lengths.min()) == (most := int(lengths.max())):
+    """Nothing but zeros where no row counts: it would be lost."""
+    most = int(lengths.max())
+    if int(lengths.min()) == most and not config.format.by_age:
         return
     for name in _shapes(config, most):
         x = tensors[f"{layer}.{name}"]
-        bits = x if x.dtype == torch.uint8 else x.contiguous().view(torch.int16)
-        used = (bits != 0).any(-1).any(1)  # (batch, rows)
-        every = max(1, config.format.mean_group) if name == "k_mean" else 1
-        row = torch.arange(0, used.shape[1] * every, every, device=x.device)
-        lost = (used & (row >= lengths.to(x.device).unsqueeze(1))).any(1)
+        if name == _YOUNG:
+            cleared = x.contiguous().clone()
+            _clear_young(config, cleared, lengths.tolist())
+            lost = (x != cleared).flatten(1).any(1)
+        else:
+            bits = x if x.dtype == torch.uint8 else x.contiguous().view(torch.int16)
+            used = (bits != 0).any(-1).any(1)  # (batch, rows)
+            every = max(1, config.format.mean_group) if name == "k_mean" else 1
+            row = torch.arange(0, used.shape[1] * every, every, device=x.device)
+            counts = [_counting(config, name, n) for n in lengths.tolist()]
+            begin, end = (
+                torch.tensor(ends, device=x.device).unsqueeze(1)
+                for ends in zip(*((of.start, of.stop) for of in counts), strict=True)
+            )
+            lost = (used & ((row < begin) | (row >= end))).any(1)
         if bool(lost.any()):
             sequence = int(lost.nonzero()[0])
             raise ValueError(
-                f"{layer}.{name}: expected zeros behind the {int(lengths[sequence])} tokens of "
+                f"{layer}.{name}: expected zeros but for the {int(lengths[sequence])} tokens of "
                 f"sequence {sequence}"
             )
 
@@ -208,6 +251,9 @@ def fill(state: CacheState, tensors: Mapping[str, Tensor], name: str = "state") 
         view = state.view(layer)
         for part_name in _shapes(state.config, 0):
             rows = tensors[f"layers.{layer}.{part_name}"].detach()
+            if part_name == _YOUNG and state.young is not None:
+                state.young[layer].copy_(rows)
+                continue
             for b, length in enumerate(of_layer):
                 for part, begin, end in _pieces(state, view, part_name, b, length):
                     part.copy_(rows[b, :, begin:end])

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheFullError
+from ..formats import SPARE_TOKENS
 from ..view import CacheView, HostLengths, Sequences
 from .blocks import BlockIds, BlockMap, BlockPool, Change, ceil_to, index_tensor, step_up
 from .config import CacheConfig
 from .lengths import Lengths, is_capturing
 from .memory import LayerMemory
+from .young import allocate as allocate_young
+from .young import is_kept, widen
 
 __all__ = ["CacheState"]
 
@@ -31,6 +34,8 @@ class CacheState:
 
     Attributes:
         room: Tokens that a layer takes, for every sequence, before `make_room` has to see to it.
+        young: Slabs of young rows, ``(layers, batch, heads, bytes)``; None: not by age.
+        most_at_once: New tokens that attention takes in one call whatever the groups.
     """
 
     def __init__(
@@ -43,7 +48,9 @@ class CacheState:
         seq_starts: Tensor | None,
         bounds: list[list[int]],
         width: int,
+        young: Tensor | None,
     ) -> None:
+        self.young, self.most_at_once = young, 2**31 if young is None else SPARE_TOKENS
         self.config, self.memory, self.pool = config, memory, pool
         self.seq_starts = seq_starts
         self.window = 0  # tokens before a sequence's end that are kept at least; 0: all of them
@@ -74,7 +81,7 @@ class CacheState:
         width = min((capacity or paged) // paged, max(1, share)) if paged and allocate else 1
         seq_lens = torch.zeros(config.num_layers, batch, dtype=torch.int32, device=config.device)
         bounds = [[0] * batch for _ in range(config.num_layers)]
-        return cls(config, memory, pool, ids, seq_lens, None, bounds, width)
+        return cls(config, memory, pool, ids, seq_lens, None, bounds, width, allocate_young(config))
 
     # ------------------------------------------------------------------------------ what calls take
 
@@ -91,7 +98,8 @@ class CacheState:
             or found.seq_starts is not self.seq_starts
         ):
             lens = self.lengths.lens[layer]
-            found = Sequences(self.blocks.table, lens, self.seq_starts, advance=True)
+            young = None if self.young is None else self.young[layer]
+            found = Sequences(self.blocks.table, lens, self.seq_starts, advance=True, young=young)
             self._seqs[layer] = found
         return found
 
@@ -295,10 +303,14 @@ class CacheState:
             bounds = [[min(n, length) for n in of] for of in of_layers]
         self._give_back(self._live([max(of) for of in zip(*bounds, strict=True)]))
         seq_lens = self.lengths.seq_lens
-        if length < 0:
-            seq_lens.add_(length).clamp_(min=0)
-        else:
-            seq_lens.clamp_(max=length)
+        after = (seq_lens + length).clamp(min=0) if length < 0 else seq_lens.clamp(max=length)
+        if self.young is not None and not is_kept(self.config.format, self.lengths, bounds):
+            for i in self._layers:
+                widen(
+                    self.config, self.view(i), self.young[i], self.blocks.table, seq_lens[i],
+                    after[i],
+                )  # fmt: skip
+        seq_lens.copy_(after)
         self.lengths.set_bounds(bounds)
         self.refresh_room()
 
@@ -314,6 +326,7 @@ class CacheState:
         at = index_tensor(indices, config.device)
         seq_lens = self.lengths.seq_lens.index_select(1, at)
         starts = None if self.seq_starts is None else self.seq_starts.index_select(0, at)
+        young = None if self.young is None else self.young.index_select(1, at)
         bounds = [
             [of_layer[i] for i in indices] for of_layer in map(self.lengths.bounds, self._layers)
         ]
@@ -323,11 +336,11 @@ class CacheState:
             memory = self.memory.selected([blocks[0] for blocks in ids])
             pool = BlockPool(len(indices), len(indices))
             ids = tuple((b,) for b in range(len(indices)))
-            return CacheState(config, memory, pool, ids, seq_lens, starts, bounds, 1)
+            return CacheState(config, memory, pool, ids, seq_lens, starts, bounds, 1, young)
         self.may_share = True
         self.room = [-1] * len(self.room)
         state = CacheState(
-            config, self.memory, self.pool, ids, seq_lens, starts, bounds, self.blocks.width
+            config, self.memory, self.pool, ids, seq_lens, starts, bounds, self.blocks.width, young
         )
         state.window, state.may_share = self.window, True
         state.refresh_room()
@@ -346,6 +359,7 @@ class CacheState:
         at = index_tensor(indices, self.config.device)
         seq_lens = self.lengths.seq_lens.index_select(1, at)
         starts = None if self.seq_starts is None else self.seq_starts.index_select(0, at)
+        young = None if self.young is None else self.young.index_select(1, at)
         pairs, taken = [], set()
         if self.config.block_size is None:
             spare = [blocks[0] for i, blocks in enumerate(before) if i not in indices]
@@ -361,6 +375,8 @@ class CacheState:
             self.memory.copy_blocks(pairs, max(self.lengths.high))
             change.commit()
         self.lengths.seq_lens.copy_(seq_lens)
+        if self.young is not None and young is not None:
+            self.young.copy_(young)
         if self.seq_starts is not None and starts is not None:
             self.seq_starts.copy_(starts)
         self.lengths.set_bounds(bounds)

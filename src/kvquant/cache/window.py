@@ -96,7 +96,7 @@ def compacted(state: CacheState) -> CacheState | None:
     pool = BlockPool(len(held), state.pool.limit)
     found = CacheState(
         state.config, state.memory.selected(held), pool, ids, state.lengths.seq_lens,
-        state.seq_starts, bounds, state.blocks.width,
+        state.seq_starts, bounds, state.blocks.width, state.young,
     )  # fmt: skip
     found.window = state.window
     return found

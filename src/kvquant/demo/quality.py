@@ -61,15 +61,17 @@ def caches(config: Any, tokens: int) -> dict[str, Any]:
 
     from ..integrations.transformers import KVQuantCache
 
-    def int8(format: CacheFormat) -> Any:
+    def ours(format: CacheFormat) -> Any:
         return KVQuantCache(config, max_cache_len=tokens, format=format, exact_prompt=False)
 
     return {
         "fp32": DynamicCache(config=config),
         "bf16": rounded_cache(config, torch.bfloat16),
         "fp8": rounded_cache(config, torch.float8_e4m3fn),
-        "int8_plain": int8(CacheFormat.plain()),
-        "kvquant": int8(CacheFormat()),
+        "int8_plain": ours(CacheFormat.plain()),
+        "kvquant": ours(CacheFormat()),
+        "k8v4": ours(CacheFormat.named("k8v4")),
+        "k4v4": ours(CacheFormat.named("k4v4")),
     }
 
 

@@ -16,6 +16,8 @@ LABELS = {
     "fp8": "fp8 (e4m3)",
     "int8_plain": "int8, scale and offset per token",
     "kvquant": "kvquant",
+    "k8v4": "kvquant, k8v4",
+    "k4v4": "kvquant, k4v4",
 }
 
 
@@ -37,7 +39,10 @@ def quality_table(title: str, scores: dict[str, dict[str, float]], reference_ppl
     table.add_column("cache")
     for name in ("bits per element", "perplexity", "KL from fp32", "same top token"):
         table.add_column(name, justify="right")
-    bits = {"bf16": "16", "fp8": "8", "int8_plain": "8.5", "kvquant": "8.5"}
+    bits = {
+        "bf16": "16", "fp8": "8", "int8_plain": "8.5", "kvquant": "8.5", "k8v4": "6.5",
+        "k4v4": "4.5",
+    }  # fmt: skip
     for name, label in LABELS.items():
         score = scores[name]
         style = "bold" if name == "kvquant" else None

@@ -6,31 +6,42 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..arguments import check_flag, check_integer
+from .int4 import Int4
 from .int8 import Int8
 from .row import RowFormat, rotation_length
 
-__all__ = ["ROW_FORMATS", "CacheFormat", "RowFormat", "check_format", "rotation_length"]
+__all__ = [
+    "ROW_FORMATS",
+    "SPARE_TOKENS",
+    "CacheFormat",
+    "RowFormat",
+    "check_format",
+    "rotation_length",
+]
 
-ROW_FORMATS: dict[str, type[RowFormat]] = {Int8.name: Int8}  # one row a format
+SPARE_TOKENS = 32  # new tokens that a call may write while others read what was open before
+ROW_FORMATS: dict[str, type[RowFormat]] = {of.name: of for of in (Int8, Int4)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheFormat:
     """How rows of keys and values are stored.
 
-    In 8 bits, a row ``x`` of ``head_dim`` channels is kept as uint8 codes ``q`` and two float16
-    numbers::
+    A row ``x`` of ``head_dim`` channels is kept as integer codes ``q`` and two float16 numbers::
 
         x ~ R.T @ (scale * q + offset + mean)
 
     Args:
-        key: Row format of the keys. "int8" is implemented.
+        key: Row format of the keys: "int8", a byte a code, or "int4", two codes in a byte.
         value: Row format of the values, likewise.
         key_rotation: Rotate keys by an orthonormal Hadamard matrix along ``head_dim``
             (QuaRot, SpinQuant), block-diagonal where ``head_dim`` is no power of two.
         key_mean: Tokens of a sequence that share one running key mean (a power of two from 16 to
             2**30), or None for no mean. The mean of a group is taken from the group before it.
-        value_rotation: Rotate values the same way.
+        value_rotation: Rotate values the same way; None: if they have fewer than 8 bits.
+        by_age: Keep a sequence's first group of tokens and its newest ones as "int8" rows; what
+            ``key`` and ``value`` say is for the others. A group is those that share a key mean (at
+            most 4096), or 256. In `QuantizedKVCache`; not for rows of 8 bits alone.
 
     Every element comes back within half a ``scale``, in the basis that it is stored in. A channel
     that the rotation, or taking the mean off, leads beyond float16's 65504 counts as 65504. A row
@@ -45,12 +56,15 @@ class CacheFormat:
     value: str = "int8"
     key_rotation: bool = True
     key_mean: int | None = 256
-    value_rotation: bool = False
+    value_rotation: bool | None = None
+    by_age: bool = False
 
     def __post_init__(self) -> None:
         for name in ("key", "value"):
             _check_row_format(name, getattr(self, name))
         check_flag("key_rotation", self.key_rotation)
+        if self.value_rotation is None:
+            object.__setattr__(self, "value_rotation", ROW_FORMATS[self.value].bits < 8)
         check_flag("value_rotation", self.value_rotation)
         if self.key_mean is not None:
             group = check_integer("key_mean", self.key_mean)
@@ -59,11 +73,41 @@ class CacheFormat:
                     f"key_mean: expected None or a power of two from 16 to 2**30, got {group}"
                 )
             object.__setattr__(self, "key_mean", group)
+        check_flag("by_age", self.by_age)
+        if self.by_age:
+            if self.key == self.value == "int8":
+                raise ValueError("by_age: expected False for keys and values in int8, got True")
+            if self.age_group > 4096:
+                raise ValueError(
+                    f"by_age: expected a key_mean of at most 4096, got {self.key_mean}"
+                )
 
     @classmethod
     def plain(cls) -> CacheFormat:
         """A scale and an offset a token and head and nothing else: Qwen's per-token form."""
         return cls(key_rotation=False, key_mean=None, value_rotation=False)
+
+    @classmethod
+    def named(cls, name: str) -> CacheFormat:
+        """A format by what it is usually called.
+
+        Args:
+            name: "int8", "plain", "k8v4" (keys in 8 bits, values in 4) or "k4v4".
+
+        Raises:
+            TypeError: No string.
+            ValueError: Another name.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"name: expected a string, got {name!r}")
+        if name not in _NAMED:
+            raise ValueError(f"name: expected one of {', '.join(_NAMED)}, got {name!r}")
+        return _NAMED[name]
+
+    @property
+    def name(self) -> str | None:
+        """What `named` calls it; None: nothing."""
+        return next((name for name, format in _NAMED.items() if format == self), None)
 
     @property
     def is_plain(self) -> bool:
@@ -76,10 +120,31 @@ class CacheFormat:
         return self.key_mean or 0
 
     @property
+    def age_group(self) -> int:
+        """Tokens of a group that grows old together."""
+        return self.key_mean or 256
+
+    @property
+    def young_tokens(self) -> int:
+        """Rows of a sequence's young slab: the first group, and a ring for the newest tokens."""
+        return 2 * self.age_group + SPARE_TOKENS
+
+    @property
+    def young(self) -> CacheFormat:
+        """The format of a slab of young rows; the means are in the blocks."""
+        return CacheFormat(
+            key_rotation=self.key_rotation, key_mean=None, value_rotation=self.value_rotation
+        )
+
+    def young_bytes(self, head_dim: int, v_head_dim: int) -> int:
+        """Bytes of a sequence's and head's young slab: `Sequences.young`."""
+        return self.young.slab_bytes(head_dim, v_head_dim, self.young_tokens)
+
+    @property
     def rows(self) -> tuple[RowFormat, RowFormat]:
         """The row formats of the keys and of the values."""
         return ROW_FORMATS[self.key](self.key_rotation), ROW_FORMATS[self.value](
-            self.value_rotation
+            bool(self.value_rotation)
         )
 
     def row_bytes(self, head_dim: int, v_head_dim: int) -> int:
@@ -112,3 +177,11 @@ def _check_row_format(name: str, x: Any) -> None:
         raise TypeError(f"{name}: expected the name of a row format, got {x!r}")
     if x not in ROW_FORMATS:
         raise ValueError(f"{name}: expected one of {', '.join(ROW_FORMATS)}, got {x!r}")
+
+
+_NAMED = {
+    "int8": CacheFormat(),
+    "plain": CacheFormat.plain(),
+    "k8v4": CacheFormat(value="int4", by_age=True),
+    "k4v4": CacheFormat(key="int4", value="int4", by_age=True),
+}

@@ -32,12 +32,14 @@ class RowFormat(ABC):
     Attributes:
         rotated: Rows are stored rotated by an orthonormal Hadamard matrix, in blocks.
         name: By which a `CacheFormat` selects it.
+        tag: Its number in saved caches; once given, it never changes.
         bits: Bits of a code.
         tolerance: Largest error in the stored basis, in steps of the row's scale.
     """
 
     rotated: bool = False
     name: ClassVar[str]
+    tag: ClassVar[int]
     bits: ClassVar[int]
     tolerance: ClassVar[float]
 

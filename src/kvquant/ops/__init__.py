@@ -39,7 +39,7 @@ def append(
     slot_mapping: Tensor | None,
 ) -> None:
     """Append through the dispatcher."""
-    batch = [None, None, None, None, 0, False] if seqs is None else flatten(seqs)
+    batch = [None, None, None, None, 0, False, None] if seqs is None else flatten(seqs)
     _handles["append_"](key, value, slot_mapping, *flatten(view), *batch)
 
 
@@ -84,7 +84,8 @@ def _append(*flat: Any) -> None:
     if values["block_table"] is not None or values["seq_lens"] is not None:
         seqs = schema.object_of(Sequences, values)
     calls.check_append(key, value, view, seqs, slots)
-    backend = backends.select("append_", view.device, view.spec)
+    by_age = seqs is not None and seqs.spec.by_age
+    backend = backends.select("append_", view.device, view.spec, by_age)
     backend.append(key, value, view, seqs, slots)
 
 
@@ -116,7 +117,7 @@ def _gather(*flat: Any) -> None:
     key, value = values["key"], values["value"]
     view, seqs = schema.view_of(values), schema.object_of(Sequences, values)
     calls.check_gather(view, seqs, key, value)
-    backend = backends.select("gather_", view.device, view.spec)
+    backend = backends.select("gather_", view.device, view.spec, seqs.spec.by_age)
     backend.gather(view, seqs, key, value)
 
 

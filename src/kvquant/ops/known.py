@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..fields import names_of
 from ..view import CacheView, RowsView, SeqsSpec, Sequences, ViewSpec
 
 __all__ = ["Known", "find", "key_of", "remember"]
@@ -40,8 +41,7 @@ class Known(NamedTuple):
             CacheView, k=k, v=v, mean=values["mean"], mean_group=self.view.mean_group,
             spec=self.view, _twin=self.view_twin,
         )  # fmt: skip
-        names = ("block_table", "seq_lens", "seq_starts", "cu_seqlens_q", "max_seqlen_q", "advance")
-        batch = {name: values[name] for name in names}
+        batch = {name: values[name] for name in names_of(Sequences)}
         return view, _made(Sequences, **batch, spec=self.seqs, _twin=self.seqs_twin)
 
 

@@ -15,7 +15,7 @@ _ATTEND = (
     "Tensor query, Tensor? key, Tensor? value, Tensor? sinks, Tensor? alibi_slopes, "
     "Tensor out, Tensor? lse"
 )
-_STORED = ("k_codes", "k_params", "v_codes", "v_params", "mean", "seq_lens")
+_STORED = ("k_codes", "k_params", "v_codes", "v_params", "mean", "seq_lens", "young")
 # Own arguments, objects, what is written, which of the objects' tensors may be missing.
 OPS: dict[str, tuple[str, tuple[type, ...], tuple[str, ...], tuple[str, ...]]] = {
     "append_": (

@@ -1,0 +1,128 @@
+// 4-bit rows on CUDA: byte j has channels 2 j and 2 j + 1, the lower one in its low four bits.
+//
+//   Q K^T  A lane reads 8 consecutive bytes of a key for every 64 channels. A word of them is one
+//          k-step: its low halves of bytes are one operand word, its high ones the other.
+//   P V    A lane reads the same channels of 4 tokens; codes of two tokens in one word are four
+//          channels' operands, one after the other.
+//
+// Lanes whose channels are beyond the row read other ones of it: they meet zeros of the query, or
+// become channels that are not written.
+#pragma once
+
+#include "common/cuda/ptx.cuh"
+#include "common/cuda/row.cuh"
+#include "formats/int4.h"
+
+namespace kvquant::cuda {
+
+template <>
+struct LaneCodes<Int4> {
+  // code(i), in the low bits, of kCount channels (2, 4 or 16) from `channel` on, in one access.
+  template <int kCount, class Code>
+  static __device__ __forceinline__ void store(uint8_t* row, int channel, Code&& code) {
+    constexpr int kBytes = kCount / 2;
+    uint8_t bytes[kBytes];
+#pragma unroll
+    for (int i = 0; i < kBytes; ++i) {
+      bytes[i] = uint8_t((code(2 * i) & 0xfu) | (code(2 * i + 1) & 0xfu) << 4);
+    }
+    store_vector<kBytes>(row + channel / 2, bytes);
+  }
+  static __device__ __forceinline__ void load(const uint8_t* row, int channel,
+                                              float (&codes)[kLaneChannels]) {
+    const uint2 u = *reinterpret_cast<const uint2*>(row + channel / 2);
+#pragma unroll
+    for (int i = 0; i < kLaneChannels; ++i) {
+      codes[i] = float((i < 8 ? u.x : u.y) >> (i % 8 * 4) & 0xfu);
+    }
+  }
+};
+
+template <int kDim>
+struct KeyTile<Int4, kDim> {
+  TileParams<Int4> params;
+  uint2 codes[2][kDim / 64];  // of the lane's token j: channels 64 s + 16 t ...
+
+  static __device__ __forceinline__ int first_byte(int head_dim, int t) {
+    return min(t * 8, head_dim / 2 - 8);
+  }
+  template <bool kShared>
+  __device__ __forceinline__ void load_row(int j, const uint8_t* first, int head_dim, int t) {
+#pragma unroll
+    for (int s = 0; s < kDim / 64; ++s) {
+      const int step = min(s * 32 + t * 8, head_dim / 2 - 8) - first_byte(head_dim, t);
+      codes[j][s] = load_piece<uint2, kShared>(first + step);
+    }
+  }
+  __device__ __forceinline__ uint2 operands(int j, int step) const {
+    const uint32_t word = step % 2 ? codes[j][step / 2].y : codes[j][step / 2].x;
+    return make_uint2(word & 0x0f0f0f0fu, word >> 4 & 0x0f0f0f0fu);
+  }
+  static __device__ __forceinline__ OperandPlace place(int c) {
+    return {c / 64 * 2 + c % 16 / 8, c % 64 / 16, c % 2 * 4 + c % 8 / 2};
+  }
+  static constexpr bool kInOrder = false;
+  static __device__ __forceinline__ int channel(int step, int t) {
+    return step / 2 * 64 + t * 16 + step % 2 * 8;
+  }
+  static __device__ __forceinline__ uint4 in_order(const uint4& x) {
+    return make_uint4(__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.z, x.w, 0x5410),
+                      __byte_perm(x.x, x.y, 0x7632), __byte_perm(x.z, x.w, 0x7632));
+  }
+};
+
+template <int kDim>
+struct ValueTile<Int4, kDim> {
+  TileParams<Int4> params;
+  uint32_t codes[4][kDim / 64];  // of token 4 t + i: eight channels from channel(2 n, g) on
+
+  static __device__ __forceinline__ int first_byte(int head_dim, int g) {
+    return min(g * kFirstPiece, head_dim / 2 - kFirstPiece);
+  }
+  template <bool kShared>
+  __device__ __forceinline__ void load_row(int i, const uint8_t* first, int head_dim, int g) {
+    const auto step = [&](int at, int bytes) {
+      return min(at, head_dim / 2 - bytes) - first_byte(head_dim, g);
+    };
+#pragma unroll
+    for (int s = 0; s < kWide; ++s) {
+      const auto u = load_piece<uint2, kShared>(first + step(s * 64 + g * 8, 8));
+      codes[i][2 * s] = u.x, codes[i][2 * s + 1] = u.y;
+    }
+    if constexpr (kDim % 128 != 0) {
+      codes[i][2 * kWide] = load_piece<uint32_t, kShared>(first + step(kWide * 64 + g * 4, 4));
+    }
+  }
+  // As code - 8, or as code 2^-24.
+  template <bool kCentered, class F>
+  __device__ __forceinline__ void for_operands(F&& f) const {
+#pragma unroll
+    for (int w = 0; w < kDim / 32; ++w) {
+      const auto pair = [&](int i) {
+        return __byte_perm(codes[i][w / 2], codes[i + 1][w / 2], w % 2 ? 0x7632 : 0x5410);
+      };
+      const uint32_t tokens01 = pair(0), tokens23 = pair(2);
+      const auto code = [&](uint32_t tokens, int channel) {
+        const uint32_t x = tokens >> 4 * channel & 0x000f000fu;
+        return kCentered ? sub_halves(x | 0x64006400u, 0x64086408u) : x;
+      };
+      f(w, make_uint4(code(tokens01, 0), code(tokens01, 1), code(tokens23, 0), code(tokens23, 1)),
+        make_uint4(code(tokens01, 2), code(tokens01, 3), code(tokens23, 2), code(tokens23, 3)));
+    }
+  }
+  static __device__ __forceinline__ int channel(int w, int g) {
+    return w < kWide * 4 ? (w / 4) * 128 + g * 16 + (w % 4) * 4
+                         : kWide * 128 + g * 8 + (w - kWide * 4) * 4;
+  }
+  // Of the accumulators' column q.
+  static __device__ __forceinline__ float4 channels(const float (&even)[4], const float (&odd)[4],
+                                                    int q) {
+    return make_float4(even[q], even[q + 2], odd[q], odd[q + 2]);
+  }
+
+ private:
+  static constexpr int kWide = kDim / 128;                // 8-byte pieces of a row
+  static constexpr int kFirstPiece = kDim < 128 ? 4 : 8;  // bytes of the first one
+};
+
+}  // namespace kvquant::cuda

@@ -1,0 +1,123 @@
+"""The reference's young rows: which tokens have one, and what becomes of it. See docs/by-age.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from ..formats import SPARE_TOKENS, CacheFormat, RowFormat
+from ..formats.affine import AffineRows
+from ..view import CacheView, RowsView, Sequences
+
+__all__ = ["Held", "YoungRows", "append_by_age", "open_start", "read_from", "young_rows"]
+
+
+def open_start(group: int, length: int) -> int:
+    """The first token of the group of a sequence's last one."""
+    return max(0, length - 1) // group * group
+
+
+def read_from(group: int, length: int, count: int) -> int:
+    """From which token on attention of the last ``count`` of ``length`` reads young rows."""
+    return open_start(group, length - count if count <= SPARE_TOKENS else length)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A sequence's tokens: its row of the table, and from where on they are young."""
+
+    table: Tensor
+    sequence: int = 0
+    young_from: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class YoungRows:
+    """A call's young rows, as a view with a block a sequence, and how many tokens are a group."""
+
+    view: CacheView
+    group: int
+
+    def row(self, tokens: Tensor) -> Tensor:
+        """Where tokens lie in their sequence's block."""
+        ring = self.group + tokens % (self.group + SPARE_TOKENS)
+        return ring.where(tokens >= self.group, tokens)
+
+    def read(self, rows: RowsView, held: Held, tokens: Tensor, old: Tensor) -> Tensor:
+        """``old`` (tokens, heads, dim), with the young ones of ``tokens`` in their place."""
+        at = self.row(tokens)
+        young = rows.format.decode(
+            rows.codes[held.sequence][:, at], rows.params[held.sequence][:, at]
+        ).transpose(0, 1)
+        is_young = (tokens < self.group) | (tokens >= held.young_from)
+        return young.where(is_young[:, None, None], old)
+
+
+def young_rows(view: CacheView, seqs: Sequences | None) -> YoungRows | None:
+    """Those of a call by age."""
+    if seqs is None or seqs.young is None:
+        return None
+    format: CacheFormat = replace(view.format, by_age=True)
+    slabs = CacheView.slab(
+        seqs.young, view.k.head_dim, v_head_dim=view.v.head_dim,
+        block_size=format.young_tokens, format=format.young,
+    )  # fmt: skip
+    return YoungRows(slabs, format.age_group)
+
+
+def narrowed(format: RowFormat, young: RowFormat, codes: Tensor, params: Tensor) -> list[Tensor]:
+    """An int8 row in another format; one that needs no larger codes than that stays as it is."""
+    assert isinstance(format, AffineRows)
+    most = 2**format.bits - 1
+    fits = codes.amax(-1, keepdim=True) <= most
+    rows = young.decode(codes, params)
+    found = format.encode(rows, rows.isfinite().all(-1, keepdim=True))
+    same = format.pack(codes.clamp(max=most)), params
+    return [x.where(fits, y) for x, y in zip(same, found, strict=True)]
+
+
+def append_by_age(
+    young: YoungRows,
+    rows: tuple[RowsView, RowsView],
+    places: tuple[Tensor, Tensor, Tensor, Tensor],
+    sequence: int,
+    length: int,
+    total: int,
+    new: Tensor,
+    finite: Tensor,
+) -> None:
+    """Store a sequence's new rows (tokens, heads, dim), and close the group that was open.
+
+    ``rows``: the view's, and the young ones. ``places``: token, block, row in it and whether there
+    is one, of all tokens from the group that was open on.
+    """
+    old, held = rows
+    tokens, block, row, there = places
+    group, was_open = young.group, open_start(young.group, length)
+    is_open = open_start(group, total)
+    closes = there & (tokens >= max(was_open, group)) & (tokens < min(length, is_open))
+    at = young.row(tokens[closes])
+    old.codes[block[closes], :, row[closes]], old.params[block[closes], :, row[closes]] = (
+        x.transpose(0, 1)
+        for x in narrowed(
+            old.format, held.format, held.codes[sequence][:, at], held.params[sequence][:, at]
+        )
+    )
+    is_new = tokens >= length
+    tokens, block, row, there = (x[is_new] for x in places)
+    codes, params = held.format.encode(new, finite)
+    keeps = there & ((tokens < group) | (tokens >= open_start(group, max(0, total - SPARE_TOKENS))))
+    at = young.row(tokens[keeps])
+    held.codes[sequence][:, at] = codes[keeps].transpose(0, 1)
+    held.params[sequence][:, at] = params[keeps].transpose(0, 1)
+    goes = there & (tokens >= group) & (tokens < is_open)
+    began = ((tokens < was_open + group) & (length > 0))[:, None, None]
+    pairs = zip(
+        narrowed(old.format, held.format, codes, params),
+        old.format.encode(new, finite),
+        strict=True,
+    )
+    old.codes[block[goes], :, row[goes]], old.params[block[goes], :, row[goes]] = (
+        x.where(began, y)[goes] for x, y in pairs
+    )

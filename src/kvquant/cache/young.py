@@ -1,0 +1,117 @@
+"""A cache's young rows (docs/by-age.md): their memory, which of them count, and crops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..formats import SPARE_TOKENS, CacheFormat
+from ..formats.affine import AffineRows
+from ..view import CacheView
+from .config import CacheConfig
+from .lengths import Lengths
+
+__all__ = ["allocate", "is_kept", "live_old", "live_young", "pieces", "slabs", "widen"]
+
+
+def allocate(config: CacheConfig) -> Tensor | None:
+    """Slabs of every layer and sequence, ``(layers, batch, heads, bytes)``; None: not by age."""
+    if not config.format.by_age:
+        return None
+    size = config.format.young_bytes(config.head_dim, config.v_head_dim)
+    return torch.zeros(
+        config.num_layers, config.batch_size, config.num_kv_heads, size, dtype=torch.uint8,
+        device=config.device,
+    )  # fmt: skip
+
+
+def slabs(config: CacheConfig, young: Tensor) -> CacheView:
+    """A layer's slabs as a view with a block a sequence."""
+    return CacheView.slab(
+        young, config.head_dim, v_head_dim=config.v_head_dim,
+        block_size=config.format.young_tokens, format=config.format.young,
+    )  # fmt: skip
+
+
+def _open_start(group: int, length: int) -> int:
+    return max(0, length - 1) // group * group
+
+
+def live_old(format: CacheFormat, length: int) -> range:
+    """The tokens of a sequence whose rows in the blocks count."""
+    if not format.by_age:
+        return range(length)
+    return range(format.age_group, _open_start(format.age_group, length))
+
+
+def live_young(format: CacheFormat, lengths: Sequence[int]) -> Tensor:
+    """Which rows of a slab count, ``(batch, young_tokens)``."""
+    group, ring = format.age_group, format.age_group + SPARE_TOKENS
+    live = torch.zeros(len(lengths), format.young_tokens, dtype=torch.bool)
+    for rows, length in zip(live, lengths, strict=True):
+        rows[: min(group, length)] = True
+        first = max(group, _open_start(group, length - SPARE_TOKENS))
+        rows[group + torch.arange(first, max(first, length)) % ring] = True
+    return live
+
+
+def is_kept(format: CacheFormat, lengths: Lengths, bounds: list[list[int]]) -> bool:
+    """Whether the ring holds all that it must after a crop to ``bounds``, as the host knows."""
+    group = format.age_group
+    return not lengths.stale and all(
+        _open_start(group, n - SPARE_TOKENS) <= max(group, _open_start(group, new - SPARE_TOKENS))
+        for layer, after in enumerate(bounds)
+        for n, new in zip(lengths.bounds(layer), after, strict=True)
+    )
+
+
+def widen(
+    config: CacheConfig,
+    view: CacheView,
+    young: Tensor,
+    table: Tensor,
+    before: Tensor,
+    after: Tensor,
+) -> None:
+    """Let the ring of one layer hold what it must after a crop: old rows return as they are.
+
+    Args:
+        config: Of the cache.
+        view: The layer.
+        young: Its slabs.
+        table: Blocks of each sequence.
+        before: Tokens of each sequence, ``(batch,)``.
+        after: Those that stay.
+    """
+    group, ring = config.format.age_group, config.format.age_group + SPARE_TOKENS
+
+    def kept(lengths: Tensor) -> Tensor:
+        return (lengths - (SPARE_TOKENS + 1)).clamp(min=0) // group * group
+
+    begin, end = kept(after).clamp(min=group), torch.minimum(after, kept(before))
+    tokens = begin[:, None] + torch.arange(ring, device=begin.device)
+    index, row = tokens // view.block_size, tokens % view.block_size
+    block = table.gather(1, index.clamp(max=table.shape[1] - 1).long())
+    there = (tokens < end[:, None]) & (index < table.shape[1]) & (block >= 0)
+    block, row = block.where(there, 0), row.where(there, 0)
+    sequence, at = torch.arange(len(begin), device=begin.device)[:, None], group + tokens % ring
+    held = slabs(config, young)
+    for old, new in ((view.k, held.k), (view.v, held.v)):
+        assert isinstance(old.format, AffineRows)
+        for to, found in (
+            (new.codes, old.format.unpack(old.codes[block, :, row])),
+            (new.params, old.params[block, :, row]),
+        ):
+            to[sequence, :, at] = found.where(there[..., None, None], to[sequence, :, at])
+
+
+def pieces(format: CacheFormat, bound: int, tokens: int) -> list[tuple[int, int]]:
+    """How new tokens behind ``bound`` are fed, so that attention reads their own group young."""
+    if not format.by_age or tokens <= SPARE_TOKENS:
+        return [(0, tokens)]
+    group = format.age_group
+    edges = [0, *range(group - bound % group, tokens, group), tokens]
+    return list(pairwise(edges))
