@@ -174,8 +174,9 @@ def attention(
     query: Tensor, view: CacheView, key: Tensor | None = None, value: Tensor | None = None, *,
     block_table: Tensor, seq_lens: Tensor, seq_starts: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None,
-    sinks: Tensor | None = None, alibi_slopes: Tensor | None = None, out: Tensor | None = None,
-    return_lse: Literal[False] = False, **options: Unpack[AttentionOptions],
+    sinks: Tensor | None = None, alibi_slopes: Tensor | None = None, advance: bool = False,
+    out: Tensor | None = None, return_lse: Literal[False] = False,
+    **options: Unpack[AttentionOptions],
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -184,8 +185,8 @@ def attention(
     query: Tensor, view: CacheView, key: Tensor | None = None, value: Tensor | None = None, *,
     block_table: Tensor, seq_lens: Tensor, seq_starts: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None,
-    sinks: Tensor | None = None, alibi_slopes: Tensor | None = None, out: Tensor | None = None,
-    return_lse: Literal[True], **options: Unpack[AttentionOptions],
+    sinks: Tensor | None = None, alibi_slopes: Tensor | None = None, advance: bool = False,
+    out: Tensor | None = None, return_lse: Literal[True], **options: Unpack[AttentionOptions],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -194,8 +195,8 @@ def attention(
     query: Tensor, view: CacheView, key: Tensor | None = None, value: Tensor | None = None, *,
     block_table: Tensor, seq_lens: Tensor, seq_starts: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None,
-    sinks: Tensor | None = None, alibi_slopes: Tensor | None = None, out: Tensor | None = None,
-    return_lse: bool, **options: Unpack[AttentionOptions],
+    sinks: Tensor | None = None, alibi_slopes: Tensor | None = None, advance: bool = False,
+    out: Tensor | None = None, return_lse: bool, **options: Unpack[AttentionOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     query: Tensor,

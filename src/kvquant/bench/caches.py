@@ -68,12 +68,13 @@ class RandomCache:
 
     def attend(self, query: Tensor, **options: Any) -> Tensor:
         """`kvquant.attention` on this layer."""
-        return attention(  # type: ignore[return-value]
+        out: Tensor = attention(
             query, self.view, block_table=self.block_table, seq_lens=self.seq_lens, **options
         )
+        return out
 
     def prepare_step(self, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
         """A decode step as `QuantizedKVCache.attend` does it: appends, attends, adds to lengths."""
         seqs = Sequences(self.block_table, self.seq_lens, advance=True)
         step = plan(query, self.view, seqs, key, value)
-        return lambda: step.run(query, self.view, seqs, key, value)  # type: ignore[return-value]
+        return lambda: step.run(query, self.view, seqs, key, value)

@@ -67,11 +67,11 @@ def cache_bytes(
     for tokens in (length - layout.generated, *[1] * layout.generated):
         for layer, _ in shape.layers:
             key, value = _rows(layer, batch, tokens)
-            handles = cache.update(key, value, layer.index)
+            k_handle, v_handle = cache.update(key, value, layer.index)
             if layer.dequantized:
                 cache.layers[layer.index].flush()
             else:
-                kvquant_attention(module, key, *handles, None)
+                kvquant_attention(module, key, k_handle, v_handle, None)
     return {
         layer: cache.layers[layer.index].storage.nbytes * count for layer, count in shape.layers
     }
