@@ -50,18 +50,6 @@ constexpr KVQUANT_INLINE Status with_pair(RowFormat key, RowFormat value, F&& f)
       "kernels for this pair of row formats are not built (formats/pairs.def)");
 }
 
-// Bits of a channel of a key and of a value together.
-template <class Key, class Value>
-constexpr int pair_bits() {
-  return Key::code_bytes(8) + Value::code_bytes(8);
-}
-inline int pair_bits(RowFormat key, RowFormat value) {
-  int bits = 0;
-  const auto add = [&](auto format) { bits += decltype(format)::code_bytes(8); };
-  with_format(key, RowFormats{}, add), with_format(value, RowFormats{}, add);
-  return bits;
-}
-
 // Calls f with the format of keys or with that of values: compiled once where they are the same.
 template <class Pair, class F>
 constexpr KVQUANT_INLINE void with_rows(Pair, bool is_key, F&& f) {

@@ -69,26 +69,6 @@ __device__ __forceinline__ T load_piece(const uint8_t* p) {
     return load_stream<T>(p);
   }
 }
-// This lane's number, which the assembler has to keep in a register: it would work it out anew at
-// each use, but does not know where a shuffle's result comes from.
-__device__ __forceinline__ uint32_t kept(uint32_t x) { return __shfl_xor_sync(0xffffffffu, x, 0); }
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return uint32_t(__cvta_generic_to_shared(p));
-}
-template <class T>
-__device__ __forceinline__ T load_shared(uint32_t address) {
-  T x;
-  if constexpr (sizeof(T) == 4) {
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(reinterpret_cast<uint32_t&>(x)) : "r"(address));
-  } else {
-    static_assert(sizeof(T) == 16);
-    uint4& u = reinterpret_cast<uint4&>(x);
-    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(u.x), "=r"(u.y), "=r"(u.z), "=r"(u.w)
-                 : "r"(address));
-  }
-  return x;
-}
 // A word, asked for where this stands: the compiler would move an ordinary load to its use.
 __device__ __forceinline__ int load_early(const int* p) {
   int x;

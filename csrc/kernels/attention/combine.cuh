@@ -28,7 +28,6 @@ struct AttentionShared {
   float4 row[Traits::kWarps][8];  // (base, sum of p, of p times middles) of a warp's eight rows
   RowScale scale[Traits::kRows];
   RowTile rows;
-  typename LoadPipeline<Traits>::Bases k_bases, v_bases;
   RowView views[Traits::kRows];
   NewTokens<Traits> new_tokens;
   uint32_t parameters[Traits::kWarps];  // for their coming

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 
 namespace kvquant::cuda {
 
@@ -45,17 +44,10 @@ struct InstanceShape {
   }
 };
 
-// pair_bits: of a channel of a key and of a value together. rows: query rows of a block, 8, 16 or
-// 32. float32 weights are taken twice, as fp16 and what fp16
+// rows: query rows of a block, 8, 16 or 32. float32 weights are taken twice, as fp16 and what fp16
 // left of them.
-constexpr InstanceShape instance_shape(int head_dim, int pair_bits, int rows, bool float32,
-                                       Occupancy occupancy) {
+constexpr InstanceShape instance_shape(int head_dim, int rows, bool float32, Occupancy occupancy) {
   const bool few_registers = rows == 8 && !float32;  // for accumulators
-  if (few_registers && head_dim == 128 && pair_bits < 16) {
-    if (occupancy == Occupancy::kOneBlock) return {2, 4, 3, 0};
-    if (occupancy == Occupancy::kManyBlocks) return {2, 8, 2, 0};
-    return {1, 8, 2, 0};
-  }
   if (few_registers && head_dim <= 128) {
     const int tiles = head_dim <= 64 ? 2 : 1;
     if (occupancy == Occupancy::kManyBlocks) return {tiles, 4, 4, 0};
@@ -119,8 +111,8 @@ inline int choose_splits(const AttentionShape& shape, int capacity) {
 // capacity: most tokens of a sequence. With a split_size an instance's warps must not depend on the
 // batch: they decide in which order a split is summed.
 inline AttentionShape shape_attention(int batch, int tokens, int q_heads, int kv_heads, int k_dim,
-                                      int v_dim, int pair_bits, bool float32, int capacity,
-                                      int split_size, int multiprocessors) {
+                                      int v_dim, bool float32, int capacity, int split_size,
+                                      int multiprocessors) {
   AttentionShape shape{};
   const int64_t query_rows = std::max<int64_t>(1, int64_t(tokens) * (q_heads / kv_heads));
   shape.head_dim = (std::max(k_dim, v_dim) + 63) / 64 * 64;
@@ -132,8 +124,7 @@ inline AttentionShape shape_attention(int batch, int tokens, int q_heads, int kv
   const bool one_tile = shape.row_tiles == 1;
   const bool many_splits = shape.units * kManySplits <= multiprocessors;
   const int64_t most = many_splits ? kMostOnOneBlockInSplits : kMostOnOneBlock;
-  const auto usual =
-      instance_shape(shape.head_dim, pair_bits, shape.rows, float32, Occupancy::kUsual);
+  const auto usual = instance_shape(shape.head_dim, shape.rows, float32, Occupancy::kUsual);
   if (one_tile && shape.units <= multiprocessors &&
       shape.units * capacity <= multiprocessors * most) {
     shape.occupancy = Occupancy::kOneBlock;
@@ -142,9 +133,7 @@ inline AttentionShape shape_attention(int batch, int tokens, int q_heads, int kv
              int64_t(capacity) * shape.head_dim <= kMostInSmallBlocks) {
     shape.occupancy = Occupancy::kManyBlocks;
   }
-  if (getenv("KVQ_OCC") && shape.rows == 8 && pair_bits < 16 && shape.head_dim == 128)
-    shape.occupancy = Occupancy(atoi(getenv("KVQ_OCC")));
-  shape.instance = instance_shape(shape.head_dim, pair_bits, shape.rows, float32, shape.occupancy);
+  shape.instance = instance_shape(shape.head_dim, shape.rows, float32, shape.occupancy);
   shape.slots = int64_t(multiprocessors) * shape.instance.blocks;
   shape.fills = one_tile && shape.units >= int64_t(multiprocessors) * usual.blocks;
   return shape;

@@ -54,8 +54,6 @@ __device__ __forceinline__ float mask_scores(const AttentionCall& p,
 // on their way while one is worked on.
 template <class Traits>
 struct MainLoop {
-  using Bases = typename LoadPipeline<Traits>::Bases;
-
   const AttentionCall& p;
   const Paging& paging;
   LoadPipeline<Traits> pipeline;
@@ -75,8 +73,7 @@ struct MainLoop {
     pipeline.find(rows.head, rings, p.stages);
   }
   // From `begin` on: asks for the first pieces, as many as have room.
-  __device__ __forceinline__ void start(const RowTile& rows, const Bases& k_bases,
-                                        const Bases& v_bases, int first_block, int begin, int end) {
+  __device__ __forceinline__ void start(const RowTile& rows, int first_block, int begin, int end) {
     this->end = end;
     token = begin + warp * kTile * Traits::kTiles;
 #pragma unroll
@@ -84,8 +81,8 @@ struct MainLoop {
     for (int i = 0; i < pipeline.stages(); ++i) {
       const int at = token + i * Traits::kStep;
       find_blocks(at, block);
-      load_keys(at, k_bases, block);
-      load_values(at, v_bases, block);
+      load_keys(at, block);
+      load_values(at, block);
     }
     clean_begin = p.softcap == 0.f && !p.alibi_slopes ? rows.all_begin : 1 << 30;
     clean_end = rows.all_end - kTile;
@@ -100,31 +97,27 @@ struct MainLoop {
                                table[min((at + u * kTile) >> paging.shift, p.seqs.max_blocks - 1)]);
     }
   }
-  __device__ __forceinline__ void load_keys(int at, const Bases& bases,
-                                            const int (&blocks)[Traits::kTiles]) {
+  __device__ __forceinline__ void load_keys(int at, const int (&blocks)[Traits::kTiles]) {
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) {
       if (at + u * kTile >= end) break;
-      pipeline.load_keys(u, bases, blocks[u], (at + u * kTile) & paging.mask);
+      pipeline.load_keys(u, blocks[u], (at + u * kTile) & paging.mask);
     }
   }
-  __device__ __forceinline__ void load_values(int at, const Bases& bases,
-                                              const int (&blocks)[Traits::kTiles]) {
+  __device__ __forceinline__ void load_values(int at, const int (&blocks)[Traits::kTiles]) {
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) {
       if (at + u * kTile >= end) break;
-      pipeline.load_values(u, bases, blocks[u], (at + u * kTile) & paging.mask);
+      pipeline.load_values(u, blocks[u], (at + u * kTile) & paging.mask);
     }
     pipeline.commit_stage();
   }
   // Takes the pieces before `until`. shared.mean_scores are of groups from first_group on.
   __device__ __forceinline__ void run(const AttentionShared<Traits>& shared,
                                       const Query<Traits>& query, int first_group, int until,
-                                      int new_tokens, Accumulator<Traits>& acc) {
+                                      Accumulator<Traits>& acc) {
     const int g = query.g, t = query.t;
-    const uint32_t mean_scores =
-        kept(shared_address(&shared.mean_scores[0][g])) - first_group * Traits::kRows * 4;
-    const uint32_t k_bases = shared_address(&shared.k_bases), v_bases = k_bases + sizeof(Bases);
+    const float* const mean_scores = &shared.mean_scores[0][g] - first_group * Traits::kRows;
     while (token < until) {
       const int next = token + pipeline.stages() * Traits::kStep;
       int next_block[Traits::kTiles];
@@ -134,14 +127,14 @@ struct MainLoop {
       pipeline.wait_stage();
       float score[Traits::kTiles][Traits::kRowSets][4], v_scale = 0.f;
       TileParams<typename Traits::Value> v_params[Traits::kTiles];
+      const int new_tokens = shared.new_tokens.begin;
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) {
         const int at = token + u * kTile;
         float dot[Traits::kRowSets];
 #pragma unroll
         for (int r = 0; r < Traits::kRowSets; ++r) {
-          dot[r] = load_shared<float>(mean_scores +
-                                      ((at >> paging.group_shift) * Traits::kRows + 8 * r) * 4);
+          dot[r] = mean_scores[(at >> paging.group_shift) * Traits::kRows + 8 * r];
         }
         if (at + kTile > new_tokens) pipeline.take_new(u, at, shared.new_tokens);
         mma_qk(pipeline.keys(u), query, dot, score[u]);
@@ -160,7 +153,7 @@ struct MainLoop {
           }
         }
       }
-      load_keys(next, Bases::load(k_bases), next_block);
+      load_keys(next, next_block);
       float best[Traits::kRowSets];
 #pragma unroll
       for (int r = 0; r < Traits::kRowSets; ++r) {
@@ -174,7 +167,7 @@ struct MainLoop {
       acc.rescale(best, v_scale, t);
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) acc.add(score[u], v_params[u], pipeline.values(u));
-      load_values(next, Bases::load(v_bases), next_block);
+      load_values(next, next_block);
       if (token / Traits::kStep % Accumulator<Traits>::kFlush == 0) acc.flush();
       token += Traits::kStep;
 #pragma unroll
@@ -263,14 +256,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   };
   if (Traits::kHeld) ask_means(begin);
   new_tokens.begin(new_begin, new_end);
-  using Bases = typename LoadPipeline<Traits>::Bases;
-  const auto k_bases = Bases::of(p.cache.k, rows.head), v_bases = Bases::of(p.cache.v, rows.head);
-  loop.start(rows, k_bases, v_bases, first_block, begin, end);
+  loop.start(rows, first_block, begin, end);
   if (!Traits::kHeld) ask_means(begin);
   const int from_last = Traits::kThreads - 1 - threadIdx.x;
   if (from_last == 0) {
     shared.rows = rows;
-    shared.k_bases = k_bases, shared.v_bases = v_bases;
     shared.new_tokens.begin = new_begin, shared.new_tokens.end = new_end;
   }
   if (from_last < Traits::kRows) shared.views[from_last] = rows.view(p, from_last);
@@ -287,7 +277,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   for (int from = begin;;) {
     means.multiply(query, shared.mean_scores);
     __syncthreads();
-    loop.run(shared, query, from >> paging.group_shift, min(end, from + reach), new_begin, acc);
+    loop.run(shared, query, from >> paging.group_shift, min(end, from + reach), acc);
     from += reach;
     if (from >= end) break;
     ask_means(from);

@@ -32,8 +32,7 @@ int capacity_of(const Sequences& seqs, const CacheView& cache) {
 
 AttentionShape shape_of(const AttentionParams& p, int device) {
   return shape_attention(p.seqs.batch, p.seqs.max_seqlen_q, p.num_q_heads, p.cache.num_kv_heads,
-                         p.cache.k.head_dim, p.cache.v.head_dim,
-                         pair_bits(p.cache.k.format, p.cache.v.format), p.dtype == Dtype::kFloat32,
+                         p.cache.k.head_dim, p.cache.v.head_dim, p.dtype == Dtype::kFloat32,
                          capacity_of(p.seqs, p.cache), p.split_size, multiprocessors(device));
 }
 

@@ -101,8 +101,7 @@ cudaError_t launch_features(const AttentionCall& call, cudaStream_t stream) {
 template <class Formats, int kDim, int kRows, class T>
 cudaError_t launch_rows(const AttentionCall& call, Occupancy occupancy, cudaStream_t stream) {
   constexpr auto shape = [](Occupancy of) {
-    return instance_shape(kDim, pair_bits<typename Formats::Key, typename Formats::Value>(), kRows,
-                          std::is_same_v<T, float>, of);
+    return instance_shape(kDim, kRows, std::is_same_v<T, float>, of);
   };
   constexpr auto kUsual = Occupancy::kUsual, kOne = Occupancy::kOneBlock,
                  kMany = Occupancy::kManyBlocks;

@@ -55,17 +55,6 @@ struct LanePieces {
   }
 };
 
-// Where a head's rows of block 0 begin, of codes and of their params.
-struct alignas(16) SlabBases {
-  const uint8_t *codes, *params;
-
-  static __device__ __forceinline__ SlabBases of(const RowsView& rows, int head) {
-    return {rows_of<uint8_t>(rows.codes, 0, head), rows_of<uint8_t>(rows.params, 0, head)};
-  }
-  static __device__ __forceinline__ SlabBases load(uint32_t shared) {
-    return load_shared<SlabBases>(shared);
-  }
-};
 // A head's rows in one slab: those of block 0 from `offset` on, and what a block adds, in 16 bytes.
 struct Stream {
   const uint8_t* base;
@@ -84,32 +73,33 @@ struct Stream {
   }
 };
 
-// Both have the same interface. find() works out addresses; what else a block's warps need for
-// them, and registers have no room for, is in Bases, of keys and of values. A piece is what a warp
-// takes at once, Traits::kTiles tiles; the oldest one's keys and values are read, then its place is
-// asked to take a later one: first for keys, then for values. close() ends what is asked for a
-// piece. Of block -1, which is none, the first one is read, and usable() says so; `block` is the
-// one that was asked for last. A tile whose first token is `at` takes new rows where it has them.
+// Both have the same interface. find() works out addresses. A piece is what a warp takes at once,
+// Traits::kTiles tiles; the oldest one's keys and values are read, then its place is asked to take
+// a later one: first for keys, then for values. close() ends what is asked for a piece. Of block
+// -1, which is none, the first one is read, and usable() says so; `block` is the one that was asked
+// for last. A tile whose first token is `at` takes new rows where it has them.
 
 template <class Traits>
 class RegisterPipeline {
   using Lane = LanePieces<Traits>;
   using Keys = typename Lane::Keys;
   using Values = typename Lane::Values;
+  static constexpr bool kKept = Traits::kShape.has_room();
 
  public:
   static constexpr int kSharedBytes = 0;  // of a stage of a warp
   static constexpr int kGroups = 0;       // of copies, a piece
-  using Bases = SlabBases;
 
   __device__ __forceinline__ explicit RegisterPipeline(const CacheView& cache) : cache_(cache) {}
-  __device__ __forceinline__ void find(int, unsigned char*, int) {
+  __device__ __forceinline__ void find(int head, unsigned char*, int) {
     pieces_ = {cache_.k.head_dim, cache_.v.head_dim, int(threadIdx.x & 31) >> 2,
                int(threadIdx.x & 3)};
+    head_ = head;
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) keys_[u] = {}, values_[u] = {};
-    k_offset_ = kept(pieces_.key_offset()), v_offset_ = kept(pieces_.value_offset());
-    token_ = kept(pieces_.value_token(0));
+    if (!kKept) return;
+    k_ = stream(true, false).keep(), v_ = stream(false, false).keep();
+    k_params_ = stream(true, true).keep(), v_params_ = stream(false, true).keep();
   }
   __device__ __forceinline__ constexpr int stages() const { return 1; }
   __device__ __forceinline__ void wait_stage() {}
@@ -117,17 +107,19 @@ class RegisterPipeline {
   __device__ __forceinline__ const Keys& keys(int u) const { return keys_[u]; }
   __device__ __forceinline__ const auto& value_params(int u) const { return values_[u].params; }
   __device__ __forceinline__ const Values& values(int u) const { return values_[u]; }
-  __device__ __forceinline__ void load_keys(int u, const Bases& bases, int block, int row) {
-    const uint8_t* const first =
-        place(bases.codes, cache_.k.codes, block, row, pieces_.key_bytes());
-    pieces_.template load_keys<false>(keys_[u], first + k_offset_);
-    load_params(keys_[u].params, place(bases.params, cache_.k.params, block, row, kKeyParams));
+  __device__ __forceinline__ void load_keys(int u, int block, int row) {
+    block = max(block, 0);
+    const Stream keys = kKept ? k_ : stream(true, false),
+                 params = kKept ? k_params_ : stream(true, true);
+    pieces_.template load_keys<false>(keys_[u], keys.at(block, row, pieces_.key_bytes()));
+    load_params(keys_[u].params, params, block, row);
   }
-  __device__ __forceinline__ void load_values(int u, const Bases& bases, int block, int row) {
-    const uint8_t* const first =
-        place(bases.codes, cache_.v.codes, block, row, pieces_.value_bytes());
-    pieces_.template load_values<false>(values_[u], first + v_offset_);
-    load_params(values_[u].params, place(bases.params, cache_.v.params, block, row, kValueParams));
+  __device__ __forceinline__ void load_values(int u, int block, int row) {
+    block = max(block, 0);
+    const Stream values = kKept ? v_ : stream(false, false),
+                 params = kKept ? v_params_ : stream(false, true);
+    pieces_.template load_values<false>(values_[u], values.at(block, row, pieces_.value_bytes()));
+    load_params(values_[u].params, params, block, row);
   }
   __device__ __forceinline__ void commit_stage() {}
   __device__ __forceinline__ void take_new(int u, int at, const NewTokens<Traits>& new_tokens) {
@@ -154,22 +146,29 @@ class RegisterPipeline {
  private:
   const CacheView& cache_;
   Lane pieces_;
-  uint32_t k_offset_, v_offset_, token_;  // of this lane's first rows in a tile; its first token
+  int head_;
+  Stream k_, v_, k_params_, v_params_;  // kept
   Keys keys_[Traits::kTiles];
   Values values_[Traits::kTiles];
 
-  static constexpr int kKeyParams = decltype(Keys::params)::kBytes;
-  static constexpr int kValueParams = decltype(Values::params)::kBytes;
-
-  // Where a row of `bytes` is.
-  static __device__ __forceinline__ const uint8_t* place(const uint8_t* base, const Slab& slab,
-                                                         int block, int row, int bytes) {
-    base = offset_by(base, max(block, 0) * 16u, uint32_t(slab.block_stride >> 4));
-    return offset_by(base, row, bytes);
-  }
   template <class Params>
-  __device__ __forceinline__ void load_params(Params& params, const uint8_t* row) const {
-    params.words = load_keep<typename Params::Words>(row + token_ * Params::kBytes);
+  static __device__ __forceinline__ void load_params(Params& params, const Stream& from, int block,
+                                                     int row) {
+    params.words = load_keep<typename Params::Words>(from.at(block, row, Params::kBytes));
+  }
+  // Where registers are few it is worked out anew each time: that is hidden from the compiler.
+  __device__ __forceinline__ Stream stream(bool of_keys, bool of_params) const {
+    int head = head_;
+    Lane at = pieces_;
+    if (!kKept) asm volatile("" : "+r"(head), "+r"(at.g), "+r"(at.t));
+    if (of_params && of_keys) {
+      return {cache_.k.params, head, at.value_token(0) * decltype(Keys::params)::kBytes};
+    }
+    if (of_params) {
+      return {cache_.v.params, head, at.value_token(0) * decltype(Values::params)::kBytes};
+    }
+    if (of_keys) return {cache_.k.codes, head, at.key_offset()};
+    return {cache_.v.codes, head, at.value_offset()};
   }
 };
 
@@ -197,10 +196,6 @@ class SmemPipeline {
  public:
   static constexpr int kSharedBytes = sizeof(Piece);
   static constexpr int kGroups = 1;  // of copies, a piece
-  struct Bases {
-    static __device__ __forceinline__ Bases of(const RowsView&, int) { return {}; }
-    static __device__ __forceinline__ Bases load(uint32_t) { return {}; }
-  };
   static_assert(Traits::kTiles == 1);
 
   __device__ __forceinline__ explicit SmemPipeline(const CacheView& cache) : cache_(cache) {}
@@ -239,8 +234,8 @@ class SmemPipeline {
     return values;
   }
   // Nothing yet: copies would be seen by lanes that still read values.
-  __device__ __forceinline__ void load_keys(int, Bases, int, int) {}
-  __device__ __forceinline__ void load_values(int u, Bases, int block, int row) {
+  __device__ __forceinline__ void load_keys(int, int, int) {}
+  __device__ __forceinline__ void load_values(int u, int block, int row) {
     Slot& slot = first_[oldest_][u];
     lost_ = block < 0 ? lost_ | bit(u) : lost_ & ~bit(u);
     block = max(block, 0);

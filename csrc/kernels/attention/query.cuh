@@ -197,8 +197,7 @@ struct AttentionTraits {
   // float32 weights are kept as fp16 and what fp16 left of them.
   static constexpr bool kSplit = std::is_same_v<T, float>;
   static constexpr int kQueryLimbs = kSplit ? 3 : 2;  // bytes of a query's integer
-  static constexpr InstanceShape kShape =
-      instance_shape(kHeadDim, pair_bits<Key, Value>(), kRowCount, kSplit, kOccupancy);
+  static constexpr InstanceShape kShape = instance_shape(kHeadDim, kRowCount, kSplit, kOccupancy);
   static constexpr int kDim = kHeadDim;
   static constexpr int kRows = kRowCount;  // query rows of a block
   static constexpr int kWarps = kShape.warps;
@@ -384,19 +383,18 @@ __device__ __forceinline__ void prepare_query(const AttentionCall& p, const RawQ
 // A lane's view of the query.
 template <class Traits>
 struct Query {
-  uint32_t words;  // this lane's first ones
+  const QueryShared<Traits>& shared;
   RowScale scale[Traits::kRowSets];
   int g, t;
 
   __device__ __forceinline__ Query(const QueryShared<Traits>& from, const RowScale* scales, int g,
                                    int t)
-      : words(kept(shared_address(&from.words[0][0][threadIdx.x & 31]))), g(g), t(t) {
+      : shared(from), g(g), t(t) {
 #pragma unroll
     for (int r = 0; r < Traits::kRowSets; ++r) scale[r] = scales[g + 8 * r];
   }
   __device__ __forceinline__ uint4 fragment(int f, int step) const {
-    return load_shared<uint4>(words +
-                              (f * QueryShared<Traits>::kSteps + step) * 32 * sizeof(uint4));
+    return shared.words[f][step][threadIdx.x & 31];
   }
 };
 

@@ -16,8 +16,8 @@ int capacity_of(const Problem& p) { return int(std::min<int64_t>(p.capacity, 1 <
 
 cuda::AttentionShape shape_of(const Problem& p) {
   return cuda::shape_attention(p.batch, p.max_seqlen_q, p.num_q_heads, p.num_kv_heads, p.head_dim,
-                               p.v_head_dim, pair_bits(p.k_format, p.v_format), p.float32,
-                               capacity_of(p), p.split_size, p.multiprocessors);
+                               p.v_head_dim, p.float32, capacity_of(p), p.split_size,
+                               p.multiprocessors);
 }
 
 // Split-KV flash attention on the tensor cores: decode, chunks and prompts.
