@@ -263,8 +263,8 @@ class View(Kind):
 
     def wrong(self, x: Any, dice: Dice) -> Iterator[Wrong]:
         yield from super().wrong(x, dice)
-        blocks, heads, size, k_dim = x.k.codes.shape
-        v_dim = x.v.codes.shape[3]
+        blocks, heads, size, _ = x.k.codes.shape
+        k_dim, v_dim = x.k.head_dim, x.v.head_dim
         allocate = partial(kvquant.CacheView.allocate, format=x.format, device="cpu")
         yield Wrong("tensor", partial(_same, x.k.codes))
         meta = partial(allocate, blocks, heads, size, k_dim, v_dim, device="meta")

@@ -67,7 +67,7 @@ def most_of(dice: Dice, new: list[int]) -> Any:
 
 def new_rows(dice: Dice, view: Any, *lead: int) -> Arguments:
     heads, dtype = view.k.codes.shape[1], dice.among(FLOATS)
-    dims = view.k.codes.shape[3], view.v.codes.shape[3]
+    dims = view.k.head_dim, view.v.head_dim
     key, value = (dice.rows(*lead, heads, dim, dtype=dtype) for dim in dims)
     return {"key": key, "value": value}
 
@@ -313,7 +313,7 @@ def make_attention(dice: Dice, cache: Any) -> Arguments:
         edges, total = packed_offsets(dice, new)
         lead = (total,)
         args |= {"cu_seqlens_q": dice.index(edges), "max_seqlen_q": most_of(dice, new)}
-    args["query"] = dice.rows(*lead, heads, view.k.codes.shape[3], clean=True)
+    args["query"] = dice.rows(*lead, heads, view.k.head_dim, clean=True)
     if appends:
         args |= new_rows(dice, view, *lead)
     if dice.chance(0.3):

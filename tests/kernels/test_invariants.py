@@ -30,7 +30,7 @@ CLOSE = {"atol": 1e-2, "rtol": 1e-2}  # of two bf16 results: a few roundings
 
 
 def queries_of(cache: Cache, counts, heads: int = 4, dtype=BF16):
-    dim = cache.view.k.codes.shape[3]
+    dim = cache.view.k.head_dim
     return [torch.randn(n, heads, dim).to(dtype).to(cache.device) for n in counts]
 
 
