@@ -57,18 +57,21 @@ class Batch:
         self._next: tuple[Tensor | None, bool] | None = None
         self._before: tuple[Tensor | None, bool, Tensor | None] = None, True, None
 
-    def read(self, mask: Tensor | None, query_length: int, kv_length: KVLength) -> bool:
+    def read(
+        self, mask: Tensor | None, query_length: int, kv_length: int, *, is_exact: bool = True
+    ) -> bool:
         """Look at a 2D mask (True: a token); says whether left padding is all that it hides.
 
         On an accelerator a decode step leaves things as the prompt's mask set them: its mask only
         adds tokens, and looking at it would wait for the device. Prompts are looked at, and so are
-        chunks of more than one token and steps while a sequence has had nothing but padding.
+        chunks of more than one token and steps while a sequence has had nothing but padding. Where
+        the host does not know the length (``is_exact`` False) no step is.
 
         Raises:
             ValueError: No new token, or a mask of fewer tokens than the cache then holds.
         """
         self.masked = True
-        if self.is_captured or not kv_length.is_exact:
+        if self.is_captured or not is_exact:
             return self.regular
         if query_length == 0:
             raise ValueError(f"input_ids: no token is new to a cache of {kv_length}. {_ONE_TEXT}")

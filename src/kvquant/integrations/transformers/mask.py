@@ -126,7 +126,7 @@ def _kvquant_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         mask: Any = sdpa_mask(*args, **kwargs)
         return mask if isinstance(mask, Tensor) else None
     of_tokens = kwargs.get("attention_mask")
-    regular = batch.read(of_tokens, query_length, length)
+    regular = batch.read(of_tokens, query_length, kv_length, is_exact=length.is_exact)
     kwargs["allow_is_causal_skip"] = False
 
     def write() -> Tensor:
