@@ -102,7 +102,7 @@ def test_the_engine_ends_with_the_sentence(scratch: Path) -> None:
     odd = save("Llama", scratch / "odd", head_dim=40, **sizes)
     assert "multiple of 16 up to 256" in started(odd)
     latent = save(
-        "DeepseekV2", scratch, **sizes, n_routed_experts=None, first_k_dense_replace=1,
+        "DeepseekV2", scratch, **sizes, n_routed_experts=4, first_k_dense_replace=1,
         kv_lora_rank=32, q_lora_rank=None, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16,
     )  # fmt: skip
     assert "caches a latent vector" in started(latent)
