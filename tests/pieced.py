@@ -13,6 +13,7 @@ from kvquant.backends import Prepared, Problem
 from kvquant.backends.dense import Dense
 from kvquant.backends.pieces import Pieces, Result, Steps
 from kvquant.backends.reference import REFERENCE, _Memory
+from kvquant.backends.reference_age import Held
 from kvquant.backends.reference_rows import rotate
 
 
@@ -60,8 +61,9 @@ def read(
     if backwards:
         tokens = tokens.flip(0)
     for b in range(len(table)):
-        k, there = memory.keys(table[b], tokens)
-        v, _ = memory.values(table[b], tokens)
+        held = Held(table[b], b)
+        k, there = memory.keys(held, tokens)
+        v, _ = memory.values(held, tokens)
         k, v = rotate(k, memory.k_rotation), rotate(v, memory.v_rotation)
         there = there & (tokens >= stored[0]) & (tokens < stored[1])
         good = there[:, None, None] & k.isfinite().all(-1, keepdim=True)

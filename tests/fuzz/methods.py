@@ -234,6 +234,14 @@ def _slide(cache: QuantizedKVCache, sliding_window: Any, slack: Any) -> Any:
     return fork.attend(0, query, sliding_window=operator.index(sliding_window))
 
 
+def _before_replay(cache: QuantizedKVCache, tokens: Any) -> Any:
+    """Of a fork: a replay that does not come leaves bounds that are too high until it looks."""
+    fork = cache.fork()
+    fork.before_replay(tokens)
+    fork.sync_lengths()
+    return fork.max_length
+
+
 METHODS = (
     *[APPEND] * 4,  # more often than the rest
     *[ATTEND] * 6,
@@ -308,6 +316,14 @@ METHODS = (
         refused=lambda arguments, cache: cache.block_size is None,
         covers=("QuantizedKVCache.compact",),
         names=("slide",),
+    ),
+    Operation(
+        "QuantizedKVCache.before_replay",
+        _before_replay,
+        lambda dice, cache: {"tokens": dice.integer(dice.number(0, 40))},
+        {"tokens": Integer(bad=(-1, -(2**40)))},
+        refused=lambda arguments, cache: None,  # as its room is, and its pool's
+        names=("before_replay",),
     ),
     Operation("copy.deepcopy", copy.deepcopy, _nothing, compare=False),
     Operation(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -244,11 +245,29 @@ def _make_sequences(dice: Dice, cache: Any) -> Arguments:
         args |= {"cu_seqlens_q": dice.index(edges), "max_seqlen_q": 0 if most is None else most}
     if dice.flag():
         args["advance"] = dice.flag()
+    if dice.flag():
+        args["on_host"] = _host_lengths(args)
     return args
+
+
+def _host_lengths(args: Arguments) -> kvquant.HostLengths:
+    """What the index tensors hold, or would hold if they were right."""
+
+    def numbers(name: str) -> tuple[int, ...] | None:
+        found = args.get(name)
+        return None if found is None else tuple(max(0, int(x)) for x in found.tolist())
+
+    edges = numbers("cu_seqlens_q")
+    rows = None if edges is None else tuple(max(0, b - a) for a, b in pairwise(edges))
+    return kvquant.HostLengths(numbers("seq_lens") or (), numbers("seq_starts"), rows)
 
 
 def _bound_alone(dice: Dice, args: Arguments) -> Any:
     return dice.integer(dice.number(1, 50)) if args.get("cu_seqlens_q") is None else NotImplemented
+
+
+def _other_lengths(dice: Dice, args: Arguments) -> Any:
+    return kvquant.HostLengths((1,) * (len(args["block_table"]) + 1))
 
 
 SEQUENCES = Operation(
@@ -262,6 +281,10 @@ SEQUENCES = Operation(
         "max_seqlen_q": Integer(bad=(-1, -(2**40), 2**31)),
         "advance": Flag(),
     },
-    (Relation("max_seqlen_q without cu_seqlens_q", gives(max_seqlen_q=_bound_alone)),),
+    (
+        Relation("lengths of another batch", gives(on_host=_other_lengths), "on_host"),
+        Relation("max_seqlen_q without cu_seqlens_q", gives(max_seqlen_q=_bound_alone)),
+    ),
     compare=False,
+    covers=("HostLengths",),
 )
