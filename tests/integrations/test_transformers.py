@@ -52,7 +52,8 @@ def test_logits_by_age_are_near_those_of_a_full_cache(name, pair, device) -> Non
     full = transformers.DynamicCache(config=peer.config)
     ids = ids_of(2, 160, device)
     for part in ids.split([41, 7, *[1] * 40, 52, *[1] * 20], dim=1):
-        assert_close(logits(model, cache, part), logits(peer, full, part), 0.4)
+        limit = 0.8 if "key" in pair else 0.4  # most tokens are old: groups are of 16
+        assert_close(logits(model, cache, part), logits(peer, full, part), limit)
 
 
 def test_a_prompt_is_exact(device: str) -> None:
