@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
 from modelled import (
     DIM,
@@ -111,10 +116,11 @@ class AnyOrder(RuleBasedStateMachine):
             assert state.pool.num_free <= state.pool.num_blocks
 
 
-TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(
-    max_examples=6,
-    stateful_step_count=10,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+def test_any_order() -> None:
+    few = settings(
+        max_examples=6,
+        stateful_step_count=10,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(AnyOrder, settings=few)
