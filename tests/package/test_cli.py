@@ -112,8 +112,8 @@ def test_without_typer(
 def test_demo_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("typer")
     for name in [*sys.modules]:
-        if name.startswith("kvquant.demo"):
-            monkeypatch.delitem(sys.modules, name)
+        if name.startswith(("kvquant.bench", "kvquant.demo", "kvquant.terminal")):
+            monkeypatch.delitem(sys.modules, name)  # another test may have imported rich for them
     monkeypatch.setitem(sys.modules, "rich", None)
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     with pytest.raises(SystemExit, match=r"rich.* is missing.*kvquant\[demo\]"):
