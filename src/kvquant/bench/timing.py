@@ -30,6 +30,7 @@ class Captured:
     """Calls in a CUDA graph, which rotates through them; ``before`` runs ahead of each replay."""
 
     graph: torch.cuda.CUDAGraph
+    calls: Sequence[Call]  # whose tensors the graph reads
     count: int
     before: Call | None = None
 
@@ -47,7 +48,7 @@ class Captured:
             for i in range(per_graph):
                 calls[i % len(calls)]()
         graph.replay()
-        return cls(graph, per_graph, before)
+        return cls(graph, calls, per_graph, before)
 
     def ms(self, rounds: int) -> float:
         """Median milliseconds of a call, without what runs before a replay."""
