@@ -46,11 +46,11 @@ struct Strided {
 };
 
 struct AttentionCall : AttentionParams {
-  Divisor gqa_group_size;  // query heads of a KV head
-  Divisor divided_by;      // most splits of a sequence
-  int row_tiles;           // of a sequence and KV head
-  int min_split;           // tokens
-  int stages;              // of a warp's ring
+  Divisor gqa_group_size;                        // query heads of a KV head
+  Divisor divided_by;                            // most splits of a sequence
+  int row_tiles;                                 // of a sequence and KV head
+  int min_split;                                 // tokens
+  int stages;                                    // of a warp's ring
   Strided k_codes, k_params, v_codes, v_params;  // of the cache
   // The call's new rows, where the launch appends them (data null: they are stored). seq_lens are
   // then without them, and the launch adds them to `advance` if it is not null.

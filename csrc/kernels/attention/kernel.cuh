@@ -57,8 +57,7 @@ struct MainLoop {
   const int32_t* table;  // of the sequence
   // Tiles from clean_begin on and up to clean_end need no look at single scores.
   int clean_begin, clean_end;
-  int end;
-  int end_;  // the same, where the compiler does not see that it is one for all lanes
+  int end, lane_end;  // the same; of lane_end the compiler does not see that all lanes have one
   int warp, token;
   int block[Traits::kTiles];  // of the piece that was asked for last, -1: none
 
@@ -72,7 +71,7 @@ struct MainLoop {
   }
   // From `begin` on: asks for the first pieces, as many as have room.
   __device__ __forceinline__ void start(const RowTile& rows, int first_block, int begin, int end) {
-    this->end = end, end_ = int(kept(end));
+    this->end = end, lane_end = int(kept(end));
     token = begin + warp * kTile * Traits::kTiles;
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) block[u] = first_block;
@@ -107,14 +106,14 @@ struct MainLoop {
   __device__ __forceinline__ void load_keys(int at, const Place (&places)[Traits::kTiles]) {
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) {
-      if (at + u * kTile >= end_) break;
+      if (at + u * kTile >= lane_end) break;
       pipeline.load_keys(u, places[u]);
     }
   }
   __device__ __forceinline__ void load_values(int at, const Place (&places)[Traits::kTiles]) {
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) {
-      if (at + u * kTile >= end_) break;
+      if (at + u * kTile >= lane_end) break;
       pipeline.load_values(u, places[u]);
     }
     pipeline.commit_stage();

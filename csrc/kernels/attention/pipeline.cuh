@@ -73,11 +73,12 @@ struct Stream {
   }
 };
 
-// Both have the same interface. find() works out addresses. A piece is what a warp takes at once,
-// Traits::kTiles tiles; the oldest one's keys and values are read, then its place is asked to take
-// a later one: first for keys, then for values. close() ends what is asked for a piece. Of block
-// -1, which is none, the first one is read, and usable() says so; `block` is the one that was asked
-// for last. A tile whose first token is `at` takes new rows where it has them.
+// Both have the same interface. find() works out addresses of a lane, place() those of a tile. A
+// piece is what a warp takes at once, Traits::kTiles tiles; the oldest one's keys and values are
+// read, then its slot is asked to take a later one: first for keys, then for values. close() ends
+// what is asked for a piece. Of block -1, which is none, the first one is read, and usable() says
+// so; `block` is the one that was asked for last. A tile whose first token is `at` takes new rows
+// where it has them.
 
 template <class Traits>
 class RegisterPipeline {
@@ -189,7 +190,8 @@ class SmemPipeline {
   };
   static_assert(Traits::kTiles == 1);
 
-  __device__ __forceinline__ explicit SmemPipeline(const AttentionCall& call) : cache_(call.cache) {}
+  __device__ __forceinline__ explicit SmemPipeline(const AttentionCall& call)
+      : cache_(call.cache) {}
   __device__ __forceinline__ void find(int head, unsigned char* memory, int stages) {
     lane_ = threadIdx.x & 31;
     pieces_ = {cache_.k.head_dim, cache_.v.head_dim, lane_ >> 2, lane_ & 3};
@@ -228,11 +230,9 @@ class SmemPipeline {
   __device__ __forceinline__ Place place(int block, int row) const { return {block, row}; }
   __device__ __forceinline__ void load_keys(int, const Place&) {}
   __device__ __forceinline__ void load_values(int u, const Place& from) {
-    int block = from.block;
-    const int row = from.row;
+    const int block = max(from.block, 0), row = from.row;
     Slot& slot = first_[oldest_][u];
-    lost_ = block < 0 ? lost_ | bit(u) : lost_ & ~bit(u);
-    block = max(block, 0);
+    lost_ = from.block < 0 ? lost_ | bit(u) : lost_ & ~bit(u);
     if (u == 0) __syncwarp();  // all lanes have read the piece
     const Stream params = kKept ? params_ : params_stream();
     if (lane_ < kKeyLanes + kValueLanes) {

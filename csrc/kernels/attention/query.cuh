@@ -215,8 +215,7 @@ struct AttentionTraits {
   static bool serves(const AttentionCall& call) {
     return !kPlainCall || (is_aligned(call.query) && is_aligned(call.out) && is_aligned(call.key) &&
                            is_aligned(call.value) && call.cache.k.head_dim == kDim &&
-                           call.cache.v.head_dim == kDim &&
-                           is_rotation(call.cache.k.rotation) &&
+                           call.cache.v.head_dim == kDim && is_rotation(call.cache.k.rotation) &&
                            is_rotation(call.cache.v.rotation) && !call.seqs.seq_starts &&
                            !call.seqs.cu_seqlens_q && !call.sliding_window && call.softcap == 0.f &&
                            !call.alibi_slopes && !call.sinks && !call.lse);
