@@ -131,6 +131,46 @@ def cache_cases(device: str) -> Iterator[None]:
         yield
 
 
+def age_case(
+    move: Move, dims: tuple[int, int], dtype: torch.dtype, block: int, format: kvquant.CacheFormat
+) -> list[Tensor]:
+    """Two sequences by age: a prompt, a chunk, and steps that open and close groups."""
+    heads, kv_heads, room = 4, 2, 512
+    blocks = room // block
+    table = move(torch.randperm(2 * blocks, dtype=torch.int32).view(2, blocks))
+    view = kvquant.CacheView.allocate(
+        2 * blocks, kv_heads, block, *dims, format=format, device=table.device
+    )
+    for tensor in view.tensors.values():  # tiles of 16 tokens are read whole, used in part
+        tensor.zero_()
+    young = move(torch.zeros(2, kv_heads, format.young_bytes(*dims), dtype=torch.uint8))
+    lens, outs = move(torch.tensor([0, 60], dtype=torch.int32)), []
+    seqs = kvquant.Sequences(table, lens, advance=True, young=young)
+    for tokens in (70, 1, 40, 20, 1, 4, 1):  # to 137 and 197, by groups of 64
+        query = move(torch.randn(2, tokens, heads, dims[0]).to(dtype))
+        pair = [move(torch.randn(2, tokens, kv_heads, dim).to(dtype)) for dim in dims]
+        out = kvquant.plan(query, view, seqs, *pair).run(query, view, seqs, *pair)
+        assert isinstance(out, Tensor)
+        outs.append(out)
+    return outs
+
+
+def age_cases(device: str) -> Iterator[None]:
+    """Pairs by age, in instances by head_dim, rows and dtype."""
+    pairs = [{"value": "int4"}, {"key": "int4", "value": "int4"}]
+    shapes = [((64, 64), torch.float16, 16), ((128, 128), torch.bfloat16, 512),
+              ((192, 80), torch.float16, 64), ((128, 128), torch.float32, 32)]  # fmt: skip
+    for pair, (dims, dtype, block) in itertools.product(pairs, shapes):
+        format = kvquant.CacheFormat(**pair, by_age=True, key_mean=64)
+        name = f"by age {dims} {dtype} {block} {pair}"
+        # A mean that is summed in another order moves a 4-bit code now and then.
+        both(
+            lambda move, a=(dims, dtype, block, format): age_case(move, *a),
+            device, name, max(2e-2, TOLERANCE[dtype]),
+        )  # fmt: skip
+        yield
+
+
 def plain_case(move: Move, dim: int, dtype: torch.dtype, granularity: str) -> list[Tensor]:
     """Quantize, dequantize and both matmuls."""
     group = 32 if granularity == "channel" else None
@@ -192,7 +232,7 @@ def main(device: str = "cuda") -> None:
             lambda move, a=(dim, dtype, granularity): plain_case(move, *a),
             device, name, TOLERANCE[dtype],
         )  # fmt: skip
-    for _ in cache_cases(device):
+    for _ in itertools.chain(cache_cases(device), age_cases(device)):
         pass
     for dims, dtype, (block, backwards) in itertools.product(
         [(128, 128), (80, 64), (48, 256)], DTYPES[:2], [(16, False), (320, True)]

@@ -11,12 +11,14 @@
 //              place(c): at which place of the k-steps channel c is. The query is laid out alike,
 //              so the order is free; kInOrder: eight neighbouring channels are eight bytes
 //              channel(step, t): where a lane's eight channels of a k-step, which are neighbours,
-//              begin; in_order(): their halves, in the order of the operands' bytes
+//              begin; in_order(): their halves, or bytes, in the order of the operands' bytes
 //   ValueTile  first_byte(), load_row(): as above
 //              for_operands<kCentered>(f): f(w, even, odd) with the A fragments of m-tiles 2 w and
 //              2 w + 1, of code - middle(false) in rows g and of code - middle(true) in rows
 //              g + 8, or of code 2^-24
-//              channel(w, g), channels(): which four channels these are, made of accumulators
+//              part(): what the rows of an m-tile have summed up, to the sums of channels
+//              channel(w, g): the four channels that rows g and g + 8 of m-tiles 2 w and 2 w + 1
+//              are
 #pragma once
 
 #include "common/cuda/row.cuh"

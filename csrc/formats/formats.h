@@ -36,7 +36,19 @@ template <class K, class V>
 struct FormatPair {
   using Key = K;
   using Value = V;
+  static constexpr bool kByAge = false;
 };
+
+// A pair whose rows are by age (common/age.h): those of young tokens are in 8 bits.
+template <class Pair>
+struct AgedPair : Pair {
+  static constexpr bool kByAge = true;
+};
+// Whether a pair's may be: 8-bit rows are no smaller when they are old.
+template <class Pair>
+constexpr bool can_age(Pair) {
+  return !std::is_same_v<typename Pair::Key, Int8> || !std::is_same_v<typename Pair::Value, Int8>;
+}
 
 // Calls f with the pair of these tags, and returns its Status; refuses what pairs.def does not
 // list.

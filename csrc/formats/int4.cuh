@@ -66,6 +66,9 @@ struct KeyTile<Int4, kDim> {
   static __device__ __forceinline__ int channel(int step, int t) {
     return step / 2 * 64 + t * 16 + step % 2 * 8;
   }
+  static __device__ __forceinline__ uint2 in_order(const uint2& x) {
+    return make_uint2(__byte_perm(x.x, x.y, 0x6420), __byte_perm(x.x, x.y, 0x7531));
+  }
   static __device__ __forceinline__ uint4 in_order(const uint4& x) {
     return make_uint4(__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.z, x.w, 0x5410),
                       __byte_perm(x.x, x.y, 0x7632), __byte_perm(x.z, x.w, 0x7632));
@@ -94,8 +97,8 @@ struct ValueTile<Int4, kDim> {
       codes[i][2 * kWide] = load_piece<uint32_t, kShared>(first + step(kWide * 64 + g * 4, 4));
     }
   }
-  // As code - middle, or as code 2^-24. Every second channel's operand is its byte, code + 16 of
-  // the next channel's code: channels() parts them.
+  // As code - middle, or as code 2^-24. Every second channel's operand is its byte, 16 of its code
+  // + the code of the channel before: part() parts them.
   static __device__ __forceinline__ constexpr float middle(bool second) {
     return second ? 17 * Int4::kMiddleCode : Int4::kMiddleCode;
   }
@@ -123,11 +126,9 @@ struct ValueTile<Int4, kDim> {
     return w < kWide * 4 ? (w / 4) * 128 + g * 16 + (w % 4) * 4
                          : kWide * 128 + g * 8 + (w - kWide * 4) * 4;
   }
-  // Of the accumulators' column q.
-  static __device__ __forceinline__ float4 channels(const float (&even)[4], const float (&odd)[4],
-                                                    int q) {
-    return make_float4(even[q], (even[q + 2] - even[q]) * 0.0625f, odd[q],
-                       (odd[q + 2] - odd[q]) * 0.0625f);
+  static __device__ __forceinline__ void part(float (&sums)[4]) {
+#pragma unroll
+    for (int q = 0; q < 2; ++q) sums[q + 2] = (sums[q + 2] - sums[q]) * 0.0625f;
   }
 
  private:

@@ -64,7 +64,10 @@ struct ByteKeys {
   static __device__ __forceinline__ int channel(int step, int t) {
     return step / 2 * 64 + t * 16 + step % 2 * 8;
   }
-  static __device__ __forceinline__ uint4 in_order(const uint4& x) { return x; }
+  template <class Words>
+  static __device__ __forceinline__ Words in_order(const Words& x) {
+    return x;
+  }
 };
 
 template <int kDim>
@@ -110,11 +113,7 @@ struct ByteValues {
     return w < kWide * 4 ? (w / 4) * 128 + g * 16 + (w % 4) * 4
                          : kWide * 128 + g * 8 + (w - kWide * 4) * 4;
   }
-  // Of the accumulators' column q.
-  static __device__ __forceinline__ float4 channels(const float (&even)[4], const float (&odd)[4],
-                                                    int q) {
-    return make_float4(even[q], even[q + 2], odd[q], odd[q + 2]);
-  }
+  static __device__ __forceinline__ void part(float (&)[4]) {}
 
  private:
   static constexpr int kWide = kDim / 128;                 // 16-byte pieces of a row

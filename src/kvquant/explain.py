@@ -92,9 +92,7 @@ def explain(
     view = None
     if op in _ON_CACHE:
         view = CacheView.allocate(1, 1, 16, head_dim, v_dim, format=fmt, device=target)
-    backend, reason = backends.choose(
-        target, None if view is None else view.spec, view is not None and fmt.by_age
-    )
+    backend, reason = backends.choose(target, None if view is None else view.spec)
     details: dict[str, Any] = {"device": _device_name(target)}
     if backend.name != "reference":
         details.update(backends.build_info())

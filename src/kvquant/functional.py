@@ -163,7 +163,7 @@ def gather_rows(
 
 def _gather(view: CacheView, seqs: Sequences, key: Tensor, value: Tensor) -> None:
     if ops.is_plain(view.k.codes):
-        backend = backends.select("gather_", view.device, view.spec, seqs.spec.by_age)
+        backend = backends.select("gather_", view.device, view.spec)
         backend.gather(view, seqs, key, value)
     else:
         ops.gather(view, seqs, key, value)

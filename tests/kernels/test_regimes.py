@@ -19,7 +19,7 @@ def choose():
 
     def of(*sizes, split_size=0, packed=False, appends=False):
         problem = dict(zip(names, sizes, strict=True))
-        formats = {"k_format": "int8", "v_format": "int8"}
+        formats = {"k_format": "int8", "v_format": "int8", "age_group": 0}
         rest = {"split_size": split_size, "packed": packed, "appends": appends}
         return _C.choose({**problem, **formats, **rest})
 

@@ -167,7 +167,7 @@ def choose():
     sizes = {
         "batch": 1, "max_seqlen_q": 1, "num_q_heads": 8, "num_kv_heads": 2, "head_dim": 64,
         "v_head_dim": 64, "float32": False, "packed": False, "appends": False,
-        "multiprocessors": 132, "k_format": "int8", "v_format": "int8",
+        "multiprocessors": 132, "k_format": "int8", "v_format": "int8", "age_group": 0,
     }  # fmt: skip
     return lambda capacity, split: _C.choose(sizes | {"capacity": capacity, "split_size": split})
 

@@ -1,4 +1,5 @@
 // Gather: dequantizes the rows that attention sees, for whoever needs them as they are.
+#include "common/age.h"
 #include "common/paging.h"
 #include "common/rows.h"
 #include "formats/formats.cuh"
@@ -21,21 +22,27 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const GatherParams p) 
   const Paging paging(cache, p.seqs.max_blocks);
   const int token = (int(blockIdx.x) * kWarps + int(threadIdx.x / 32)) * at.rows + at.row;
   const bool mine = at.row >= 0 && token < p.seqs.max_seqlen_q;
-  const bool stored = mine && token >= first_token(p.seqs, sequence) &&
-                      token < stored_tokens(cache, p.seqs, p.seqs.seq_lens[sequence]);
+  const int length = stored_tokens(cache, p.seqs, p.seqs.seq_lens[sequence]);
+  const bool stored = mine && token >= first_token(p.seqs, sequence) && token < length;
   const Place from = stored ? place_of(cache, p.seqs, paging, sequence, token) : Place{-1, 0};
   float x[kLaneChannels] = {};
   if (from.block >= 0) {
     RowAffine affine;
-    with_rows(Formats{}, is_key, [&](auto format) {
+    const auto load = [&](auto format, const CacheView& view, Place at_row) {
       using Format = decltype(format);
-      affine = Format::affine(rows_of<typename Format::Params>(
-          is_key ? cache.k.params : cache.v.params, from.block, head)[from.row]);
-      LaneCodes<Format>::load(
-          rows_of<uint8_t>(is_key ? cache.k.codes : cache.v.codes, from.block, head) +
-              int64_t(from.row) * Format::code_bytes(dim),
-          at.channel(), x);
-    });
+      const RowsView& rows = is_key ? view.k : view.v;
+      affine = Format::affine(
+          rows_of<typename Format::Params>(rows.params, at_row.block, head)[at_row.row]);
+      LaneCodes<Format>::load(rows_of<uint8_t>(rows.codes, at_row.block, head) +
+                                  int64_t(at_row.row) * Format::code_bytes(dim),
+                              at.channel(), x);
+    };
+    const int age = age_group(cache, p.seqs);
+    if (age && (token < age || token >= open_start(age, length))) {
+      load(Int8{}, young_view(cache, p.seqs), {sequence, young_row(age, token)});
+    } else {
+      with_rows(Formats{}, is_key, [&](auto format) { load(format, cache, from); });
+    }
     float shift[kLaneChannels] = {};
     if (is_key && cache.mean_group) {
       const __half* const mean = mean_of<__half>(cache, p.seqs, paging, sequence, head, token);

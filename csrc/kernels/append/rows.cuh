@@ -2,6 +2,7 @@
 // the append kernel and by the attention kernel's decode step.
 #pragma once
 
+#include "common/age.h"
 #include "common/groups.h"
 #include "common/paging.h"
 #include "common/rows.h"
@@ -22,6 +23,7 @@ struct Source {
   int length;  // tokens stored before the call
   Paging paging;
   int whole = -1;  // the sequence's one block, where it is known; else it is looked up
+  int age = 0;     // of a young_view: its tokens a group
 
   __device__ int dim() const { return is_key ? cache.k.head_dim : cache.v.head_dim; }
   __device__ int rotation() const { return is_key ? cache.k.rotation : cache.v.rotation; }
@@ -36,7 +38,8 @@ struct Source {
     return stored(length + i);
   }
   __device__ Place stored(int token) const {
-    return place_of(cache, seqs, paging, sequence, token, whole);
+    const Place at = place_of(cache, seqs, paging, sequence, token, whole);
+    return age && at.block >= 0 ? Place{sequence, young_row(age, token)} : at;
   }
   __device__ uint8_t* codes(Place at) const {
     const Slab slab = is_key ? cache.k.codes : cache.v.codes;
@@ -244,6 +247,18 @@ __device__ __forceinline__ const __half* find_mean(const Source<Format, T>& src,
   return slot;
 }
 
+// The params of a row whose lanes have its channels. All lanes of the warp must call.
+template <class Format>
+__device__ __forceinline__ typename Format::Params row_params(const float (&x)[kLaneChannels],
+                                                              bool finite, const RowLanes& at) {
+  float low = INFINITY, high = -INFINITY;
+#pragma unroll
+  for (int c = 0; c < kLaneChannels; ++c) low = fminf(low, x[c]), high = fmaxf(high, x[c]);
+  low = -row_max(-low, at);
+  high = row_max(high, at);
+  return Format::params(low, high, finite);
+}
+
 // This thread's channels of a group's mean.
 struct LaneMean {
   Words16<__half> x;
@@ -255,11 +270,23 @@ struct LaneMean {
   }
 };
 
-// Rotates the rows of tokens [begin, end) of the source, subtracts the group's mean, quantizes and
-// stores them. `warp`: of the block.
+// Quantizes a row, whose lanes have its channels, and stores it. All lanes of the warp must call.
 template <class Format, class T>
-__device__ __forceinline__ void write_rows(const Source<Format, T>& src, int begin, int end,
-                                           const __half* group_mean, int warp) {
+__device__ __forceinline__ void store_row(const Source<Format, T>& src, const RowLanes& at,
+                                          Place to, const float (&x)[kLaneChannels], bool finite) {
+  const auto params = row_params<Format>(x, finite, at);
+  const Encoder<Format> encoder(params);
+  if (to.block < 0) return;
+  LaneCodes<Format>::template store<kLaneChannels>(src.codes(to), at.channel(),
+                                                   [&](int c) { return encoder.code(x[c]); });
+  if (at.index == 0) *src.params(to) = params;
+}
+
+// Rotates the rows of tokens [begin, end) of the source, subtracts the group's mean, and calls
+// store(lanes, place, channels, whether the row is finite). `warp`: of the block.
+template <class Format, class T, class F>
+__device__ __forceinline__ void for_ready_rows(const Source<Format, T>& src, int begin, int end,
+                                               const __half* group_mean, int warp, F&& store) {
   const RowSlot at(src.dim(), warp);
   LaneMean mean;
   mean.load(group_mean, at);
@@ -271,18 +298,19 @@ __device__ __forceinline__ void write_rows(const Source<Format, T>& src, int beg
 #pragma unroll
       for (int c = 0; c < kLaneChannels; ++c) x[c] = __fsub_rn(x[c], mean.x[c]);
     }
-    float low = INFINITY, high = -INFINITY;
-#pragma unroll
-    for (int c = 0; c < kLaneChannels; ++c) low = fminf(low, x[c]), high = fmaxf(high, x[c]);
-    low = -row_max(-low, at);
-    high = row_max(high, at);
-    const auto params = Format::params(low, high, finite);
-    const Encoder<Format> encoder(params);
-    if (row.to.block < 0) return;
-    LaneCodes<Format>::template store<kLaneChannels>(src.codes(row.to), at.channel(),
-                                                     [&](int c) { return encoder.code(x[c]); });
-    if (at.index == 0) *src.params(row.to) = params;
+    store(at, row.to, x, finite);
   });
+}
+
+// Rotates the rows of tokens [begin, end) of the source, subtracts the group's mean, quantizes and
+// stores them. `warp`: of the block.
+template <class Format, class T>
+__device__ __forceinline__ void write_rows(const Source<Format, T>& src, int begin, int end,
+                                           const __half* group_mean, int warp) {
+  for_ready_rows(src, begin, end, group_mean, warp,
+                 [&](const RowSlot& at, Place to, const float (&x)[kLaneChannels], bool finite) {
+                   store_row(src, at, to, x, finite);
+                 });
 }
 
 }  // namespace kvquant::cuda

@@ -31,8 +31,6 @@ __device__ __forceinline__ void reduce_rows(float (&best)[kRowSets]) {
 // truncating adder biases them (relative error 3e-3 after 4k tokens of a warp).
 template <class Traits>
 class HalfAccumulator {
-  using Value = typename Traits::Value;
-  using Values = ValueTile<Value, Traits::kDim>;
   static constexpr int kRowSets = Traits::kRowSets;
   static constexpr float kUnit = 0x1p-24f;  // of an operand
   // p carries 2^kRaise, so that small ones are no subnormals, and bases follow larger scores only
@@ -80,8 +78,10 @@ class HalfAccumulator {
   }
 
   // Adds a tile's values. Params of tokens that nobody sees are zeros.
+  template <class Value>
   __device__ __forceinline__ void add(const float (&score)[kRowSets][4],
-                                      const TileParams<Value>& params, const Values& values) {
+                                      const TileParams<Value>& params,
+                                      const ValueTile<Value, Traits::kDim>& values) {
     const bool odd = threadIdx.x & 4;  // g
     uint32_t scale[2], first[2], weight[kRowSets][2];
 #pragma unroll
@@ -112,7 +112,10 @@ class HalfAccumulator {
       }
     });
   }
+  // To be called now and then, with the format of what was added.
+  template <class Value>
   __device__ __forceinline__ void flush() {
+    using Values = ValueTile<Value, Traits::kDim>;
 #pragma unroll
     for (int r = 0; r < kRowSets; ++r) {
 #pragma unroll
@@ -126,21 +129,40 @@ class HalfAccumulator {
     }
   }
 
-  // After a flush: the four channels of word w of query 2 t + q of row set r.
+  // Ends what was added in a format: what is added next may be in another.
+  template <class Value>
+  __device__ __forceinline__ void settle() {
+    constexpr float kMiddle = Value::kSymmetric ? 0.f : Value::kMiddleCode;
+    flush<Value>();
+    const bool has_offsets = !(threadIdx.x & 4);  // g
+#pragma unroll
+    for (int r = 0; r < kRowSets; ++r) {
+#pragma unroll
+      for (int i = 0; i < Traits::kDim / 16; ++i) {
+        ValueTile<Value, Traits::kDim>::part(c_[i][r]);
+      }
+#pragma unroll
+      for (int q = 0; q < 2; ++q) {
+        if (has_offsets) sums_[r][q] = fmaf(kMiddle, sums_[r][2 + q], sums_[r][q]);
+        sums_[r][2 + q] = 0.f;
+      }
+    }
+  }
+
+  // All being settled: the four channels of word w of query 2 t + q of row set r.
   template <int r>
   __device__ __forceinline__ float4 channels(int w, int q) const {
-    float4 x = Values::channels(c_[2 * w][r], c_[2 * w + 1][r], q);
     const float unit = unlift_ * (1.f / kUnit);
-    return make_float4(x.x * unit, x.y * unit, x.z * unit, x.w * unit);
+    const float (&even)[4] = c_[2 * w][r], (&odd)[4] = c_[2 * w + 1][r];
+    return make_float4(even[q] * unit, even[q + 2] * unit, odd[q] * unit, odd[q + 2] * unit);
   }
   // Leaves (base, sum of p, sum of p times middles) of the eight rows of row set r.
   template <int r>
   __device__ __forceinline__ void store_rows(float4 (&to)[8], int g, int t) const {
-    constexpr float kMiddle = Value::kSymmetric ? 0.f : Value::kMiddleCode;
     if (t == 0) to[g].x = base_[r];
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
-      if (g == 0) to[2 * t + q].z = fmaf(kMiddle, sums_[r][2 + q], sums_[r][q]);
+      if (g == 0) to[2 * t + q].z = sums_[r][q];
       if (g == 1) to[2 * t + q].y = sums_[r][q];
     }
   }
@@ -167,8 +189,6 @@ class HalfAccumulator {
 // Weights in fp16 and what fp16 left of them, for float32. One row set.
 template <class Traits>
 class SplitAccumulator {
-  using Value = typename Traits::Value;
-  using Values = ValueTile<Value, Traits::kDim>;
   static constexpr float kLazy = 6.f;  // log2
   static constexpr float kHeadroom = 256.f;
 
@@ -201,8 +221,9 @@ class SplitAccumulator {
       }
     }
   }
+  template <class Value>
   __device__ __forceinline__ void add(const float (&score)[1][4], const TileParams<Value>& params,
-                                      const Values& values) {
+                                      const ValueTile<Value, Traits::kDim>& values) {
     uint32_t weight[2][2];
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
@@ -228,12 +249,21 @@ class SplitAccumulator {
       }
     });
   }
+  template <class Value>
   __device__ __forceinline__ void flush() {}
+  template <class Value>
+  __device__ __forceinline__ void settle() {
+#pragma unroll
+    for (int i = 0; i < Traits::kDim / 16; ++i) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) ValueTile<Value, Traits::kDim>::part(c_[i][n]);
+    }
+  }
   template <int r>
   __device__ __forceinline__ float4 channels(int w, int q) const {
-    float4 x = Values::channels(c_[2 * w][0], c_[2 * w + 1][0], q);
-    const float4 rest = Values::channels(c_[2 * w][1], c_[2 * w + 1][1], q);
-    return make_float4(x.x + rest.x, x.y + rest.y, x.z + rest.z, x.w + rest.w);
+    const float (&even)[2][4] = c_[2 * w], (&odd)[2][4] = c_[2 * w + 1];
+    return make_float4(even[0][q] + even[1][q], even[0][q + 2] + even[1][q + 2],
+                       odd[0][q] + odd[1][q], odd[0][q + 2] + odd[1][q + 2]);
   }
   template <int r>
   __device__ __forceinline__ void store_rows(float4 (&to)[8], int g, int t) const {

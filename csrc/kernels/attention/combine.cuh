@@ -11,7 +11,9 @@ namespace kvquant::cuda {
 
 template <class Traits>
 struct AttentionShared {
-  static constexpr int kStageBytes = Traits::kWarps * LoadPipeline<Traits>::kSharedBytes;
+  static constexpr int kStageBytes =
+      Traits::kWarps * std::max(LoadPipeline<Traits>::kSharedBytes,
+                                LoadPipeline<typename Traits::Appended>::kSharedBytes);
 
   // Bytes of a launch whose warps' rings have as many stages.
   static constexpr size_t bytes(int stages) {
@@ -29,7 +31,8 @@ struct AttentionShared {
   RowScale scale[Traits::kRows];
   RowTile rows;
   RowView views[Traits::kRows];
-  NewTokens<Traits> new_tokens;
+  NewTokens<typename Traits::Appended> new_tokens;
+  int splits;                           // by age: of the sequence that have tokens
   uint32_t parameters[Traits::kWarps];  // for their coming
   union {
     alignas(128) unsigned char rings[128];  // and beyond
@@ -259,7 +262,7 @@ template <class Traits>
 __device__ __forceinline__ void finish(const AttentionCall& p, AttentionShared<Traits>& shared,
                                        Accumulator<Traits>& acc, int64_t unit, int split,
                                        bool combines, int warp, int g, int t) {
-  acc.flush();
+  if constexpr (!Traits::kByAge) acc.template settle<typename Traits::Value>();
   const Partial<Traits> partial{p.partial + unit * p.splits * Traits::kPartialFloats};
 #pragma unroll 1
   for (int r = 0; r < Traits::kRowSets; ++r) {

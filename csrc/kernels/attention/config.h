@@ -108,11 +108,12 @@ inline int choose_splits(const AttentionShape& shape, int capacity) {
   return best;
 }
 
+// by_age: no instance by age is made for many short sequences, which have few old rows.
 // capacity: most tokens of a sequence. With a split_size an instance's warps must not depend on the
 // batch: they decide in which order a split is summed.
 inline AttentionShape shape_attention(int batch, int tokens, int q_heads, int kv_heads, int k_dim,
-                                      int v_dim, bool float32, int capacity, int split_size,
-                                      int multiprocessors) {
+                                      int v_dim, bool by_age, bool float32, int capacity,
+                                      int split_size, int multiprocessors) {
   AttentionShape shape{};
   const int64_t query_rows = std::max<int64_t>(1, int64_t(tokens) * (q_heads / kv_heads));
   shape.head_dim = (std::max(k_dim, v_dim) + 63) / 64 * 64;
@@ -128,7 +129,7 @@ inline AttentionShape shape_attention(int batch, int tokens, int q_heads, int kv
   if (one_tile && shape.units <= multiprocessors &&
       shape.units * capacity <= multiprocessors * most) {
     shape.occupancy = Occupancy::kOneBlock;
-  } else if (one_tile && split_size == 0 &&
+  } else if (one_tile && split_size == 0 && !by_age &&
              shape.units >= int64_t(multiprocessors) * usual.blocks &&
              int64_t(capacity) * shape.head_dim <= kMostInSmallBlocks) {
     shape.occupancy = Occupancy::kManyBlocks;

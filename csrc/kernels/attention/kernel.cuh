@@ -13,10 +13,10 @@ namespace kvquant::cuda {
 // Softcap, ALiBi and the mask on a tile's scores.
 // Tokens that no row sees may hold anything: their params become zeros. So do those of values that
 // are not finite, and the scores of rows that see them become NaN.
-template <class Traits>
+template <class Traits, class Value>
 __device__ __forceinline__ void mask_scores(const AttentionCall& p,
                                             const AttentionShared<Traits>& shared, int token, int g,
-                                            int t, TileParams<typename Traits::Value>& v_params,
+                                            int t, TileParams<Value>& v_params,
                                             float (&score)[Traits::kRowSets][4]) {
   const float cap = p.softcap * kLog2e;
 #pragma unroll
@@ -45,14 +45,46 @@ __device__ __forceinline__ void mask_scores(const AttentionCall& p,
   }
 }
 
+// Where a loop finds its tokens, which it counts as it takes them.
+struct InBlocks {
+  __device__ __forceinline__ int token(int i) const { return i; }
+  __device__ __forceinline__ int block(int found) const { return found; }
+  __device__ __forceinline__ int row(const Paging& paging, int i) const { return i & paging.mask; }
+};
+// Young tokens of a split: of the first group, and behind `hole` others those from `from` on.
+// Blocks of their view are sequences, but none where the tokens have none.
+struct InSlab {
+  int group, from, begin, end;  // [begin, end): as they are counted
+  int sequence, ring;           // place of `from`
+
+  // Of tokens [begin, end); those from `from` on are in the ring.
+  __device__ __forceinline__ InSlab(int group, int from, int begin, int end, int sequence)
+      : group(group), from(max(from, group)), sequence(sequence) {
+    this->begin = begin < group ? begin : max(begin, this->from) - hole();
+    this->end = end > this->from ? end - hole() : min(end, group);
+    ring = this->from % (group + kSpareTokens);
+  }
+  __device__ __forceinline__ bool any() const { return begin < end; }
+  __device__ __forceinline__ int hole() const { return from - group; }
+  __device__ __forceinline__ int token(int i) const { return i < group ? i : i + hole(); }
+  __device__ __forceinline__ int block(int found) const { return found < 0 ? found : sequence; }
+  __device__ __forceinline__ int row(const Paging&, int i) const {
+    if (i < group) return i;
+    const int at = i + ring, rows = group + kSpareTokens;
+    return at < group + rows ? at : at - rows;
+  }
+};
+
 // A warp's way through tokens up to `end`: every kWarps-th piece of one or two tiles, the next ones
-// on their way while one is worked on.
-template <class Traits>
+// on their way while one is worked on. Block: the traits of the block.
+template <class Traits, class Block = Traits, class Tokens = InBlocks>
 struct MainLoop {
   using Place = typename LoadPipeline<Traits>::Place;
+  using Value = typename Traits::Value;
 
   const AttentionCall& p;
   const Paging& paging;
+  const Tokens tokens;
   LoadPipeline<Traits> pipeline;
   const int32_t* table;  // of the sequence
   // Tiles from clean_begin on and up to clean_end need no look at single scores.
@@ -61,8 +93,9 @@ struct MainLoop {
   int warp, token;
   int block[Traits::kTiles];  // of the piece that was asked for last, -1: none
 
-  __device__ __forceinline__ MainLoop(const AttentionCall& p, const Paging& paging, int warp)
-      : p(p), paging(paging), pipeline(p), warp(warp) {}
+  __device__ __forceinline__ MainLoop(const AttentionCall& p, const Paging& paging, int warp,
+                                      const Tokens& tokens = {})
+      : p(p), paging(paging), tokens(tokens), pipeline(p), warp(warp) {}
 
   // Works out what needs no lengths.
   __device__ __forceinline__ void find(const RowTile& rows, unsigned char* rings) {
@@ -74,7 +107,7 @@ struct MainLoop {
     this->end = end, lane_end = int(kept(end));
     token = begin + warp * kTile * Traits::kTiles;
 #pragma unroll
-    for (int u = 0; u < Traits::kTiles; ++u) block[u] = first_block;
+    for (int u = 0; u < Traits::kTiles; ++u) block[u] = tokens.block(first_block);
     for (int i = 0; i < pipeline.stages(); ++i) {
       const int at = token + i * Traits::kStep;
       find_blocks(at, block);
@@ -92,15 +125,15 @@ struct MainLoop {
     if (p.seqs.max_blocks == 1) return;
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) {
-      found[u] = checked_block(p.cache,
-                               table[min((at + u * kTile) >> paging.shift, p.seqs.max_blocks - 1)]);
+      const int index = tokens.token(at + u * kTile) >> paging.shift;
+      found[u] = tokens.block(checked_block(p.cache, table[min(index, p.seqs.max_blocks - 1)]));
     }
   }
   __device__ __forceinline__ void find_places(int at, const int (&blocks)[Traits::kTiles],
                                               Place (&places)[Traits::kTiles]) const {
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) {
-      places[u] = pipeline.place(blocks[u], (at + u * kTile) & paging.mask);
+      places[u] = pipeline.place(blocks[u], tokens.row(paging, at + u * kTile));
     }
   }
   __device__ __forceinline__ void load_keys(int at, const Place (&places)[Traits::kTiles]) {
@@ -118,11 +151,12 @@ struct MainLoop {
     }
     pipeline.commit_stage();
   }
-  __device__ __forceinline__ void mask_tile(const AttentionShared<Traits>& shared, int at,
-                                            bool usable, int g, int t,
-                                            TileParams<typename Traits::Value>& v_params,
+  __device__ __forceinline__ void mask_tile(const AttentionShared<Block>& shared, int at,
+                                            bool usable, int g, int t, TileParams<Value>& v_params,
                                             float (&score)[Traits::kRowSets][4]) const {
-    if (at < end && usable) return mask_scores(p, shared, at, g, t, v_params, score);
+    if (at < end && usable) {
+      return mask_scores(p, shared, tokens.token(at), g, t, v_params, score);
+    }
     v_params = {};
 #pragma unroll
     for (int r = 0; r < Traits::kRowSets; ++r) {
@@ -132,9 +166,9 @@ struct MainLoop {
   }
   // Takes the pieces before `until`. shared.mean_scores are of groups from first_group on; tokens
   // from new_begin on are not in the cache yet.
-  __device__ __forceinline__ void run(const AttentionShared<Traits>& shared,
-                                      const Query<Traits>& query, int first_group, int until,
-                                      int new_begin, Accumulator<Traits>& acc) {
+  __device__ __forceinline__ void run(const AttentionShared<Block>& shared,
+                                      const Query<Block>& query, int first_group, int until,
+                                      int new_begin, Accumulator<Block>& acc) {
     const int g = query.g, t = query.t;
     const float* const mean_scores = &shared.mean_scores[0][g] - first_group * Traits::kRows;
     while (token < until) {
@@ -147,7 +181,7 @@ struct MainLoop {
       find_places(next, next_block, places);
       pipeline.wait_stage();
       float score[Traits::kTiles][Traits::kRowSets][4], v_scale = 0.f;
-      TileParams<typename Traits::Value> v_params[Traits::kTiles];
+      TileParams<Value> v_params[Traits::kTiles];
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) {
         const int at = token + u * kTile;
@@ -156,11 +190,14 @@ struct MainLoop {
         for (int r = 0; r < Traits::kRowSets; ++r) {
           dot[r] = mean_scores[(at >> paging.group_shift) * Traits::kRows + 8 * r];
         }
-        if (at + kTile > new_begin) pipeline.take_new(u, at, shared.new_tokens);
+        const int first = tokens.token(at);
+        if constexpr (std::is_same_v<Traits, typename Block::Appended>) {
+          if (first + kTile > new_begin) pipeline.take_new(u, first, shared.new_tokens);
+        }
         mma_qk(pipeline.keys(u), query, dot, score[u]);
         v_params[u] = pipeline.value_params(u);
         const bool usable = pipeline.usable(u, block[u]);
-        if (at < clean_begin || at > clean_end || !usable) {
+        if (first < clean_begin || first > clean_end || !usable) {
           mask_tile(shared, at, usable, g, t, v_params[u], score[u]);
         }
         v_scale = fmaxf(v_scale, v_params[u].largest_scale());
@@ -180,13 +217,30 @@ struct MainLoop {
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) acc.add(score[u], v_params[u], pipeline.values(u));
       load_values(next, places);
-      if (token / Traits::kStep % Accumulator<Traits>::kFlush == 0) acc.flush();
+      if (token / Traits::kStep % Accumulator<Block>::kFlush == 0) acc.template flush<Value>();
       token += Traits::kStep;
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) block[u] = next_block[u];
     }
   }
 };
+
+// Adds the young tokens of a split to what is settled of others.
+template <class Traits>
+__device__ __forceinline__ void run_young(const AttentionCall& p, const CacheView& slabs,
+                                          const Paging& paging, AttentionShared<Traits>& shared,
+                                          const Query<Traits>& query, const InSlab& young, int warp,
+                                          int first_block, int new_begin,
+                                          Accumulator<Traits>& acc) {
+  if (Traits::kShape.stages > 0) __syncthreads();  // the warps' rings become longer
+  AttentionCall call = p;
+  call.find(slabs);
+  MainLoop<typename Traits::Appended, Traits, InSlab> loop(call, paging, warp, young);
+  loop.find(shared.rows, shared.rings);
+  loop.start(shared.rows, first_block, young.begin, young.end);
+  loop.run(shared, query, 0, young.end, new_begin, acc);
+  acc.template settle<typename Traits::Appended::Value>();
+}
 
 // grid: (row tiles x KV heads, sequences, splits): row tiles are fastest, they share the tokens'
 // rows in L2.
@@ -215,7 +269,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
       load_early(p.seqs.block_table + rows.sequence * p.seqs.block_table_stride);
   const int asked_length = load_early(p.seqs.seq_lens + rows.sequence);
   const int warp = uniform(threadIdx.x / 32);
-  NewTokensInFlight<Traits> new_tokens(p, shared.new_tokens, rows.tokens, warp);
+  using Appended = typename Traits::Appended;
+  const CacheView slabs = Traits::kByAge ? young_view(p.cache, p.seqs) : p.cache;
+  NewTokensInFlight<Appended> new_tokens(p, slabs, shared.new_tokens, rows.tokens, warp);
   shared.raw.ask(p, rows, warp);
   close_copies();
   const Paging paging(p.cache, p.seqs.max_blocks);
@@ -255,24 +311,38 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   const int group = p.cache.mean_group ? p.cache.mean_group : 1 << 30,
             last_group = (end_new - 1) & -group;
   const bool has_new = p.key.data && first_new < end_new;
-  const bool begins = has_new && (last_group >= rows.stored || last_group > first_new);
-  if (begins) append_groups<Traits>(call, shared.groups, rows.stored, first_new, end_new);
+  const bool begins =
+      has_new && (Traits::kByAge ? Ages(p.cache, rows.stored, rows.tokens).opens()
+                                 : last_group >= rows.stored || last_group > first_new);
+  if (begins) {
+    if constexpr (Traits::kByAge) {
+      append_aged<Traits>(call, shared.groups, rows.stored, first_new, end_new);
+    } else {
+      append_groups<Traits>(call, shared.groups, rows.stored, first_new, end_new);
+    }
+  }
   // Tokens that are not in the cache yet.
   const int new_begin = has_new && !begins ? first_new : 1 << 30;
   const int new_end = has_new && !begins ? end_new : 1 << 30;
+  // By age: young tokens have a loop of their own.
+  const int age = Traits::kByAge ? chunk_tokens(p.cache) : 0;
+  const InSlab young(age, read_from(age, rows.length, rows.tokens), begin, end, sequence);
+  const int old_end = Traits::kByAge ? min(end, young.from) : end;
   const int reach = mean_scores_reach<Traits>(p.cache);
   GroupMeans<Traits> means(shared.means, warp);
   const auto ask_means = [&](int from) {
     means.ask(p, rows, paging, first_block, from >> paging.group_shift,
-              (min(end, from + reach) - 1) >> paging.group_shift, g, t);
+              (min(end, from + reach) - 1) >> paging.group_shift, young.any() ? young.end : 0,
+              young.hole(), g, t);
   };
   if (Traits::kHeld) ask_means(begin);
   new_tokens.begin(new_begin, new_end);
-  loop.start(rows, first_block, begin, end);
+  loop.start(rows, first_block, max(begin, age), old_end);
   if (!Traits::kHeld) ask_means(begin);
   const int from_last = Traits::kThreads - 1 - threadIdx.x;
   if (from_last == 0) {
     shared.rows = rows;
+    if constexpr (Traits::kByAge) shared.splits = max(1, (span - 1) / length + 1);
     shared.new_tokens.begin = new_begin, shared.new_tokens.end = new_end;
   }
   if (from_last < Traits::kRows) shared.views[from_last] = rows.view(p, from_last);
@@ -289,16 +359,27 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   for (int from = begin;;) {
     means.multiply(query, shared.mean_scores);
     __syncthreads();
-    loop.run(shared, query, from >> paging.group_shift, min(end, from + reach), new_begin, acc);
+    const int first_group = (from >> paging.group_shift) - kYoungGroups<Traits>;
+    loop.run(shared, query, first_group, min(old_end, from + reach), new_begin, acc);
     from += reach;
     if (from >= end) break;
     ask_means(from);
     __syncthreads();
   }
+  if constexpr (Traits::kByAge) {
+    acc.template settle<typename Traits::Value>();
+    if (young.any())
+      run_young(p, slabs, paging, shared, query, young, warp, first_block, new_begin, acc);
+  }
   wait_copies<0>(0);  // for those that nobody needed
   const int64_t unit = int64_t(sequence) * gridDim.x + head * p.row_tiles + row_tile;
   if (p.advance && leads) advance(read);
   finish(p, shared, acc, unit, split, combines, warp, g, t);
+  if constexpr (Traits::kByAge) {
+    if (p.key.data && Ages(p.cache, shared.rows.stored, shared.rows.tokens).closes()) {
+      close_group<Traits>(call, shared.rows.stored, split, shared.splits);
+    }
+  }
 }
 
 }  // namespace kvquant::cuda

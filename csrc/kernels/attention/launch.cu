@@ -30,10 +30,31 @@ int capacity_of(const Sequences& seqs, const CacheView& cache) {
   return int(std::min<int64_t>(int64_t(seqs.max_blocks) * cache.block_size, 1 << 30));
 }
 
+bool is_by_age(const AttentionParams& p) { return p.seqs.young.data; }
+
 AttentionShape shape_of(const AttentionParams& p, int device) {
   return shape_attention(p.seqs.batch, p.seqs.max_seqlen_q, p.num_q_heads, p.cache.num_kv_heads,
-                         p.cache.k.head_dim, p.cache.v.head_dim, p.dtype == Dtype::kFloat32,
-                         capacity_of(p.seqs, p.cache), p.split_size, multiprocessors(device));
+                         p.cache.k.head_dim, p.cache.v.head_dim, is_by_age(p),
+                         p.dtype == Dtype::kFloat32, capacity_of(p.seqs, p.cache), p.split_size,
+                         multiprocessors(device));
+}
+
+template <class Formats>
+Status launch_pair(const AttentionCall& call, const AttentionShape& shape, cudaStream_t stream) {
+  const auto launch = [&](auto of) {
+    return to_status(of(call, shape.rows, shape.occupancy, stream));
+  };
+  switch (shape.head_dim) {
+    case 64:
+      return launch(launch_dim<Formats, 64>);
+    case 128:
+      return launch(launch_dim<Formats, 128>);
+    case 192:
+      return launch(launch_dim<Formats, 192>);
+    case 256:
+      return launch(launch_dim<Formats, 256>);
+  }
+  return Status::unsupported("head_dim over 256");
 }
 
 Status launch_shape(AttentionCall call, const AttentionShape& shape, Launch launch) {
@@ -48,8 +69,7 @@ Status launch_shape(AttentionCall call, const AttentionShape& shape, Launch laun
   call.gqa_group_size = Divisor::of(call.num_q_heads / call.cache.num_kv_heads);
   call.divided_by = Divisor::of(call.splits);
   call.row_tiles = shape.row_tiles;
-  call.k_codes = Strided::of(call.cache.k.codes), call.k_params = Strided::of(call.cache.k.params);
-  call.v_codes = Strided::of(call.cache.v.codes), call.v_params = Strided::of(call.cache.v.params);
+  call.find(call.cache);
   const int capacity = capacity_of(call.seqs, call.cache);
   const int even = split_length(capacity, call.splits, shape.instance.step());
   call.min_split = call.split_size > 0 ? call.split_size
@@ -58,20 +78,10 @@ Status launch_shape(AttentionCall call, const AttentionShape& shape, Launch laun
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   return with_pair(call.cache.k.format, call.cache.v.format, [&](auto formats) {
     using Formats = decltype(formats);
-    const auto launch = [&](auto of) {
-      return to_status(of(call, shape.rows, shape.occupancy, stream));
-    };
-    switch (shape.head_dim) {
-      case 64:
-        return launch(launch_dim<Formats, 64>);
-      case 128:
-        return launch(launch_dim<Formats, 128>);
-      case 192:
-        return launch(launch_dim<Formats, 192>);
-      case 256:
-        return launch(launch_dim<Formats, 256>);
+    if constexpr (can_age(formats)) {
+      if (is_by_age(call)) return launch_pair<AgedPair<Formats>>(call, shape, stream);
     }
-    return Status::unsupported("head_dim over 256");
+    return launch_pair<Formats>(call, shape, stream);
   });
 }
 

@@ -88,13 +88,22 @@ cudaError_t with_query_rows(int rows, F&& f) {
   return f(std::integral_constant<int, kMost>{});
 }
 
+// Of calls by age, only those of few query rows have an instance for plain ones, and none has one
+// for many short sequences: instances by age are as long as two.
+template <class Formats>
+constexpr bool has_plain(int rows) {
+  return !Formats::kByAge || rows == 8;
+}
+
 // The plain call's instance where it serves, else the one that knows all features.
 template <class Formats, int kDim, int kRows, class T, Occupancy kOccupancy>
 cudaError_t launch_features(const AttentionCall& call, cudaStream_t stream) {
   using Plain = AttentionTraits<Formats, kDim, kRows, T, true, kOccupancy>;
   using Full = AttentionTraits<Formats, kDim, kRows, T, false, kOccupancy>;
-  return Plain::serves(call) ? launch_instance<Plain>(call, stream)
-                             : launch_instance<Full>(call, stream);
+  if constexpr (has_plain<Formats>(kRows)) {
+    if (Plain::serves(call)) return launch_instance<Plain>(call, stream);
+  }
+  return launch_instance<Full>(call, stream);
 }
 
 // The instance of this occupancy, where it is another one than the usual.
@@ -108,7 +117,7 @@ cudaError_t launch_rows(const AttentionCall& call, Occupancy occupancy, cudaStre
   if constexpr (!(shape(kOne) == shape(kUsual))) {
     if (occupancy == kOne) return launch_features<Formats, kDim, kRows, T, kOne>(call, stream);
   }
-  if constexpr (!(shape(kMany) == shape(kUsual))) {
+  if constexpr (!Formats::kByAge && !(shape(kMany) == shape(kUsual))) {
     if (occupancy == kMany) return launch_features<Formats, kDim, kRows, T, kMany>(call, stream);
   }
   return launch_features<Formats, kDim, kRows, T, kUsual>(call, stream);

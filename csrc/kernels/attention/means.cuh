@@ -10,13 +10,17 @@ constexpr int kMeanGroups = 8;  // whose means a warp multiplies at once
 // Groups whose scores a block keeps at once.
 template <class Traits>
 constexpr int kGroups = Traits::kWarps * kMeanGroups;
+// Those of young tokens come first, if there are any, and are the last warp's.
+template <class Traits>
+constexpr int kYoungGroups = Traits::kByAge ? kMeanGroups : 0;
 
 // Tokens that a block may take between two turns of finding mean scores, whatever they begin at.
 template <class Traits>
 __device__ __forceinline__ int mean_scores_reach(const CacheView& cache) {
   if (!cache.mean_group) return 1 << 30;
-  return max(Traits::kStep, (kGroups<Traits> - 2) * min(cache.mean_group, 1 << 20) / Traits::kStep *
-                                Traits::kStep);
+  const int groups = kGroups<Traits> - kYoungGroups<Traits> - 2;
+  return max(Traits::kStep,
+             groups * min(cache.mean_group, 1 << 20) / Traits::kStep * Traits::kStep);
 }
 
 // The means of groups first + g, eight a warp, on their way: a lane's channels are those of its
@@ -41,17 +45,22 @@ struct GroupMeans {
   __device__ __forceinline__ int first_of_warp() const {
     return (Traits::kWarps - 1 - warp) * kMeanGroups;
   }
-  // first_block: where the sequence has one.
+  // first_block: where the sequence has one. The groups are first ... last, and young ones those of
+  // tokens up to `young_end`, counted without the `hole` tokens behind the first group.
   __device__ __forceinline__ void ask(const AttentionCall& p, const RowTile& rows,
                                       const Paging& paging, int first_block, int first, int last,
-                                      int g, int t) {
-    any = first + first_of_warp() <= last;
+                                      int young_end, int hole, int g, int t) {
+    const bool is_young = Traits::kByAge && first_of_warp() == 0;
+    first = is_young ? 0 : first + first_of_warp() - kYoungGroups<Traits>;
+    if (is_young) last = (young_end - 1) >> paging.group_shift;
+    any = first <= last;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) x[i] = {};
     if (any) {
-      const int index = first + first_of_warp() + g;
-      int block = -1;
-      if (p.cache.mean_group && index <= last) {
+      int index = first + g, block = -1;
+      const bool is_wanted = index <= last;
+      if (is_young && index > 0) index += hole >> paging.group_shift;
+      if (p.cache.mean_group && is_wanted) {
         block = p.seqs.max_blocks == 1 ? first_block
                                        : block_of(p.cache, p.seqs, rows.sequence,
                                                   index << paging.group_shift >> paging.shift);

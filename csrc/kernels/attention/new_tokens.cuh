@@ -2,22 +2,23 @@
 // on their way, go to the cache, and take the place of what has been read there.
 #pragma once
 
-#include "kernels/append/rows.cuh"
+#include "kernels/append/ages.cuh"
 #include "kernels/attention/query.cuh"
 
 namespace kvquant::cuda {
 
-// The call's own keys or values, of this block's head, behind `stored` tokens.
+// The call's own keys or values, of this block's head, behind `stored` tokens. cache: of the call,
+// or its young rows, as the traits say.
 template <class Format, class Traits>
 __device__ __forceinline__ Source<Format, typename Traits::Element> new_source(
-    const AttentionCall& p, bool is_key, int stored, int whole = -1) {
+    const AttentionCall& p, const CacheView& cache, bool is_key, int stored, int whole = -1) {
   const int sequence = blockIdx.y, head = blockIdx.x;  // there is one row tile
-  return {p.cache, p.seqs,
+  return {cache,   p.seqs,
           nullptr, is_key ? p.key : p.value,
           is_key,  sequence,
           head,    call_rows(p.seqs, sequence),
-          stored,  Paging(p.cache, p.seqs.max_blocks),
-          whole};
+          stored,  Paging(cache, p.seqs.max_blocks),
+          whole,   Traits::kIsYoung ? chunk_tokens(cache) : 0};
 }
 
 // Rows as they are in the cache.
@@ -50,9 +51,13 @@ class NewTokensInFlight {
 
  public:
   // Asks for this warp's first row, before it is known which tokens are the block's, of `tokens`.
-  __device__ __forceinline__ NewTokensInFlight(const AttentionCall& p,
+  __device__ __forceinline__ NewTokensInFlight(const AttentionCall& p, const CacheView& cache,
                                                NewTokens<Traits>& new_tokens, int tokens, int warp)
-      : p_(p), new_tokens_(new_tokens), warp_(warp), any_(p.key.data && turn() < 2 * tokens) {
+      : p_(p),
+        cache_(cache),
+        new_tokens_(new_tokens),
+        warp_(warp),
+        any_(p.key.data && turn() < 2 * tokens) {
     if (any_) ask_row(turn(), turn() / 2);
   }
   // Asks for the mean of the group that the call's first token belongs to, behind `stored` others
@@ -151,6 +156,7 @@ class NewTokensInFlight {
 
  private:
   const AttentionCall& p_;
+  const CacheView& cache_;
   NewTokens<Traits>& new_tokens_;
   const int warp_;
   const bool any_;  // of the call's rows may be this warp's
@@ -184,7 +190,7 @@ class NewTokensInFlight {
   }
   template <class Format>
   __device__ __forceinline__ Source<Format, Element> source(bool is_key) const {
-    return new_source<Format, Traits>(p_, is_key, stored_, whole_);
+    return new_source<Format, Traits>(p_, cache_, is_key, stored_, whole_);
   }
   // Of the call's row i.
   __device__ __forceinline__ void ask_row(int item, int i) {
@@ -213,8 +219,8 @@ struct GroupScratch {
 template <class Traits>
 __device__ __noinline__ void append_groups(const AttentionCall& p, GroupScratch& scratch,
                                            int stored, int from, int to) {
-  const auto key = new_source<typename Traits::Key, Traits>(p, true, stored);
-  const auto value = new_source<typename Traits::Value, Traits>(p, false, stored);
+  const auto key = new_source<typename Traits::Key, Traits>(p, p.cache, true, stored);
+  const auto value = new_source<typename Traits::Value, Traits>(p, p.cache, false, stored);
   const int group = p.cache.mean_group ? p.cache.mean_group : 1 << 30;
   for (int start = from & -group; start < to; start += group) {
     const int end = min(start + group, stored + key.call.count);
@@ -223,6 +229,54 @@ __device__ __noinline__ void append_groups(const AttentionCall& p, GroupScratch&
     write_rows(value, max(start, from), min(end, to), nullptr, threadIdx.x / 32);
   }
   __syncthreads();
+}
+
+// By age: calls f(young source, with_old) for the call's keys and for its values, where with_old(g)
+// calls g(old source).
+template <class Traits, class F>
+__device__ __forceinline__ void for_ages(const AttentionCall& p, int stored, F&& f) {
+  using Formats = FormatPair<typename Traits::Key, typename Traits::Value>;
+  const CacheView slabs = young_view(p.cache, p.seqs);
+#pragma unroll 1
+  for (int i = 0; i < 2; ++i) {
+    const bool is_key = i == 0;
+    f(new_source<Int8, typename Traits::Appended>(p, slabs, is_key, stored), [&](auto&& g) {
+      with_rows(Formats{}, is_key, [&](auto format) {
+        g(new_source<decltype(format), Traits>(p, p.cache, is_key, stored));
+      });
+    });
+  }
+}
+
+// By age: likewise, where the call begins a group, which no row of the call outlives.
+template <class Traits>
+__device__ __noinline__ void append_aged(const AttentionCall& p, GroupScratch& scratch, int stored,
+                                         int from, int to) {
+  const Ages ages(p.cache, stored, call_rows(p.seqs, blockIdx.y).count);
+  const int warp = threadIdx.x / 32;
+  for_ages<Traits>(p, stored, [&](const auto& young, auto&& with_old) {
+#pragma unroll 1
+    for (int start = from & -ages.group; start < to; start += ages.group) {
+      const int begin = max(start, from), end = min(start + ages.group, stored + young.call.count);
+      const __half* const mean =
+          find_mean<Traits::kThreads>(young, start, end, scratch.rows, scratch.mean);
+      write_rows(young, begin, min(end, to), mean, warp);
+      if (!ages.is_old(start)) continue;
+      with_old([&](const auto& old) { write_narrowed(old, begin, min(end, to), mean, warp); });
+    }
+  });
+  __syncthreads();
+}
+
+// By age: the block's share of the group that the call closes.
+template <class Traits>
+__device__ __noinline__ void close_group(const AttentionCall& p, int stored, int share,
+                                         int shares) {
+  const Ages ages(p.cache, stored, call_rows(p.seqs, blockIdx.y).count);
+  for_ages<Traits>(p, stored, [&](const auto& young, auto&& with_old) {
+    with_old(
+        [&](const auto& old) { close_share(young, old, ages, share, shares, Traits::kWarps); });
+  });
 }
 
 }  // namespace kvquant::cuda

@@ -185,6 +185,9 @@ struct RowTile {
   }
 };
 
+template <class Traits>
+struct YoungTraits;
+
 // The compile-time choices of one instance. A plain call has none of the rarer features and rows
 // that fill the instance; its code is half as long, which a short call waits for.
 template <class Formats, int kHeadDim, int kRowCount, class T, bool kIsPlainCall,
@@ -193,6 +196,7 @@ struct AttentionTraits {
   using Key = typename Formats::Key;
   using Value = typename Formats::Value;
   static constexpr bool kPlainCall = kIsPlainCall;
+  static constexpr bool kByAge = Formats::kByAge, kIsYoung = false;
   using Element = T;  // of query and output
   // float32 weights are kept as fp16 and what fp16 left of them.
   static constexpr bool kSplit = std::is_same_v<T, float>;
@@ -210,6 +214,8 @@ struct AttentionTraits {
   // Of 16 rows of bytes: the highest ones of all rows come first.
   static constexpr int kFragments = (kQueryLimbs * kRows + 15) / 16;
   static constexpr int kPartialFloats = partial_floats(kHeadDim, kRowCount);
+  // What new tokens become.
+  using Appended = std::conditional_t<kByAge, YoungTraits<AttentionTraits>, AttentionTraits>;
 
   static constexpr int kRotation = kDim & -kDim;  // the longest that fits rows
   static bool serves(const AttentionCall& call) {
@@ -243,6 +249,18 @@ struct AttentionTraits {
     }
     return call;
   }
+};
+
+// Of an instance by age, for its young tokens: the same warps, on rows in 8 bits.
+template <class Traits>
+struct YoungTraits : Traits {
+  using Key = Int8;
+  using Value = Int8;
+  static constexpr bool kIsYoung = true;
+  static constexpr int kTiles = Traits::kDim <= 64 ? Traits::kTiles : 1;
+  static constexpr InstanceShape kShape = {kTiles, Traits::kShape.warps, Traits::kShape.blocks,
+                                           Traits::kShape.stages};
+  static constexpr int kStep = kShape.step();
 };
 
 // The query as the tensor core's operands: a lane's four words of each fragment of 16 rows and each

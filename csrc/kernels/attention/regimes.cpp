@@ -1,5 +1,6 @@
 #include "kernels/attention/regimes.h"
 
+#include "common/age.h"
 #include "formats/formats.h"
 #include "kernels/attention/config.h"
 
@@ -16,8 +17,8 @@ int capacity_of(const Problem& p) { return int(std::min<int64_t>(p.capacity, 1 <
 
 cuda::AttentionShape shape_of(const Problem& p) {
   return cuda::shape_attention(p.batch, p.max_seqlen_q, p.num_q_heads, p.num_kv_heads, p.head_dim,
-                               p.v_head_dim, p.float32, capacity_of(p), p.split_size,
-                               p.multiprocessors);
+                               p.v_head_dim, p.age_group > 0, p.float32, capacity_of(p),
+                               p.split_size, p.multiprocessors);
 }
 
 // Split-KV flash attention on the tensor cores: decode, chunks and prompts.
@@ -45,8 +46,10 @@ Schedule schedule_split_kv(const Problem& p) {
   const auto plan = cuda::plan_attention(shape, p.batch, capacity_of(p), p.split_size);
   Schedule schedule;
   schedule.splits = plan.splits;
-  // Blocks of one row tile do not wait for another's rows.
-  schedule.appends = p.appends && !p.packed && shape.row_tiles == 1;
+  // Blocks of one row tile do not wait for another's rows. By age, rows of a group that begins in
+  // the call are not old when it is over, if groups are long enough.
+  schedule.appends = p.appends && !p.packed && shape.row_tiles == 1 &&
+                     (!p.age_group || p.age_group >= kSpareTokens);
   schedule.partial_floats = plan.partial_floats;
   schedule.counters = plan.counters;
   schedule.query_rows = shape.rows;

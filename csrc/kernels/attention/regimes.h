@@ -17,6 +17,7 @@ struct Problem {
   int64_t capacity;    // of the block table, in tokens
   int32_t split_size;  // 0: as the sizes ask for
   RowFormat k_format, v_format;
+  int32_t age_group;  // tokens of a group, of rows by age (common/age.h); 0: not by age
   bool float32, packed, appends;
   int32_t multiprocessors;  // 0: a CPU
 };

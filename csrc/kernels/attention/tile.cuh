@@ -15,8 +15,8 @@
 namespace kvquant::cuda {
 
 // Scores of the tile's tokens: rows g + 8 r, tokens 4t .. 4t + 3, log2 units.
-template <class Traits>
-__device__ __forceinline__ void mma_qk(const KeyTile<typename Traits::Key, Traits::kDim>& keys,
+template <class Key, class Traits>
+__device__ __forceinline__ void mma_qk(const KeyTile<Key, Traits::kDim>& keys,
                                        const Query<Traits>& query,
                                        const float (&mean_scores)[Traits::kRowSets],
                                        float (&score)[Traits::kRowSets][4]) {
@@ -28,7 +28,11 @@ __device__ __forceinline__ void mma_qk(const KeyTile<typename Traits::Key, Trait
       const uint4 a = query.fragment(f, step);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const uint2 key = keys.operands(j, step);
+        uint2 key = keys.operands(j, step);
+        if constexpr (!std::is_same_v<Key, typename Traits::Key>) {
+          static_assert(KeyTile<Key, Traits::kDim>::kInOrder);
+          key = KeyTile<typename Traits::Key, Traits::kDim>::in_order(key);
+        }
         mma_16832(c[f][j], a, key.x, key.y);
       }
     }

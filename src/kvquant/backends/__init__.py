@@ -71,25 +71,21 @@ def forced() -> str:
     return _forced.get(_default)
 
 
-def choose(
-    device: torch.device, view: ViewSpec | None = None, by_age: bool = False
-) -> tuple[Backend, str]:
+def choose(device: torch.device, view: ViewSpec | None = None) -> tuple[Backend, str]:
     """The backend that serves tensors on ``device``, and such a view if one is given, and why."""
     if forced() == "reference":
         return REFERENCE, "forced by use_backend or KVQUANT_BACKEND"
     backend = BACKENDS.get(device.type)
     if backend is None:
         return REFERENCE, f"no compiled backend for device type '{device.type}'"
-    if reason := backend.refuses(device, view, by_age):
+    if reason := backend.refuses(device, view):
         return REFERENCE, reason
     return backend, f"compiled {backend.name} kernels"
 
 
-def select(
-    op: str, device: torch.device, view: ViewSpec | None = None, by_age: bool = False
-) -> Backend:
+def select(op: str, device: torch.device, view: ViewSpec | None = None) -> Backend:
     """The backend for an operation; that it is the reference is logged once."""
-    backend, reason = choose(device, view, by_age)
+    backend, reason = choose(device, view)
     if backend is REFERENCE:
         _report(op, reason)
     return backend
@@ -111,7 +107,7 @@ def prepare(problem: Problem) -> Prepared:
 
 
 def _prepare(problem: Problem) -> Prepared:
-    backend, reason = choose(problem.query.device, problem.view, problem.seqs.by_age)
+    backend, reason = choose(problem.query.device, problem.view)
     prepared = backend.prepare(problem)
     if isinstance(prepared, str):
         reason, prepared = prepared, REFERENCE.prepare(problem)

@@ -120,13 +120,8 @@ class Backend(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def refuses(
-        self, device: torch.device, view: ViewSpec | None = None, by_age: bool = False
-    ) -> str | None:
-        """Why it cannot serve tensors on ``device``, and such a view if one is given, or None.
-
-        ``by_age``: with young rows beside the view's.
-        """
+    def refuses(self, device: torch.device, view: ViewSpec | None = None) -> str | None:
+        """Why it cannot serve tensors on ``device``, and such a view if one is given, or None."""
 
     @abstractmethod
     def prepare(self, problem: Problem) -> Prepared | str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..fields import flatten, names_of
+from ..formats import GROUP_TOKENS
 from ..view import CacheView, Sequences, ViewSpec
 from . import native
 from .affine import DTYPES, AffineBackend
@@ -90,6 +91,7 @@ def numbers_of(problem: Problem, multiprocessors: int) -> dict[str, Any]:
         "split_size": problem.options.split_size,
         "k_format": view.k_format.name,
         "v_format": view.v_format.name,
+        "age_group": (view.mean_group or GROUP_TOKENS) if seqs.by_age else 0,
         "float32": query.dtype == torch.float32,
         "packed": seqs.is_packed,
         "appends": alike,
@@ -249,9 +251,7 @@ class Compiled(AffineBackend):
         """Addresses of partial results and of counters, and what keeps them alive."""
         return 0, 0, None
 
-    def refuses(
-        self, device: torch.device, view: ViewSpec | None = None, by_age: bool = False
-    ) -> str | None:
+    def refuses(self, device: torch.device, view: ViewSpec | None = None) -> str | None:
         if reason := self.unavailable(device):
             return reason
         if view is None:
@@ -259,7 +259,7 @@ class Compiled(AffineBackend):
         return _refusal(view.k_format.name, view.v_format.name, view.head_dim, view.v_head_dim)
 
     def prepare(self, problem: Problem) -> Prepared | str:
-        if reason := self.refuses(problem.query.device, problem.view, problem.seqs.by_age):
+        if reason := self.refuses(problem.query.device, problem.view):
             return reason
         call = CompiledCall(self, problem)
         for argument, why in call.refusals:

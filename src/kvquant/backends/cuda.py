@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..view import CacheView, ViewSpec
+from ..view import CacheView
 from . import dense, native, pieces
 from .affine import DTYPES
 from .base import Prepared, Problem
@@ -102,13 +102,6 @@ class _Cuda(Compiled):
     def queue(self, x: Tensor) -> tuple[int, int]:
         device = x.get_device()
         return device, _raw_stream(device)
-
-    def refuses(
-        self, device: torch.device, view: ViewSpec | None = None, by_age: bool = False
-    ) -> str | None:
-        if by_age:
-            return "CUDA's kernels do not read young rows (formats by age) yet"
-        return super().refuses(device, view)
 
     def unavailable(self, device: torch.device) -> str | None:
         return _unavailable(_index(device))

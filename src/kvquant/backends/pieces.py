@@ -52,6 +52,8 @@ def refuses(problem: Problem, memory: int) -> str | None:
         return f"dense kernels do not take {query.dtype}"
     if options.softcap:
         return "dense kernels have no softcap"
+    if problem.seqs.by_age:
+        return "young rows (formats by age)"
     if problem.alibi_slopes:
         return "dense kernels have no ALiBi slopes"
     if options.softmax_scale <= 0:

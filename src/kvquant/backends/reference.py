@@ -345,9 +345,7 @@ def _attend(
 class _Reference(Backend):
     name = "reference"
 
-    def refuses(
-        self, device: torch.device, view: ViewSpec | None = None, by_age: bool = False
-    ) -> str | None:
+    def refuses(self, device: torch.device, view: ViewSpec | None = None) -> str | None:
         return None
 
     def prepare(self, problem: Problem) -> Prepared:

@@ -11,6 +11,7 @@ from .int8 import Int8
 from .row import RowFormat, rotation_length
 
 __all__ = [
+    "GROUP_TOKENS",
     "ROW_FORMATS",
     "SPARE_TOKENS",
     "CacheFormat",
@@ -19,6 +20,7 @@ __all__ = [
     "rotation_length",
 ]
 
+GROUP_TOKENS = 256  # that grow old together, where none share a key mean
 SPARE_TOKENS = 32  # new tokens that a call may write while others read what was open before
 ROW_FORMATS: dict[str, type[RowFormat]] = {of.name: of for of in (Int8, Int4)}
 
@@ -122,7 +124,7 @@ class CacheFormat:
     @property
     def age_group(self) -> int:
         """Tokens of a group that grows old together."""
-        return self.key_mean or 256
+        return self.key_mean or GROUP_TOKENS
 
     @property
     def young_tokens(self) -> int:

@@ -84,8 +84,7 @@ def _append(*flat: Any) -> None:
     if values["block_table"] is not None or values["seq_lens"] is not None:
         seqs = schema.object_of(Sequences, values)
     calls.check_append(key, value, view, seqs, slots)
-    by_age = seqs is not None and seqs.spec.by_age
-    backend = backends.select("append_", view.device, view.spec, by_age)
+    backend = backends.select("append_", view.device, view.spec)
     backend.append(key, value, view, seqs, slots)
 
 
@@ -117,7 +116,7 @@ def _gather(*flat: Any) -> None:
     key, value = values["key"], values["value"]
     view, seqs = schema.view_of(values), schema.object_of(Sequences, values)
     calls.check_gather(view, seqs, key, value)
-    backend = backends.select("gather_", view.device, view.spec, seqs.spec.by_age)
+    backend = backends.select("gather_", view.device, view.spec)
     backend.gather(view, seqs, key, value)
 
 
