@@ -89,7 +89,7 @@ def check_call(kind: str, name: str, line: int, *, forked: bool, repeated: bool)
             torch.randn(2, tokens, 4, 32)
         new = rows(2, tokens)
         stored = cache.seq_lens_of(0).tolist()[0] - model.lengths[0]
-        assert stored == tokens or cache.format.by_age  # by age, groups are fed one by one
+        assert stored == tokens
         model.append(0, list(zip(*(x[:, :stored] for x in new), strict=True)))
     for layer in range(LAYERS):  # the layers of a step are of one length again
         missing = len(model.layers[0][0][0]) - len(model.layers[layer][0][0])

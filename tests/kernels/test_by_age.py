@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -143,6 +144,35 @@ def test_a_long_chunk_reads_the_groups_that_it_fills_in_8_bits(device):
     assert torch.equal(out, torch.cat(parts, 1))
     assert lse.shape == (2, 700, HEADS)
     assert_same(whole, pieces)
+
+
+class Stumbling(QuantizedKVCache):
+    """Fails within the call that feeds the third piece."""
+
+    calls = 0
+
+    def attend(self, layer: int, query: Tensor, *rows: Any, **options: Any) -> Any:
+        self.calls += 1
+        result = super().attend(layer, query, *rows, **options)
+        if self.calls == 4:  # the whole call, and its pieces
+            raise RuntimeError("stumbles")
+        return result
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pieces_that_fail_leave_the_cache_as_it_was(backend, device, layout):
+    pair, query = rows(900, device=device), torch.randn(2, 600, HEADS, DIM, device=device)
+    wanted = make(K4V4, layout, device=device)
+    cache = Stumbling(1, 2, HEADS, DIM, format=K4V4, device=device, **LAYOUTS[layout])
+    for one in (cache, wanted):
+        append(one, pair, [200, 100])
+    with pytest.raises(RuntimeError, match="stumbles"):
+        cache.attend(0, query, *(x[:, 300:] for x in pair), exact_prompt=False)
+    assert cache.max_length == 300
+    assert_same(cache, wanted)
+    for one in (cache, wanted):
+        append(one, pair, [1, 599])
+    assert_same(cache, wanted)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

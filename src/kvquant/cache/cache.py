@@ -34,7 +34,7 @@ from .sequences import CacheSequences
 from .serialize import LayerPast
 from .state import CacheState
 from .window import check_window, first_stored
-from .young import pieces
+from .young import pieces, restored
 
 __all__ = ["QuantizedKVCache"]
 
@@ -110,7 +110,7 @@ class QuantizedKVCache(CacheSequences):
             self._expect(layer, counts, cu_seqlens is not None)
             try:
                 if ops.is_plain(key):
-                    backend = backends.select("append_", view.device, view.spec, seqs.spec.by_age)
+                    backend = backends.select("append_", view.device, view.spec)
                     backend.append(key, value, view, seqs, None)
                 else:
                     ops.append(key, value, view, seqs, None)
@@ -307,15 +307,25 @@ class QuantizedKVCache(CacheSequences):
         return_lse: bool,
         options: dict[str, Any],
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """A call by age whose tokens fill several groups: each reads its own while it is young."""
-        found = [
-            self.attend(
-                layer, *(x[:, begin:end] for x in (query, key, value)),
-                out=None if out is None else out[:, begin:end], return_lse=return_lse,
-                exact_prompt=False, **options,
-            )
-            for begin, end in pieces
-        ]  # fmt: skip
+        """A call by age whose tokens fill several groups: each reads its own while it is young.
+
+        If a piece fails, none is stored: what lies in blocks is behind the lengths.
+        """
+        state = self._state
+        assert state.young is not None
+        try:
+            with restored(state.young[layer], state.lengths.lens[layer]):
+                found = [
+                    self.attend(
+                        layer, *(x[:, begin:end] for x in (query, key, value)),
+                        out=None if out is None else out[:, begin:end], return_lse=return_lse,
+                        exact_prompt=False, **options,
+                    )
+                    for begin, end in pieces
+                ]  # fmt: skip
+        except BaseException:
+            self._recover()
+            raise
         parts = [[x] if isinstance(x, Tensor) else [*x] for x in found]
         joined = [torch.cat(of, 1) for of in zip(*parts, strict=True)]
         if out is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -14,7 +15,7 @@ from ..view import CacheView
 from .config import CacheConfig
 from .lengths import Lengths
 
-__all__ = ["allocate", "is_kept", "live_old", "live_young", "pieces", "slabs", "widen"]
+__all__ = ["allocate", "is_kept", "live_old", "live_young", "pieces", "restored", "slabs", "widen"]
 
 
 def allocate(config: CacheConfig) -> Tensor | None:
@@ -106,6 +107,18 @@ def widen(
             (new.params, old.params[block, :, row]),
         ):
             to[sequence, :, at] = found.where(there[..., None, None], to[sequence, :, at])
+
+
+@contextmanager
+def restored(*tensors: Tensor) -> Iterator[None]:
+    """Leave tensors as they are now if what is done within fails."""
+    before = [x.clone() for x in tensors]
+    try:
+        yield
+    except BaseException:
+        for x, kept in zip(tensors, before, strict=True):
+            x.copy_(kept)
+        raise
 
 
 def pieces(format: CacheFormat, bound: int, tokens: int) -> list[tuple[int, int]]:
