@@ -45,6 +45,8 @@ FORMATS = {
     "int8": kvquant.CacheFormat(),
     "k8v4": kvquant.CacheFormat(value="int4"),
     "k4v4": kvquant.CacheFormat(key="int4", value="int4"),
+    "k8v4 by age": kvquant.CacheFormat.named("k8v4"),
+    "k4v4 by age": kvquant.CacheFormat.named("k4v4"),
 }
 ROOM = 16  # steps that a cache has room for when they are timed
 
@@ -60,7 +62,8 @@ def own_graphs(
     nbytes = make[0].read_bytes
     attention = Captured.of([lambda c=cache: c.attend(query) for cache in make])
     stepped = [
-        RandomCache(cache.view, cache.block_table, cache.seq_lens - ROOM * tq) for cache in make
+        RandomCache(cache.view, cache.block_table, cache.seq_lens - ROOM * tq, cache.young)
+        for cache in make
     ]
     steps = [cache.prepare_step(query, key, value) for cache in stepped]
 

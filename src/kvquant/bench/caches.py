@@ -19,6 +19,7 @@ class RandomCache:
     view: CacheView
     block_table: Tensor
     seq_lens: Tensor
+    young: Tensor | None = None  # of a format by age
 
     @classmethod
     def make(
@@ -38,15 +39,23 @@ class RandomCache:
 
         Contiguous, or in shuffled blocks of ``block_size``.
         """
+        format = CacheFormat() if format is None else format
         size = block_size or 16
         blocks = -(-(tokens + spare) // size)
         width, rows = (blocks, size) if block_size else (1, blocks * size)
         view = CacheView.allocate(
             batch * width, kv_heads, rows, head_dim, format=format, device=device
         )
-        for data in (view.k.codes, view.v.codes):
-            data.random_(0, 256)
-        for params in (view.k.params.view(torch.float16), view.v.params.view(torch.float16)):
+        young, views = None, [view]
+        if format.by_age:
+            size = format.young_bytes(head_dim, head_dim)
+            young = torch.zeros(batch, kv_heads, size, dtype=torch.uint8, device=device)
+            views.append(
+                CacheView.slab(young, head_dim, block_size=format.young_tokens, format=format.young)
+            )
+        for rows_view in [rows for x in views for rows in (x.k, x.v)]:
+            rows_view.codes.random_(0, 256)
+            params = rows_view.params.view(torch.float16)
             scale = torch.rand(params.shape[:-1], device=device) * 0.01 + 0.01
             params[..., 0] = scale
             params[..., 1] = -127.5 * scale
@@ -55,19 +64,31 @@ class RandomCache:
         lens = torch.full((batch,), tokens, dtype=torch.int32, device=device)
         order = torch.randperm if block_size else torch.arange
         table = order(batch * width, device=device).to(torch.int32).view(batch, width)
-        return cls(view, table, lens if seq_lens is None else seq_lens)
+        return cls(view, table, lens if seq_lens is None else seq_lens, young)
 
     @property
     def read_bytes(self) -> int:
         """Bytes that attention over all tokens must read."""
-        view = self.view
+        view, format = self.view, self.view.format
+        dims = view.k.head_dim, view.v.head_dim
         tokens = int(self.seq_lens.sum()) * view.num_kv_heads
-        group = view.format.key_mean
-        means = tokens // group * view.k.head_dim * 2 if group else 0
-        return tokens * view.format.row_bytes(view.k.head_dim, view.v.head_dim) + means
+        means = tokens // format.key_mean * dims[0] * 2 if format.key_mean else 0
+        if self.young is None:
+            return tokens * format.row_bytes(*dims) + means
+        group, held = format.age_group, format.young.row_bytes(*dims)
+        lens: list[int] = self.seq_lens.tolist()
+        opened = (n - max(0, n - 1) // group * group for n in lens)
+        young = sum(n if n <= group else group + new for n, new in zip(lens, opened, strict=True))
+        young *= view.num_kv_heads
+        return (tokens - young) * format.row_bytes(*dims) + young * held + means
 
     def attend(self, query: Tensor, **options: Any) -> Tensor:
         """`kvquant.attention` on this layer."""
+        if self.young is not None:
+            seqs = Sequences(self.block_table, self.seq_lens, young=self.young)
+            found = plan(query, self.view, seqs, **options).run(query, self.view, seqs)
+            assert isinstance(found, Tensor)
+            return found
         out: Tensor = attention(
             query, self.view, block_table=self.block_table, seq_lens=self.seq_lens, **options
         )
@@ -75,6 +96,6 @@ class RandomCache:
 
     def prepare_step(self, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
         """A decode step as `QuantizedKVCache.attend` does it: appends, attends, adds to lengths."""
-        seqs = Sequences(self.block_table, self.seq_lens, advance=True)
+        seqs = Sequences(self.block_table, self.seq_lens, advance=True, young=self.young)
         step = plan(query, self.view, seqs, key, value)
         return lambda: step.run(query, self.view, seqs, key, value)
