@@ -82,6 +82,7 @@ def measure(
     by_name: dict[str, Any],
     *,
     chunk: int = 256,
+    first: int = 0,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Score]:
     """Read a text through each cache and compare the distributions with the first one's.
@@ -94,18 +95,20 @@ def measure(
         ids: The text, ``(1, tokens)``.
         by_name: Empty caches; the first is the reference.
         chunk: Tokens of a step.
+        first: The position from which on they are compared.
         advance: Told the tokens of each finished forward.
     """
     total = ids.shape[1]
+    count = total - first
     sums = {name: [0.0, 0.0, 0.0] for name in by_name}
     for begin in range(0, total, chunk):
         part = ids[:, begin : begin + chunk]
-        next_ids = ids[0, begin + 1 : begin + 1 + chunk]
+        next_ids = ids[0, max(begin, first) + 1 : begin + 1 + chunk]
         reference: Tensor | None = None
         for name, cache in by_name.items():
             use_attention_of(model, cache)
             logits = model(input_ids=part, use_cache=True, **cache_argument(cache)).logits[0]
-            scores = F.log_softmax(logits.float(), -1)
+            scores = F.log_softmax(logits.float(), -1)[max(0, first - begin) :]
             if reference is None:
                 reference = scores
             nll = -scores[: len(next_ids)].gather(1, next_ids.unsqueeze(1)).sum()
@@ -115,7 +118,7 @@ def measure(
                 sums[name][index] += number.item()
             advance(part.shape[1])
     return {
-        name: Score(ppl=math.exp(nll / (total - 1)), kl=kl / total, top1=same / total)
+        name: Score(ppl=math.exp(nll / (count - 1)), kl=kl / count, top1=same / count)
         for name, (nll, kl, same) in sums.items()
     }
 
