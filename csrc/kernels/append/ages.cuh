@@ -41,91 +41,117 @@ struct Ages {
   int kept_;
 };
 
-// An 8-bit row in another format, where `to` is. One that needs no larger codes than the format's
-// stays as it is. All lanes of the warp must call.
-template <class Format, class T>
-__device__ __forceinline__ void narrow_row(const Source<Format, T>& src, const RowLanes& at,
-                                           Place to, const float (&codes)[kLaneChannels],
-                                           Int8::Params young) {
-  static_assert(std::is_same_v<typename Format::Params, Int8::Params>);
-  const RowAffine affine = Int8::affine(young);
-  float x[kLaneChannels], largest = 0.f;
-#pragma unroll
-  for (int c = 0; c < kLaneChannels; ++c) {
-    largest = fmaxf(largest, codes[c]);
-    x[c] = fmaf(affine.scale, codes[c], affine.offset);
-  }
-  const bool fits = row_max(largest, at) <= Format::kMaxCode || isnan(affine.scale);
-  const auto params = row_params<Format>(x, true, at);
-  const Encoder<Format> encoder(params);
-  if (to.block < 0) return;
-  LaneCodes<Format>::template store<kLaneChannels>(src.codes(to), at.channel(), [&](int c) {
-    return fits ? round_code(codes[c], 0.f, Format::kMaxCode) : encoder.code(x[c]);
-  });
-  if (at.index == 0) *src.params(to) = fits ? young : params;
-}
+// A row of this lane's sixteen channels in 8 bits.
+struct YoungRow {
+  float codes[kLaneChannels];
+  Int8::Params params;
 
-// Takes a share of the stored rows of a group that closes from the slab to the blocks. warps: of
-// the block.
-template <class Format, class T>
-__device__ __forceinline__ void close_share(const Source<Int8, T>& young,
-                                            const Source<Format, T>& old, const Ages& ages,
-                                            int share, int shares, int warps) {
-  constexpr int kAtOnce = 4;  // on their way
-  const RowLanes at(young.dim());
-  const int rows = (ages.close_end() - ages.was_open + shares - 1) / shares;
-  const int begin = ages.was_open + share * rows, end = min(begin + rows, ages.close_end());
-  const int step = at.rows * kAtOnce;
-  for (int first = begin + int(threadIdx.x / 32) * step; first < end; first += warps * step) {
-    float codes[kAtOnce][kLaneChannels] = {};
-    Int8::Params params[kAtOnce] = {};
-    Place to[kAtOnce];
+  __device__ __forceinline__ void encode(const float (&x)[kLaneChannels], bool finite,
+                                         const RowLanes& at) {
+    params = row_params<Int8>(x, finite, at);
+    const Encoder<Int8> encoder(params);
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int token = first + i * at.rows + at.row;
-      to[i] = {-1, 0};
-      if (at.row < 0 || token >= end) continue;
-      const Place from = young.stored(token);
-      to[i] = old.stored(token);
-      if (from.block < 0) continue;
-      LaneCodes<Int8>::load(young.codes(from), at.channel(), codes[i]);
-      params[i] = *young.params(from);
+    for (int c = 0; c < kLaneChannels; ++c) codes[c] = float(encoder.code(x[c]) & 0xffu);
+  }
+  // As it is, in a format that has such codes.
+  template <class Format, class T>
+  __device__ __forceinline__ void store(const Source<Format, T>& to_rows, const RowLanes& at,
+                                        Place to) const {
+    static_assert(std::is_same_v<typename Format::Params, Int8::Params>);
+    if (to.block < 0) return;
+    LaneCodes<Format>::template store<kLaneChannels>(to_rows.codes(to), at.channel(), [&](int c) {
+      return round_code(codes[c], 0.f, Format::kMaxCode);
+    });
+    if (at.index == 0) *to_rows.params(to) = params;
+  }
+  // In another format; as it is if it needs no larger codes. All lanes of the warp must call.
+  template <class Format, class T>
+  __device__ __forceinline__ void narrow(const Source<Format, T>& to_rows, const RowLanes& at,
+                                         Place to) const {
+    if constexpr (std::is_same_v<Format, Int8>) return store(to_rows, at, to);
+    const RowAffine affine = Int8::affine(params);
+    float x[kLaneChannels], largest = 0.f;
+#pragma unroll
+    for (int c = 0; c < kLaneChannels; ++c) {
+      largest = fmaxf(largest, codes[c]);
+      x[c] = fmaf(affine.scale, codes[c], affine.offset);
     }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) narrow_row(old, at, to[i], codes[i], params[i]);
+    const bool fits = row_max(largest, at) <= Format::kMaxCode || isnan(affine.scale);
+    if (fits) store(to_rows, at, to);
+    store_row(to_rows, at, fits ? Place{-1, 0} : to, x, true);
   }
-}
+};
 
-// As write_rows, of rows that go to the blocks by way of 8 bits.
-template <class Format, class T>
-__device__ __forceinline__ void write_narrowed(const Source<Format, T>& src, int begin, int end,
-                                               const __half* group_mean, int warp) {
-  for_ready_rows(src, begin, end, group_mean, warp,
-                 [&](const RowSlot& at, Place to, const float (&x)[kLaneChannels], bool finite) {
-                   const auto params = row_params<Int8>(x, finite, at);
-                   const Encoder<Int8> encoder(params);
-                   float codes[kLaneChannels];
-#pragma unroll
-                   for (int c = 0; c < kLaneChannels; ++c) {
-                     codes[c] = float(encoder.code(x[c]) & 0xffu);
-                   }
-                   narrow_row(src, at, to, codes, params);
+// Writes new rows of one group, [begin, end) of that which begins at `start`, to where their age
+// asks for them. with_old(f) calls f with the source of the same rows in blocks. kIsStep: rows are
+// as many as the ring has room for, and none of a group that begins and ends in the call.
+template <bool kIsStep, class T, class F>
+__device__ __forceinline__ void write_aged(const Source<Int8, T>& young, F&& with_old,
+                                           const Ages& ages, int start, int begin, int end,
+                                           const __half* mean, int warp) {
+  const bool is_young = kIsStep || ages.is_young(start), is_old = ages.is_old(start);
+  const bool had_begun = kIsStep || ages.had_begun(start);
+  for_ready_rows(young, begin, end, mean, warp,
+                 [&](const RowSlot& at, const RowInFlight<T>& from, const auto& x, bool finite) {
+                   YoungRow row;
+                   row.encode(x, finite, at);
+                   if (is_young) row.store(young, at, from.to);
+                   if (!is_old) return;
+                   with_old([&](const auto& old) {
+                     const Place to = from.to.block < 0 ? from.to : old.stored(from.token);
+                     if (had_begun) {
+                       row.narrow(old, at, to);
+                     } else {
+                       store_row(old, at, to, x, finite);
+                     }
+                   });
                  });
 }
 
-// Writes new rows of one group, [begin, end) of that which begins at `start`, to where their age
-// asks for them. `young` and `old` are sources of the same rows.
+constexpr int kClosedAtOnce = 4;  // of a warp's rows, on their way
+
+// 8-bit rows of a warp that are on their way to be closed.
+struct ClosingRows {
+  alignas(16) uint4 codes[kClosedAtOnce][32];
+};
+
+// Takes a share of the stored rows of a group that closes from the slab to the blocks. `rows`: of
+// each of the `warps` of the block, in shared memory.
 template <class Format, class T>
-__device__ __forceinline__ void write_aged(const Source<Int8, T>& young,
-                                           const Source<Format, T>& old, const Ages& ages,
-                                           int start, int begin, int end, const __half* mean,
-                                           int warp) {
-  if (ages.is_young(start)) write_rows(young, begin, end, mean, warp);
-  if (!ages.is_old(start)) return;
-  if (ages.had_begun(start)) {
-    write_narrowed(old, begin, end, mean, warp);
-  } else {
-    write_rows(old, begin, end, mean, warp);
+__device__ __forceinline__ void close_share(const Source<Int8, T>& young,
+                                            const Source<Format, T>& old, const Ages& ages,
+                                            int share, int shares, ClosingRows* rows, int warps) {
+  const RowLanes at(young.dim());
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int count = (ages.close_end() - ages.was_open + shares - 1) / shares;
+  const int begin = ages.was_open + share * count, end = min(begin + count, ages.close_end());
+  const int step = at.rows * kClosedAtOnce;
+  for (int first = begin + warp * step; first < end; first += warps * step) {
+    const auto place = [&](int i) {
+      const int token = first + i * at.rows + at.row;
+      return at.row >= 0 && token < end ? young.stored(token) : Place{-1, 0};
+    };
+#pragma unroll 1
+    for (int i = 0; i < kClosedAtOnce; ++i) {
+      const Place from = place(i);
+      if (from.block < 0) continue;
+      copy_async<16>(&rows[warp].codes[i][lane], young.codes(from) + at.channel());
+    }
+    close_copies();
+    wait_copies<0>(0);
+#pragma unroll 1
+    for (int i = 0; i < kClosedAtOnce; ++i) {
+      const Place from = place(i);
+      YoungRow row{};
+      Place to{-1, 0};
+      if (from.block >= 0) {
+        row.params = *young.params(from);
+        LaneCodes<Int8>::load(reinterpret_cast<const uint8_t*>(&rows[warp].codes[i][lane]), 0,
+                              row.codes);
+        to = old.stored(first + i * at.rows + at.row);
+      }
+      row.narrow(old, at, to);
+    }
   }
 }
 

@@ -77,6 +77,7 @@ constexpr int kCloseShares = 4;
 template <class Formats, class T>
 __global__ void __launch_bounds__(kThreads, 4) close_kernel(const AppendParams p) {
   __shared__ MeanScratch scratch;
+  __shared__ ClosingRows closing[kRowWarps];
   __shared__ float mean[256];
   const CacheView slabs = young_view(p.cache, p.seqs);
   const auto young = source_of<Int8, T>(p, slabs, chunk_tokens(p.cache));
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, 4) close_kernel(const AppendParams p
   }
   with_rows(Formats{}, young.is_key, [&](auto format) {
     const auto old = source_of<decltype(format), T>(p, p.cache);
-    close_share(young, old, ages, blockIdx.x, kCloseShares, kRowWarps);
+    close_share(young, old, ages, blockIdx.x, kCloseShares, closing, kRowWarps);
   });
 }
 
@@ -109,10 +110,12 @@ __global__ void __launch_bounds__(kThreads, 4) append_aged_kernel(const AppendPa
     } else if (young.is_key && p.cache.mean_group) {
       own = young.mean(chunk.start);
     }
-    with_rows(Formats{}, young.is_key, [&](auto format) {
-      const auto old = source_of<decltype(format), T>(p, p.cache);
-      write_aged(young, old, ages, chunk.start, chunk.begin, chunk.end, own, threadIdx.x / 32);
-    });
+    const auto with_old = [&](auto&& f) {
+      with_rows(Formats{}, young.is_key,
+                [&](auto format) { f(source_of<decltype(format), T>(p, p.cache)); });
+    };
+    write_aged<false>(young, with_old, ages, chunk.start, chunk.begin, chunk.end, own,
+                      threadIdx.x / 32);
   }
   if (p.advance) advance_lengths(p);
 }

@@ -110,6 +110,7 @@ __device__ int sum_stored(const Source<Format, T>& src, const RowSlot& at, int b
 // This thread's sixteen channels of an incoming row on their way.
 template <class T>
 struct RowInFlight {
+  int token;
   Place to;
   Words16<T> row;
 
@@ -117,9 +118,10 @@ struct RowInFlight {
   template <class Format>
   __device__ __forceinline__ void load(const Source<Format, T>& src, const RowSlot& at, int begin,
                                        int end) {
-    const int i = begin + at.slot - src.length;
+    token = begin + at.slot;
+    const int i = token - src.length;
     to = {-1, 0};
-    if (at.row < 0 || begin + at.slot >= end) return;
+    if (at.row < 0 || token >= end) return;
     row = load_words16(src.row(i) + at.channel());
     to = src.place(i);
   }
@@ -283,7 +285,7 @@ __device__ __forceinline__ void store_row(const Source<Format, T>& src, const Ro
 }
 
 // Rotates the rows of tokens [begin, end) of the source, subtracts the group's mean, and calls
-// store(lanes, place, channels, whether the row is finite). `warp`: of the block.
+// store(lanes, row, channels, whether the row is finite). `warp`: of the block.
 template <class Format, class T, class F>
 __device__ __forceinline__ void for_ready_rows(const Source<Format, T>& src, int begin, int end,
                                                const __half* group_mean, int warp, F&& store) {
@@ -298,7 +300,7 @@ __device__ __forceinline__ void for_ready_rows(const Source<Format, T>& src, int
 #pragma unroll
       for (int c = 0; c < kLaneChannels; ++c) x[c] = __fsub_rn(x[c], mean.x[c]);
     }
-    store(at, row.to, x, finite);
+    store(at, row, x, finite);
   });
 }
 
@@ -308,8 +310,8 @@ template <class Format, class T>
 __device__ __forceinline__ void write_rows(const Source<Format, T>& src, int begin, int end,
                                            const __half* group_mean, int warp) {
   for_ready_rows(src, begin, end, group_mean, warp,
-                 [&](const RowSlot& at, Place to, const float (&x)[kLaneChannels], bool finite) {
-                   store_row(src, at, to, x, finite);
+                 [&](const RowSlot& at, const RowInFlight<T>& row, const auto& x, bool finite) {
+                   store_row(src, at, row.to, x, finite);
                  });
 }
 

@@ -315,11 +315,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
       has_new && (Traits::kByAge ? Ages(p.cache, rows.stored, rows.tokens).opens()
                                  : last_group >= rows.stored || last_group > first_new);
   if (begins) {
-    if constexpr (Traits::kByAge) {
-      append_aged<Traits>(call, shared.groups, rows.stored, first_new, end_new);
-    } else {
-      append_groups<Traits>(call, shared.groups, rows.stored, first_new, end_new);
-    }
+    using Element = typename Traits::Element;
+    const auto append = Traits::kByAge
+                            ? append_aged<typename Traits::Pair, Element, Traits::kThreads>
+                            : append_groups<typename Traits::Pair, Element, Traits::kThreads>;
+    append(call, shared.groups, rows.stored, first_new, end_new);
   }
   // Tokens that are not in the cache yet.
   const int new_begin = has_new && !begins ? first_new : 1 << 30;
@@ -377,7 +377,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   finish(p, shared, acc, unit, split, combines, warp, g, t);
   if constexpr (Traits::kByAge) {
     if (p.key.data && Ages(p.cache, shared.rows.stored, shared.rows.tokens).closes()) {
-      close_group<Traits>(call, shared.rows.stored, split, shared.splits);
+      __syncthreads();  // what has been merged is read no more
+      close_group<typename Traits::Pair, typename Traits::Element>(
+          call, shared.closing, shared.rows.stored, split, shared.splits);
     }
   }
 }

@@ -8,17 +8,19 @@
 namespace kvquant::cuda {
 
 // The call's own keys or values, of this block's head, behind `stored` tokens. cache: of the call,
-// or its young rows, as the traits say.
-template <class Format, class Traits>
-__device__ __forceinline__ Source<Format, typename Traits::Element> new_source(
-    const AttentionCall& p, const CacheView& cache, bool is_key, int stored, int whole = -1) {
+// or its young rows', with their age.
+template <class Format, class Element>
+__device__ __forceinline__ Source<Format, Element> new_source(const AttentionCall& p,
+                                                              const CacheView& cache, bool is_key,
+                                                              int stored, int whole = -1,
+                                                              int age = 0) {
   const int sequence = blockIdx.y, head = blockIdx.x;  // there is one row tile
   return {cache,   p.seqs,
           nullptr, is_key ? p.key : p.value,
           is_key,  sequence,
           head,    call_rows(p.seqs, sequence),
           stored,  Paging(cache, p.seqs.max_blocks),
-          whole,   Traits::kIsYoung ? chunk_tokens(cache) : 0};
+          whole,   age};
 }
 
 // Rows as they are in the cache.
@@ -190,7 +192,8 @@ class NewTokensInFlight {
   }
   template <class Format>
   __device__ __forceinline__ Source<Format, Element> source(bool is_key) const {
-    return new_source<Format, Traits>(p_, cache_, is_key, stored_, whole_);
+    const int age = Traits::kIsYoung ? chunk_tokens(cache_) : 0;
+    return new_source<Format, Element>(p_, cache_, is_key, stored_, whole_, age);
   }
   // Of the call's row i.
   __device__ __forceinline__ void ask_row(int item, int i) {
@@ -214,17 +217,19 @@ struct GroupScratch {
   float mean[256];
 };
 
+// What instances share, which is all but the shape of their warps, is compiled once for them.
+//
 // Appends tokens [from, to) of the call's own, among which a group begins. Afterwards all threads
 // of the block find them in the cache.
-template <class Traits>
+template <class Formats, class Element, int kThreads>
 __device__ __noinline__ void append_groups(const AttentionCall& p, GroupScratch& scratch,
                                            int stored, int from, int to) {
-  const auto key = new_source<typename Traits::Key, Traits>(p, p.cache, true, stored);
-  const auto value = new_source<typename Traits::Value, Traits>(p, p.cache, false, stored);
+  const auto key = new_source<typename Formats::Key, Element>(p, p.cache, true, stored);
+  const auto value = new_source<typename Formats::Value, Element>(p, p.cache, false, stored);
   const int group = p.cache.mean_group ? p.cache.mean_group : 1 << 30;
   for (int start = from & -group; start < to; start += group) {
     const int end = min(start + group, stored + key.call.count);
-    const __half* mean = find_mean<Traits::kThreads>(key, start, end, scratch.rows, scratch.mean);
+    const __half* mean = find_mean<kThreads>(key, start, end, scratch.rows, scratch.mean);
     write_rows(key, max(start, from), min(end, to), mean, threadIdx.x / 32);
     write_rows(value, max(start, from), min(end, to), nullptr, threadIdx.x / 32);
   }
@@ -233,49 +238,47 @@ __device__ __noinline__ void append_groups(const AttentionCall& p, GroupScratch&
 
 // By age: calls f(young source, with_old) for the call's keys and for its values, where with_old(g)
 // calls g(old source).
-template <class Traits, class F>
+template <class Formats, class Element, class F>
 __device__ __forceinline__ void for_ages(const AttentionCall& p, int stored, F&& f) {
-  using Formats = FormatPair<typename Traits::Key, typename Traits::Value>;
   const CacheView slabs = young_view(p.cache, p.seqs);
 #pragma unroll 1
   for (int i = 0; i < 2; ++i) {
     const bool is_key = i == 0;
-    f(new_source<Int8, typename Traits::Appended>(p, slabs, is_key, stored), [&](auto&& g) {
+    const auto with_old = [&](auto&& g) {
       with_rows(Formats{}, is_key, [&](auto format) {
-        g(new_source<decltype(format), Traits>(p, p.cache, is_key, stored));
+        g(new_source<decltype(format), Element>(p, p.cache, is_key, stored));
       });
-    });
+    };
+    f(new_source<Int8, Element>(p, slabs, is_key, stored, -1, chunk_tokens(p.cache)), with_old);
   }
 }
 
 // By age: likewise, where the call begins a group, which no row of the call outlives.
-template <class Traits>
+template <class Formats, class Element, int kThreads>
 __device__ __noinline__ void append_aged(const AttentionCall& p, GroupScratch& scratch, int stored,
                                          int from, int to) {
   const Ages ages(p.cache, stored, call_rows(p.seqs, blockIdx.y).count);
   const int warp = threadIdx.x / 32;
-  for_ages<Traits>(p, stored, [&](const auto& young, auto&& with_old) {
+  for_ages<Formats, Element>(p, stored, [&](const auto& young, auto&& with_old) {
 #pragma unroll 1
     for (int start = from & -ages.group; start < to; start += ages.group) {
       const int begin = max(start, from), end = min(start + ages.group, stored + young.call.count);
-      const __half* const mean =
-          find_mean<Traits::kThreads>(young, start, end, scratch.rows, scratch.mean);
-      write_rows(young, begin, min(end, to), mean, warp);
-      if (!ages.is_old(start)) continue;
-      with_old([&](const auto& old) { write_narrowed(old, begin, min(end, to), mean, warp); });
+      const __half* const mean = find_mean<kThreads>(young, start, end, scratch.rows, scratch.mean);
+      write_aged<true>(young, with_old, ages, start, begin, min(end, to), mean, warp);
     }
   });
   __syncthreads();
 }
 
 // By age: the block's share of the group that the call closes.
-template <class Traits>
-__device__ __noinline__ void close_group(const AttentionCall& p, int stored, int share,
-                                         int shares) {
+template <class Formats, class Element>
+__device__ __noinline__ void close_group(const AttentionCall& p, ClosingRows* rows, int stored,
+                                         int share, int shares) {
   const Ages ages(p.cache, stored, call_rows(p.seqs, blockIdx.y).count);
-  for_ages<Traits>(p, stored, [&](const auto& young, auto&& with_old) {
-    with_old(
-        [&](const auto& old) { close_share(young, old, ages, share, shares, Traits::kWarps); });
+  for_ages<Formats, Element>(p, stored, [&](const auto& young, auto&& with_old) {
+    with_old([&](const auto& old) {
+      close_share(young, old, ages, share, shares, rows, int(blockDim.x / 32));
+    });
   });
 }
 

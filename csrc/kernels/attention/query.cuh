@@ -195,6 +195,7 @@ template <class Formats, int kHeadDim, int kRowCount, class T, bool kIsPlainCall
 struct AttentionTraits {
   using Key = typename Formats::Key;
   using Value = typename Formats::Value;
+  using Pair = FormatPair<Key, Value>;
   static constexpr bool kPlainCall = kIsPlainCall;
   static constexpr bool kByAge = Formats::kByAge, kIsYoung = false;
   using Element = T;  // of query and output
