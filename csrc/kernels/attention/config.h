@@ -108,7 +108,8 @@ inline int choose_splits(const AttentionShape& shape, int capacity) {
   return best;
 }
 
-// by_age: no instance by age is made for many short sequences, which have few old rows.
+// by_age: such instances are fewer (launch.cuh). None is made for many short sequences, which have
+// few old rows.
 // capacity: most tokens of a sequence. With a split_size an instance's warps must not depend on the
 // batch: they decide in which order a split is summed.
 inline AttentionShape shape_attention(int batch, int tokens, int q_heads, int kv_heads, int k_dim,
@@ -120,6 +121,7 @@ inline AttentionShape shape_attention(int batch, int tokens, int q_heads, int kv
   const int most_rows = float32 ? 8 : max_rows(shape.head_dim);
   for (shape.rows = 8; shape.rows < most_rows && shape.rows < query_rows; shape.rows *= 2) {
   }
+  if (by_age && shape.rows > 8) shape.rows = most_rows;
   shape.row_tiles = int((query_rows + shape.rows - 1) / shape.rows);
   shape.units = std::max<int64_t>(1, int64_t(batch) * kv_heads * shape.row_tiles);
   const bool one_tile = shape.row_tiles == 1;

@@ -79,20 +79,24 @@ cudaError_t launch_instance(AttentionCall call, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, attention_kernel<Traits>, call);
 }
 
-// Calls f with the constant that equals `rows`.
-template <int kMost, class F>
+// Calls f with the constant that equals `rows`. kFew: of 8 and kMost alone.
+template <int kMost, bool kFew, class F>
 cudaError_t with_query_rows(int rows, F&& f) {
   if constexpr (kMost > 8) {
-    if (rows < kMost) return with_query_rows<kMost / 2>(rows, f);
+    if (rows < kMost) return with_query_rows<kFew ? 8 : kMost / 2, kFew>(rows, f);
   }
   return f(std::integral_constant<int, kMost>{});
 }
 
-// Of calls by age, only those of few query rows have an instance for plain ones, and none has one
-// for many short sequences: instances by age are as long as two.
+// Which instances are compiled. By age: of 8 rows and of the most; for plain calls of a usual step;
+// for others in the usual occupancy.
+template <class Formats, int kDim, int kRows, class T>
+constexpr bool has_plain() {
+  return !Formats::kByAge || (kRows == 8 && kDim != 192 && !std::is_same_v<T, float>);
+}
 template <class Formats>
-constexpr bool has_plain(int rows) {
-  return !Formats::kByAge || rows == 8;
+constexpr bool has_full(Occupancy occupancy) {
+  return !Formats::kByAge || occupancy == Occupancy::kUsual;
 }
 
 // The plain call's instance where it serves, else the one that knows all features.
@@ -100,10 +104,14 @@ template <class Formats, int kDim, int kRows, class T, Occupancy kOccupancy>
 cudaError_t launch_features(const AttentionCall& call, cudaStream_t stream) {
   using Plain = AttentionTraits<Formats, kDim, kRows, T, true, kOccupancy>;
   using Full = AttentionTraits<Formats, kDim, kRows, T, false, kOccupancy>;
-  if constexpr (has_plain<Formats>(kRows)) {
+  if constexpr (has_plain<Formats, kDim, kRows, T>()) {
     if (Plain::serves(call)) return launch_instance<Plain>(call, stream);
   }
-  return launch_instance<Full>(call, stream);
+  if constexpr (has_full<Formats>(kOccupancy)) {
+    return launch_instance<Full>(call, stream);
+  } else {
+    return launch_features<Formats, kDim, kRows, T, Occupancy::kUsual>(call, stream);
+  }
 }
 
 // The instance of this occupancy, where it is another one than the usual.
@@ -128,7 +136,7 @@ cudaError_t launch_dim(const AttentionCall& call, int rows, Occupancy occupancy,
                        cudaStream_t stream) {
   if (call.dtype == Dtype::kFloat32)
     return launch_rows<Formats, kDim, 8, float>(call, occupancy, stream);
-  return with_query_rows<max_rows(kDim)>(rows, [&](auto rows) {
+  return with_query_rows<max_rows(kDim), Formats::kByAge>(rows, [&](auto rows) {
     return call.dtype == Dtype::kFloat16
                ? launch_rows<Formats, kDim, rows(), __half>(call, occupancy, stream)
                : launch_rows<Formats, kDim, rows(), __nv_bfloat16>(call, occupancy, stream);
