@@ -17,9 +17,10 @@ def choose():
         "float32", "capacity", "multiprocessors",
     )  # fmt: skip
 
-    def of(*sizes, split_size=0, packed=False, appends=False):
+    def of(*sizes, split_size=0, packed=False, appends=False, age_group=0):
         problem = dict(zip(names, sizes, strict=True))
-        formats = {"k_format": "int8", "v_format": "int8", "age_group": 0}
+        values = "int4" if age_group else "int8"
+        formats = {"k_format": "int8", "v_format": values, "age_group": age_group}
         rest = {"split_size": split_size, "packed": packed, "appends": appends}
         return _C.choose({**problem, **formats, **rest})
 
@@ -61,6 +62,20 @@ def test_scratch_is_what_the_pieces_need(
     assert 1 <= splits <= min(256, max(1, -(-capacity // 256)))
     assert counters == batch
     assert floats == (units * splits * rows * (width + 2) if splits > 1 else 0)
+
+
+def test_rows_by_age_have_fewer_instances(choose):
+    sizes = 8, 128, 128, False, 1024, SMS
+    assert choose(256, 1, 32, *sizes)["blocks"] == 4
+    assert choose(256, 1, 32, *sizes, age_group=256)["blocks"] == 2
+    rows = [choose(8, tokens, 32, *sizes, age_group=256)["query_rows"] for tokens in (2, 4, 99)]
+    assert rows == [8, 32, 32]
+
+
+def test_groups_that_begin_and_end_in_a_step_are_appended_before_it(choose):
+    sizes = 2, 20, 4, 4, 128, 128, False, 1024, SMS
+    found = [choose(*sizes, appends=True, age_group=group)["appends"] for group in (0, 16, 32)]
+    assert found == [True, False, True]
 
 
 def test_one_sequence_is_split_until_the_chip_is_full(plan):
