@@ -111,11 +111,12 @@ struct GatherParams {
 // attention is NaN then for whoever sees it, and for no one else.
 struct PieceParams {
   CacheView cache;
-  Sequences seqs;     // block_table, batch and max_blocks
+  Sequences seqs;     // block_table, batch, max_blocks and young
   void *key, *value;  // out, [batch, num_kv_heads, tokens, dim]
   Dtype dtype;
   int32_t first, tokens, low, high;
-  bool backwards;  // row i is token first + tokens - 1 - i
+  int32_t young_from;  // by age: tokens from this one on are young, and those of the first group
+  bool backwards;      // row i is token first + tokens - 1 - i
 };
 
 // Merges attention over several sets of tokens to that over all of them, by their log-sum-exps.

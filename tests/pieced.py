@@ -11,7 +11,7 @@ import kvquant
 from kvquant import backends
 from kvquant.backends import Prepared, Problem
 from kvquant.backends.dense import Dense
-from kvquant.backends.pieces import Pieces, Result, Steps
+from kvquant.backends.pieces import History, Pieces, Result, Steps
 from kvquant.backends.reference import REFERENCE, _Memory
 from kvquant.backends.reference_age import Held
 from kvquant.backends.reference_rows import rotate
@@ -52,16 +52,18 @@ def merge(results: list[Result], sinks: Tensor | None, out: Tensor, lse: Tensor 
 
 
 def read(
-    view: kvquant.CacheView, table: Tensor, first: int, stored: tuple[int, int], backwards: bool,
-    key: Tensor, value: Tensor,
+    view: kvquant.CacheView, history: History, first: int, stored: tuple[int, int],
+    backwards: bool, key: Tensor, value: Tensor,
 ) -> None:  # fmt: skip
     """Dequantized tokens, by the reference's formula."""
-    memory, count = _Memory(view), key.shape[2]
+    table, count = history.table, key.shape[2]
+    seqs = kvquant.Sequences(table, table.new_zeros(len(table)), young=history.young)
+    memory = _Memory(view, seqs)
     tokens = torch.arange(first, first + count, device=key.device)
     if backwards:
         tokens = tokens.flip(0)
     for b in range(len(table)):
-        held = Held(table[b], b)
+        held = Held(table[b], b, history.young_from)
         k, there = memory.keys(held, tokens)
         v, _ = memory.values(held, tokens)
         k, v = rotate(k, memory.k_rotation), rotate(v, memory.v_rotation)

@@ -209,10 +209,10 @@ def piece_case(
         out = (weights[..., None] * torch.stack(outs).float()).sum(0)
         return [*rows, out.to(dtype), torch.stack([*sums, sinks.expand_as(sums[0])]).logsumexp(0)]
     from kvquant.backends.cuda import CUDA
-    from kvquant.backends.pieces import Result
+    from kvquant.backends.pieces import History, Result
 
     rows = [torch.empty(2, heads, tokens, dim, dtype=dtype, device=table.device) for dim in dims]
-    CUDA.steps.read(view, table, first, (first, first + tokens), backwards, *rows)
+    CUDA.steps.read(view, History(table), first, (first, first + tokens), backwards, *rows)
     pairs = enumerate(zip(outs, sums, strict=True))
     results = [Result(*pair, backwards and i == 0) for i, pair in pairs]
     folded = torch.empty(outs[0].shape, dtype=torch.float32, device=table.device)

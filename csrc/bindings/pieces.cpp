@@ -12,18 +12,22 @@ Rows rows_of(const py::handle& given) {
           t[3].cast<int64_t>()};
 }
 
+// young: (address, bytes between sequences, between heads), zeros: there are none.
 void read_piece(const CacheView& cache, uintptr_t block_table, int64_t table_stride, int batch,
-                int max_blocks, int first, int tokens, int low, int high, bool backwards,
-                uintptr_t key, uintptr_t value, int dtype, int device, uintptr_t queue) {
+                int max_blocks, const py::tuple& young, int young_from, int first, int tokens,
+                int low, int high, bool backwards, uintptr_t key, uintptr_t value, int dtype,
+                int device, uintptr_t queue) {
   Sequences seqs{};
   seqs.block_table = pointer<const int32_t>(block_table);
   seqs.block_table_stride = table_stride;
   seqs.batch = batch, seqs.max_blocks = max_blocks;
+  assign(young, seqs.young);
   PieceParams params{};
   params.cache = cache, params.seqs = seqs;
   params.key = pointer<void>(key), params.value = pointer<void>(value);
   params.dtype = Dtype(dtype), params.backwards = backwards;
   params.first = first, params.tokens = tokens, params.low = low, params.high = high;
+  params.young_from = young_from;
   Status status;
   {
     py::gil_scoped_release release;

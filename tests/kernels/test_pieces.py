@@ -87,6 +87,27 @@ def test_left_padding(device, used):
         check_attention(cache, queries_of((600, 600, 300, 200), 4, 64, FP16, device), **options)
 
 
+@pytest.mark.parametrize("layout", [{"max_seq_len": 1200}, {"block_size": 16}])
+@pytest.mark.parametrize("name", ["k8v4", "k4v4"])
+def test_by_age(device, used, name, layout):
+    """Of three groups the first is young, and so is the open one; the rest are old."""
+    cache = QuantizedKVCache(
+        1, 2, 2, 64, format=kvquant.CacheFormat.named(name), device=device, **layout
+    )
+    rows = torch.randn(2, 2, 1100, 2, 64, device=device).to(FP16)
+    cache.append(0, *rows[:, :, :600])
+    for begin, end in ((600, 768), (768, 868), (868, 1100)):
+        query = torch.randn(2, end - begin, 8, 64, device=device).to(FP16)
+        out = cache.attend(0, query, *rows[:, :, begin:end], exact_prompt=False)
+        if end == 1100:  # fed to the group's end, and from there
+            query, out = (x[:, 1024 - begin :] for x in (query, out))
+        with kvquant.use_backend("reference"):
+            ref = cache.attend(0, query)
+        error = (out.double() - ref.double()).norm() / ref.double().norm()
+        assert error < 2e-3, float(error)
+    assert used is None or used()
+
+
 def test_a_slab_gives_the_same_bits(device, used):
     cache = filled_cache((700, 900), kv_heads=2, k_dim=128, block=64, device=device)
     queries = queries_of((128, 128), 8, 128, BF16, device)

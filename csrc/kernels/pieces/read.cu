@@ -1,5 +1,6 @@
 // Dequantizes a piece of every sequence's history for dense attention kernels, in the basis of the
 // caller's rows. It is bound by memory: a byte an element is read, two are written.
+#include "common/age.h"
 #include "common/paging.h"
 #include "formats/formats.cuh"
 #include "kernels/device.cuh"
@@ -39,7 +40,7 @@ __device__ __forceinline__ void store_pairs(T* row, const float (&x)[kLaneChanne
 }
 
 // grid: (chunks of tokens, num_kv_heads, batch * 2): K and V are even and odd in z.
-template <class Formats, class T>
+template <class Formats, bool kByAge, class T>
 __global__ void __launch_bounds__(kThreads, 3) read_kernel(const PieceParams p) {
   const CacheView& cache = p.cache;
   const bool is_key = blockIdx.z % 2 == 0;
@@ -71,13 +72,24 @@ __global__ void __launch_bounds__(kThreads, 3) read_kernel(const PieceParams p) 
 #pragma unroll
       for (int c = 0; c < kLaneChannels; ++c) x[r][c] = 0.f;
       if (!usable[r]) continue;
-      LaneCodes<Format>::load(rows_of<uint8_t>(own.codes, from.block, head) +
-                                  int64_t(from.row) * Format::code_bytes(own.head_dim),
-                              at.channel(), x[r]);
-      const auto key =
-          Formats::Key::affine(rows_of<KeyParams>(cache.k.params, from.block, head)[from.row]);
-      const auto value =
-          Formats::Value::affine(rows_of<ValueParams>(cache.v.params, from.block, head)[from.row]);
+      RowAffine key, value;
+      const int age = kByAge ? chunk_tokens(cache) : 0;
+      if (kByAge && (token < age || token >= p.young_from)) {
+        const Young young(cache, p.seqs, sequence, head, p.young_from);
+        const int row = young.row(token);
+        LaneCodes<Int8>::load(young.codes(is_key, row), at.channel(), x[r]);
+        const auto affine_of = [&](bool of_key) {
+          return Int8::affine(*reinterpret_cast<Int8::Params*>(young.params(of_key, row)));
+        };
+        key = affine_of(true), value = affine_of(false);
+      } else {
+        LaneCodes<Format>::load(rows_of<uint8_t>(own.codes, from.block, head) +
+                                    int64_t(from.row) * Format::code_bytes(own.head_dim),
+                                at.channel(), x[r]);
+        key = Formats::Key::affine(rows_of<KeyParams>(cache.k.params, from.block, head)[from.row]);
+        value = Formats::Value::affine(
+            rows_of<ValueParams>(cache.v.params, from.block, head)[from.row]);
+      }
       affine[r] = is_key ? key : value;
       usable[r] = !isnan(key.scale) && !isnan(value.scale);
       if (is_key && cache.mean_group) {
@@ -118,7 +130,14 @@ Status read_piece(const PieceParams& params, Launch launch) {
     return launch_on(launch, [&](cudaStream_t stream) {
       const auto start = [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        read_kernel<decltype(formats), T><<<grid, kThreads, 0, stream>>>(params);
+        using Formats = decltype(formats);
+        if constexpr (can_age(Formats{})) {
+          if (params.seqs.young.data) {
+            read_kernel<Formats, true, T><<<grid, kThreads, 0, stream>>>(params);
+            return;
+          }
+        }
+        read_kernel<Formats, false, T><<<grid, kThreads, 0, stream>>>(params);
       };
       if (params.dtype == Dtype::kFloat16) {
         start(static_cast<__half*>(nullptr));

@@ -44,13 +44,18 @@ def seqs_twin(seqs: Sequences) -> Any:
             cu_seqlens_q=0 if cu is None else cu.data_ptr(),
             max_seqlen_q=seqs.max_seqlen_q,
             advance=seqs.advance,
-            young=(0, 0, 0) if seqs.young is None else _field(seqs.young),
+            young=young_field(seqs.young),
             table_stride=table.stride(0),
             batch=table.shape[0],
             max_blocks=table.shape[1],
         )
         object.__setattr__(seqs, "_twin", twin)
     return seqs._twin
+
+
+def young_field(young: Tensor | None) -> tuple[int, int, int]:
+    """Address of the slabs, bytes between sequences and between heads."""
+    return (0, 0, 0) if young is None else (young.data_ptr(), young.stride(0), young.stride(1))
 
 
 def _field(x: Any) -> Any:

@@ -15,7 +15,7 @@ from ..view import CacheView
 from . import dense, native, pieces
 from .affine import DTYPES
 from .base import Prepared, Problem
-from .compiled import Compiled, view_twin
+from .compiled import Compiled, view_twin, young_field
 from .cuts import MIN_ROWS
 
 __all__ = ["CUDA"]
@@ -76,13 +76,14 @@ class _Cuda(Compiled):
         return found
 
     def _read_piece(
-        self, view: CacheView, table: Tensor, first: int, stored: tuple[int, int],
+        self, view: CacheView, history: pieces.History, first: int, stored: tuple[int, int],
         backwards: bool, key: Tensor, value: Tensor,
     ) -> None:  # fmt: skip
+        table = history.table
         native.module.read_piece(
-            view_twin(view), table.data_ptr(), table.stride(0), *table.shape, first, key.shape[2],
-            *stored, backwards, key.data_ptr(), value.data_ptr(), DTYPES[key.dtype],
-            *self.queue(key),
+            view_twin(view), table.data_ptr(), table.stride(0), *table.shape,
+            young_field(history.young), history.young_from, first, key.shape[2], *stored,
+            backwards, key.data_ptr(), value.data_ptr(), DTYPES[key.dtype], *self.queue(key),
         )  # fmt: skip
 
     def _merge(

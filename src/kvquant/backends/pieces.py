@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..formats import GROUP_TOKENS, read_from
 from ..view import CacheView, Sequences
 from . import cuts
 from .base import Outputs, Prepared, Problem, look_of
@@ -25,7 +26,7 @@ from .cuts import EDGE, FOLD, FULL, Call, Costs, Pass, Run
 from .dense import DTYPES, Dense
 from .runs import runs_of_call
 
-__all__ = ["Pieces", "Result", "Steps", "costs_of", "refuses"]
+__all__ = ["History", "Pieces", "Result", "Steps", "costs_of", "refuses"]
 
 
 _logger = logging.getLogger(__name__.split(".backends")[0])
@@ -52,8 +53,6 @@ def refuses(problem: Problem, memory: int) -> str | None:
         return f"dense kernels do not take {query.dtype}"
     if options.softcap:
         return "dense kernels have no softcap"
-    if problem.seqs.by_age:
-        return "young rows (formats by age)"
     if problem.alibi_slopes:
         return "dense kernels have no ALiBi slopes"
     if options.softmax_scale <= 0:
@@ -72,6 +71,21 @@ def refuses(problem: Problem, memory: int) -> str | None:
     if (least := cuts.least_memory(costs_of(problem, memory))) > memory:
         return f"KVQUANT_CHUNK_MEMORY: {memory} bytes, and it takes {least}"
     return None
+
+
+@dataclass(frozen=True)
+class History:
+    """Where the tokens of neighbouring sequences are.
+
+    Attributes:
+        table: Their rows of the block table.
+        young: With a format by age, their slabs.
+        young_from: The first token that is read from these, behind the first group.
+    """
+
+    table: Tensor
+    young: Tensor | None = None
+    young_from: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,9 +108,9 @@ class Steps:
     """What runs on the device.
 
     Attributes:
-        read: ``(view, block_table, first, stored, is_backwards, key, value)``: dequantizes the
-            tokens from ``first`` on of each row of the table into ``(n, kv_heads, tokens, dim)``,
-            in reverse order if asked to. A token that is not finite, has no place, or is not of the
+        read: ``(view, history, first, stored, is_backwards, key, value)``: dequantizes the tokens
+            from ``first`` on of each sequence into ``(n, kv_heads, tokens, dim)``, in reverse
+            order if asked to. A token that is not finite, has no place, or is not of the
             range ``stored`` becomes a NaN key and a zero value, so that attention is NaN for those
             who see it, and for no one else.
         kernels: Dense attentions, the fastest first; none: pieces do not serve here. Waits for the
@@ -107,7 +121,7 @@ class Steps:
         is_capturing: Whether launches on a tensor's device are being captured in a graph.
     """
 
-    read: Callable[[CacheView, Tensor, int, tuple[int, int], bool, Tensor, Tensor], None]
+    read: Callable[[CacheView, History, int, tuple[int, int], bool, Tensor, Tensor], None]
     kernels: Callable[[Problem], tuple[Dense, ...]]
     merge: Callable[[list[Result], Tensor | None, Tensor, Tensor | None], None]
     append: Callable[[Tensor, Tensor, CacheView, Sequences, None], None]
@@ -286,7 +300,7 @@ class _Work:
         """A pass's results, but for the last merge."""
         at = part.first - run.first
         q = query[at : at + part.batch, part.begin : part.end]
-        table = self._seqs.block_table[part.first : part.first + part.batch]
+        history = self._history(run, slice(part.first, part.first + part.batch))
         rows, results = q.shape[1], list[Result]()
         filled = cuts.size_from(rows)
         for piece in part.pieces:
@@ -297,12 +311,19 @@ class _Work:
             first = piece.end - tokens if is_edge else piece.first
             key, value = self._scratch(part, tokens)
             self._steps.read(
-                self._view, table, first, (piece.first, piece.end), is_edge, key, value
+                self._view, history, first, (piece.first, piece.end), is_edge, key, value
             )
             query = _filled(q.flip(1) if is_edge else q, filled)
             out, lse = self._dense(query, key, value, not is_full, piece.recurs)
             results.append(Result(out[:, :rows], lse[:, :rows], is_edge))
         return results
+
+    def _history(self, run: Run, at: slice) -> History:
+        seqs, group = self._seqs, self._view.mean_group or GROUP_TOKENS
+        if seqs.young is None:
+            return History(seqs.block_table[at])
+        young_from = read_from(group, run.length, run.rows)
+        return History(seqs.block_table[at], seqs.young[at], young_from)
 
     def _dense(
         self, query: Tensor, key: Tensor, value: Tensor, causal: bool, recurs: bool
@@ -366,7 +387,9 @@ class _Work:
                 lens = lens + cu.diff()
             cu, most = cu - row, max(run.rows for run in runs)
         starts = None if seqs.seq_starts is None else seqs.seq_starts[first : first + count]
-        part = Sequences(seqs.block_table[first : first + count], lens, starts, cu, most)
+        at = slice(first, first + count)
+        young = None if seqs.young is None else seqs.young[at]
+        part = Sequences(seqs.block_table[at], lens, starts, cu, most, young=young)
         problem = self._problem._replace(
             query=look_of(query, not is_equal), key=None, value=None, seqs=part.spec,
             max_seqlen_q=part.max_seqlen_q or query.shape[1],

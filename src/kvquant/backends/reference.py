@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..formats import open_start, read_from
 from ..formats.affine import MAX_ABS
 from ..view import CacheView, Options, Sequences, ViewSpec
 from .base import Backend, Outputs, Prepared, Problem
-from .reference_age import Held, append_by_age, open_start, read_from, young_rows
+from .reference_age import Held, append_by_age, young_rows
 from .reference_rows import KEYS, chunks, dequantize, pv_matmul, qk_matmul, quantize, rotate
 
 __all__ = ["REFERENCE"]

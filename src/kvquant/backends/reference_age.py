@@ -6,21 +6,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..formats import SPARE_TOKENS, CacheFormat, RowFormat
+from ..formats import SPARE_TOKENS, CacheFormat, RowFormat, open_start
 from ..formats.affine import AffineRows
 from ..view import CacheView, RowsView, Sequences
 
-__all__ = ["Held", "YoungRows", "append_by_age", "open_start", "read_from", "young_rows"]
-
-
-def open_start(group: int, length: int) -> int:
-    """The first token of the group of a sequence's last one."""
-    return max(0, length - 1) // group * group
-
-
-def read_from(group: int, length: int, count: int) -> int:
-    """From which token on attention of the last ``count`` of ``length`` reads young rows."""
-    return open_start(group, length - count if count <= SPARE_TOKENS else length)
+__all__ = ["Held", "YoungRows", "append_by_age", "young_rows"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..formats import SPARE_TOKENS, CacheFormat
+from ..formats import SPARE_TOKENS, CacheFormat, open_start
 from ..formats.affine import AffineRows
 from ..view import CacheView
 from .config import CacheConfig
@@ -37,15 +37,11 @@ def slabs(config: CacheConfig, young: Tensor) -> CacheView:
     )  # fmt: skip
 
 
-def _open_start(group: int, length: int) -> int:
-    return max(0, length - 1) // group * group
-
-
 def live_old(format: CacheFormat, length: int) -> range:
     """The tokens of a sequence whose rows in the blocks count."""
     if not format.by_age:
         return range(length)
-    return range(format.age_group, _open_start(format.age_group, length))
+    return range(format.age_group, open_start(format.age_group, length))
 
 
 def live_young(format: CacheFormat, lengths: Sequence[int]) -> Tensor:
@@ -54,7 +50,7 @@ def live_young(format: CacheFormat, lengths: Sequence[int]) -> Tensor:
     live = torch.zeros(len(lengths), format.young_tokens, dtype=torch.bool)
     for rows, length in zip(live, lengths, strict=True):
         rows[: min(group, length)] = True
-        first = max(group, _open_start(group, length - SPARE_TOKENS))
+        first = max(group, open_start(group, length - SPARE_TOKENS))
         rows[group + torch.arange(first, max(first, length)) % ring] = True
     return live
 
@@ -63,7 +59,7 @@ def is_kept(format: CacheFormat, lengths: Lengths, bounds: list[list[int]]) -> b
     """Whether the ring holds all that it must after a crop to ``bounds``, as the host knows."""
     group = format.age_group
     return not lengths.stale and all(
-        _open_start(group, n - SPARE_TOKENS) <= max(group, _open_start(group, new - SPARE_TOKENS))
+        open_start(group, n - SPARE_TOKENS) <= max(group, open_start(group, new - SPARE_TOKENS))
         for layer, after in enumerate(bounds)
         for n, new in zip(lengths.bounds(layer), after, strict=True)
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..arguments import check_flag, check_integer
+from .age import GROUP_TOKENS, SPARE_TOKENS, open_start, read_from
 from .int4 import Int4
 from .int8 import Int8
 from .row import RowFormat, rotation_length
@@ -17,11 +18,11 @@ __all__ = [
     "CacheFormat",
     "RowFormat",
     "check_format",
+    "open_start",
+    "read_from",
     "rotation_length",
 ]
 
-GROUP_TOKENS = 256  # that grow old together, where none share a key mean
-SPARE_TOKENS = 32  # new tokens that a call may write while others read what was open before
 ROW_FORMATS: dict[str, type[RowFormat]] = {of.name: of for of in (Int8, Int4)}
 
 
