@@ -108,8 +108,7 @@ inline int choose_splits(const AttentionShape& shape, int capacity) {
   return best;
 }
 
-// by_age: such instances are fewer (launch.cuh). None is made for many short sequences, which have
-// few old rows.
+// by_age: such instances are fewer (launch.cuh).
 // capacity: most tokens of a sequence. With a split_size an instance's warps must not depend on the
 // batch: they decide in which order a split is summed.
 inline AttentionShape shape_attention(int batch, int tokens, int q_heads, int kv_heads, int k_dim,
@@ -131,7 +130,7 @@ inline AttentionShape shape_attention(int batch, int tokens, int q_heads, int kv
   if (one_tile && shape.units <= multiprocessors &&
       shape.units * capacity <= multiprocessors * most) {
     shape.occupancy = Occupancy::kOneBlock;
-  } else if (one_tile && split_size == 0 && !by_age &&
+  } else if (one_tile && split_size == 0 &&
              shape.units >= int64_t(multiprocessors) * usual.blocks &&
              int64_t(capacity) * shape.head_dim <= kMostInSmallBlocks) {
     shape.occupancy = Occupancy::kManyBlocks;

@@ -88,8 +88,8 @@ cudaError_t with_query_rows(int rows, F&& f) {
   return f(std::integral_constant<int, kMost>{});
 }
 
-// Which instances are compiled. By age: of 8 rows and of the most; for plain calls of a usual step;
-// for others in the usual occupancy.
+// Which instances are compiled. By age: of 8 rows and of the most; those of 8 for plain calls, and
+// for all calls in the usual occupancy.
 template <class Formats, int kDim, int kRows, class T>
 constexpr bool has_plain() {
   return !Formats::kByAge || (kRows == 8 && kDim != 192 && !std::is_same_v<T, float>);
@@ -125,7 +125,7 @@ cudaError_t launch_rows(const AttentionCall& call, Occupancy occupancy, cudaStre
   if constexpr (!(shape(kOne) == shape(kUsual))) {
     if (occupancy == kOne) return launch_features<Formats, kDim, kRows, T, kOne>(call, stream);
   }
-  if constexpr (!Formats::kByAge && !(shape(kMany) == shape(kUsual))) {
+  if constexpr (!(shape(kMany) == shape(kUsual))) {
     if (occupancy == kMany) return launch_features<Formats, kDim, kRows, T, kMany>(call, stream);
   }
   return launch_features<Formats, kDim, kRows, T, kUsual>(call, stream);
