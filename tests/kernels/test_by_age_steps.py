@@ -111,10 +111,12 @@ def test_a_step_is_an_append_and_an_attention(native, name):
     caches = [make(NAMED[name], "d128", native, block_size=64) for _ in range(2)]
     for count in (500, 1, 5, 3, 1, 3, 200, 32, 30, 1):
         query, key, value = rows("d128", count, BF16, native)
-        out = caches[0].attend(0, query, key, value, exact_prompt=False)
         caches[1].append(0, key, value)
         if count <= 32:
+            out = caches[0].attend(0, query, key, value)
             assert torch.equal(out, caches[1].attend(0, query))
+        else:
+            caches[0].append(0, key, value)
         assert_same(*caches)
 
 
@@ -148,6 +150,9 @@ def test_a_replayed_step_is_an_eager_one(cuda, name, count):
     edges = torch.tensor([0, *torch.tensor(stored).cumsum(0)], dtype=torch.int32)
     prompt = [x[0] for x in rows("d128", sum(stored), FP16, cuda, batch=1)[1:]]
     for cache in caches:
+        cache.reserve(1024)
+        for x in cache._state.view(0).tensors.values():
+            x.zero_()  # what is never written is compared, too
         cache.append(0, *prompt, cu_seqlens=edges)
     states = [cache._state for cache in caches]
     calls = [(state.view(0), state.seqs(0)) for state in states]
