@@ -17,7 +17,7 @@ namespace kvquant::cuda {
 
 template <>
 struct LaneCodes<Int4> {
-  // code(i), in the low bits, of kCount channels (2, 4 or 16) from `channel` on, in one access.
+  // code(i), in the low bits, of kCount channels (2, 4, 8 or 16) from `channel` on, in one access.
   template <int kCount, class Code>
   static __device__ __forceinline__ void store(uint8_t* row, int channel, Code&& code) {
     constexpr int kBytes = kCount / 2;
@@ -35,6 +35,11 @@ struct LaneCodes<Int4> {
     for (int i = 0; i < kLaneChannels; ++i) {
       codes[i] = float((i < 8 ? u.x : u.y) >> (i % 8 * 4) & 0xfu);
     }
+  }
+  static __device__ __forceinline__ void load(const uint8_t* row, int channel, float (&codes)[8]) {
+    const uint32_t word = *reinterpret_cast<const uint32_t*>(row + channel / 2);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) codes[i] = float(word >> (i * 4) & 0xfu);
   }
 };
 

@@ -16,7 +16,7 @@
 namespace kvquant::cuda {
 
 struct ByteCodes {
-  // code(i), in the low bits, of kCount channels (2, 4 or 16) from `channel` on, in one access.
+  // code(i), in the low bits, of kCount channels (2, 4, 8 or 16) from `channel` on, in one access.
   template <int kCount, class Code>
   static __device__ __forceinline__ void store(uint8_t* row, int channel, Code&& code) {
     uint8_t* const to = row + channel;
@@ -34,6 +34,11 @@ struct ByteCodes {
   static __device__ __forceinline__ void load(const uint8_t* row, int channel,
                                               float (&codes)[kLaneChannels]) {
     decode16(*reinterpret_cast<const uint4*>(row + channel), codes);
+  }
+  static __device__ __forceinline__ void load(const uint8_t* row, int channel, float (&codes)[8]) {
+    const uint2 words = *reinterpret_cast<const uint2*>(row + channel);
+#pragma unroll
+    for (int c = 0; c < 8; ++c) codes[c] = byte_float(c < 4 ? words.x : words.y, c % 4);
   }
 };
 
@@ -122,6 +127,9 @@ struct ByteValues {
 
 template <>
 struct LaneCodes<Int8> : ByteCodes {};
+// Offset is rounded down and scale up: code <= 255 (1 + 2^-22), which rounds to 255.
+template <>
+constexpr bool kCodesFit<Int8> = true;
 template <int kDim>
 struct KeyTile<Int8, kDim> : ByteKeys<kDim> {
   TileParams<Int8> params;

@@ -86,6 +86,11 @@ __device__ __forceinline__ uint32_t round_code(float x, float low, float high) {
   return __float_as_uint(fminf(fmaxf(x, low), high) + 12582912.f);
 }
 
+// Of an x that is in range.
+__device__ __forceinline__ uint32_t round_code(float x) {
+  return __float_as_uint(__fadd_rn(x, 12582912.f));
+}
+
 // The low bytes of four words.
 __device__ __forceinline__ uint32_t pack_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
@@ -106,12 +111,14 @@ __device__ __forceinline__ uint4 encode16(const float (&x)[kLaneChannels], float
   }
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
+// Byte i of a word: 2^23 + code, less 2^23.
+__device__ __forceinline__ float byte_float(uint32_t word, int i) {
+  return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 + i)) - 8388608.f;
+}
 __device__ __forceinline__ void decode16(uint4 word, float (&x)[kLaneChannels]) {
   const uint32_t words[4] = {word.x, word.y, word.z, word.w};
 #pragma unroll
-  for (int i = 0; i < kLaneChannels; ++i) {  // 2^23 + code, less 2^23
-    x[i] = __uint_as_float(__byte_perm(words[i / 4], 0x4b000000u, 0x7440 + i % 4)) - 8388608.f;
-  }
+  for (int i = 0; i < kLaneChannels; ++i) x[i] = byte_float(words[i / 4], i % 4);
 }
 
 }  // namespace kvquant::cuda
