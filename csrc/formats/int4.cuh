@@ -28,18 +28,19 @@ struct LaneCodes<Int4> {
     }
     store_vector<kBytes>(row + channel / 2, bytes);
   }
-  static __device__ __forceinline__ void load(const uint8_t* row, int channel,
-                                              float (&codes)[kLaneChannels]) {
-    const uint2 u = *reinterpret_cast<const uint2*>(row + channel / 2);
+  using Word = uint2;  // kLaneChannels codes as they are stored
+  static __device__ __forceinline__ Word ask(const uint8_t* row, int channel) {
+    return *reinterpret_cast<const Word*>(row + channel / 2);
+  }
+  static __device__ __forceinline__ void decode(Word word, float (&codes)[kLaneChannels]) {
 #pragma unroll
     for (int i = 0; i < kLaneChannels; ++i) {
-      codes[i] = float((i < 8 ? u.x : u.y) >> (i % 8 * 4) & 0xfu);
+      codes[i] = float((i < 8 ? word.x : word.y) >> (i % 8 * 4) & 0xfu);
     }
   }
-  static __device__ __forceinline__ void load(const uint8_t* row, int channel, float (&codes)[8]) {
-    const uint32_t word = *reinterpret_cast<const uint32_t*>(row + channel / 2);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) codes[i] = float(word >> (i * 4) & 0xfu);
+  static __device__ __forceinline__ void load(const uint8_t* row, int channel,
+                                              float (&codes)[kLaneChannels]) {
+    decode(ask(row, channel), codes);
   }
 };
 

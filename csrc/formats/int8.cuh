@@ -31,14 +31,16 @@ struct ByteCodes {
       store_vector<kCount / 4>(reinterpret_cast<uint32_t*>(to), words);
     }
   }
+  using Word = uint4;  // kLaneChannels codes as they are stored
+  static __device__ __forceinline__ Word ask(const uint8_t* row, int channel) {
+    return *reinterpret_cast<const Word*>(row + channel);
+  }
+  static __device__ __forceinline__ void decode(Word word, float (&codes)[kLaneChannels]) {
+    decode16(word, codes);
+  }
   static __device__ __forceinline__ void load(const uint8_t* row, int channel,
                                               float (&codes)[kLaneChannels]) {
-    decode16(*reinterpret_cast<const uint4*>(row + channel), codes);
-  }
-  static __device__ __forceinline__ void load(const uint8_t* row, int channel, float (&codes)[8]) {
-    const uint2 words = *reinterpret_cast<const uint2*>(row + channel);
-#pragma unroll
-    for (int c = 0; c < 8; ++c) codes[c] = byte_float(c < 4 ? words.x : words.y, c % 4);
+    decode(ask(row, channel), codes);
   }
 };
 

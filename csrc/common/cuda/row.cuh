@@ -111,14 +111,12 @@ __device__ __forceinline__ uint4 encode16(const float (&x)[kLaneChannels], float
   }
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
-// Byte i of a word: 2^23 + code, less 2^23.
-__device__ __forceinline__ float byte_float(uint32_t word, int i) {
-  return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 + i)) - 8388608.f;
-}
 __device__ __forceinline__ void decode16(uint4 word, float (&x)[kLaneChannels]) {
   const uint32_t words[4] = {word.x, word.y, word.z, word.w};
 #pragma unroll
-  for (int i = 0; i < kLaneChannels; ++i) x[i] = byte_float(words[i / 4], i % 4);
+  for (int i = 0; i < kLaneChannels; ++i) {  // 2^23 + code, less 2^23
+    x[i] = __uint_as_float(__byte_perm(words[i / 4], 0x4b000000u, 0x7440 + i % 4)) - 8388608.f;
+  }
 }
 
 }  // namespace kvquant::cuda

@@ -54,14 +54,13 @@ __device__ __forceinline__ Source<Format, T> source_of(const AppendParams& p, bo
 // grid: (chunks, kv_heads, batch * 2): K and V are even and odd in z.
 template <class Formats, class T>
 __global__ void __launch_bounds__(kThreads, 4) append_kernel(const AppendParams p) {
-  __shared__ MeanScratch scratch;
-  __shared__ float mean[256];
+  __shared__ GroupScratch scratch;
   const bool is_key = blockIdx.z % 2 == 0;
   with_rows(Formats{}, is_key, [&](auto format) {
     const auto src = source_of<decltype(format), T>(p, is_key, blockIdx.z / 2, int(blockIdx.y));
     const Chunk chunk = chunk_of(p.cache, src.length, src.call.count, int(blockIdx.x));
     if (chunk.begin >= chunk.end) return;
-    const __half* const own = find_mean<kThreads>(src, chunk.start, chunk.end, scratch, mean);
+    const __half* const own = find_mean<kThreads>(src, chunk.start, chunk.end, scratch);
     write_rows(src, chunk.begin, chunk.end, own, threadIdx.x / 32);
   });
   if (p.advance) advance_lengths<kThreads>(p);
@@ -69,7 +68,10 @@ __global__ void __launch_bounds__(kThreads, 4) append_kernel(const AppendParams 
 
 template <class T, int kDim>
 struct PromptShared {
-  PromptStage<T, kDim> stage;
+  union {
+    PromptStage<T, kDim> stage;
+    MeanScratch rows;
+  };
   PromptScratch<kDim> scratch;
 };
 
@@ -82,16 +84,18 @@ __device__ __forceinline__ void append_chunk(const AppendParams& p, PromptShared
   const Chunk chunk = chunk_of(p.cache, src.length, src.call.count, of.index);
   if (chunk.begin >= chunk.end) return;
   const PromptLanes<kDim> at;
+  const bool has_mean = kIsKey && p.cache.mean_group;
+  const MeanTask task(chunk, src.length, src.call.count, p.cache.mean_group, of.has_next);
+  int old = 0;
+  if (has_mean && task.adds) old = sum_old(src, chunk, task, shared.rows, shared.scratch);
   shared.stage.ask(src, at, chunk.begin, chunk.end);
   const float* mean = nullptr;
   uint32_t finite = 0;
-  if constexpr (kIsKey) {
-    if (p.cache.mean_group) {
-      const int64_t number = int64_t(item) * p.cache.num_kv_heads + head;
-      const MeanBox<kDim> box(p.partial, number), next(p.partial, number + p.cache.num_kv_heads);
-      finite = find_means(src, at, chunk, shared.stage, shared.scratch, box, next, of.has_next);
-      mean = shared.scratch.mean;
-    }
+  if (has_mean) {
+    const int64_t number = int64_t(item) * p.cache.num_kv_heads + head;
+    const MeanBox<kDim> box(p.partial, number), next(p.partial, number + p.cache.num_kv_heads);
+    finite = find_means(src, at, chunk, task, old, shared.stage, shared.scratch, box, next);
+    mean = shared.scratch.mean;
   }
   write_rows(src, at, shared.stage, chunk.begin, chunk.end, mean, finite);
 }

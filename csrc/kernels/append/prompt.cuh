@@ -273,43 +273,6 @@ __device__ __forceinline__ int sum_warps(const PromptScratch<kDim>& scratch, flo
   return count;
 }
 
-// Likewise the usable stored rows of tokens [begin, end) of one group.
-template <class Format, class T, int kDim>
-__device__ __noinline__ int sum_stored(const Source<Format, T>& src, const PromptLanes<kDim>& at,
-                                       int begin, int end, PromptScratch<kDim>& scratch) {
-  using Lanes = PromptLanes<kDim>;
-  PromptRow sum = {};
-  int count = 0;
-  float offsets = 0.f;
-#pragma unroll 2
-  for (int token = begin + at.slot; token < end; token += Lanes::kSlots) {
-    const Place from = src.stored(token);
-    if (from.block < 0) continue;
-    const RowAffine affine = Format::affine(*src.params(from));
-    if (isnan(affine.scale)) continue;
-    ++count;
-    offsets += affine.offset;
-    const uint8_t* const codes = src.codes(from);
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      float x[kPiece];
-      LaneCodes<Format>::load(codes, at.channel(i * kPiece), x);
-#pragma unroll
-      for (int c = 0; c < kPiece; ++c) {
-        sum[i * kPiece + c] = fmaf(affine.scale, x[c], sum[i * kPiece + c]);
-      }
-    }
-  }
-  const __half* const mean = count ? src.mean(begin) : nullptr;
-#pragma unroll
-  for (int i = 0; i < kPromptChannels; ++i) {
-    const float of = mean ? __half2float(mean[at.channel(i)]) : 0.f;
-    sum[i] += fmaf(float(count), of, offsets);
-  }
-  sum_rows(sum, count, at, scratch);
-  return sum_warps(scratch, scratch.stored);
-}
-
 // Of sums of `count` rows, the incoming ones of which are not rotated yet: their mean as it is
 // stored. A warp calls.
 template <int kDim>
@@ -424,23 +387,52 @@ __device__ __forceinline__ PromptItem prompt_item(const AppendParams& p, int ite
   return {sequence, item - __shfl_sync(kFullWarp, first, sequence % 32), next == sequence};
 }
 
-// The mean of the keys of tokens [chunk.start, ..), into scratch.mean and, where the group begins
-// in this call, to the cache; and what the next group's block waits for. Returns which steps' rows
-// of this thread are finite.
+// What a block of keys has to do with means.
+struct MeanTask {
+  bool opens;   // the group begins in this call
+  bool comes;   // and the group before has rows in this call: its block leaves the mean
+  bool leaves;  // the next group's block waits for one
+  bool adds;    // stored rows count: those of the group before, or of this one
+
+  __device__ __forceinline__ MeanTask(const Chunk& chunk, int length, int count, int group,
+                                      bool has_next)
+      : opens(chunk.start >= length),
+        comes(chunk.start > length),
+        leaves(has_next && length + count > chunk.start + group),
+        adds(opens ? !comes && chunk.start > 0 : leaves) {}
+};
+
+// Sums the stored rows of a task that adds some to scratch.stored; returns how many. `rows`: in
+// shared memory, before it has the block's rows.
+template <class Format, class T, int kDim>
+__device__ __forceinline__ int sum_old(const Source<Format, T>& src, const Chunk& chunk,
+                                       const MeanTask& task, MeanScratch& rows,
+                                       PromptScratch<kDim>& scratch) {
+  using Lanes = PromptLanes<kDim>;
+  const int begin = task.opens ? chunk.start - src.cache.mean_group : chunk.start;
+  const int end = task.opens ? chunk.start : src.length;
+  sum_stored<Format>({src, max(begin, first_token(src.seqs, src.sequence)), end}, rows,
+                     Lanes::kWarps);
+  const int slots = RowSlot(kDim, 0, kStoredWarps).slots;
+  const int count = sum_slots<Lanes::kThreads>(rows, slots, kDim, scratch.stored);
+  __syncthreads();
+  return count;
+}
+
+// The mean of the chunk's keys, into scratch.mean and, where the group begins in this call, to the
+// cache; and what the next group's block waits for. old: what sum_old returned. Returns which
+// steps' rows of this thread are finite.
 template <class Format, class T, int kDim>
 __device__ __forceinline__ uint32_t find_means(const Source<Format, T>& src,
                                                const PromptLanes<kDim>& at, const Chunk& chunk,
+                                               const MeanTask& task, int old,
                                                const PromptStage<T, kDim>& stage,
                                                PromptScratch<kDim>& scratch,
                                                const MeanBox<kDim>& box,
-                                               const MeanBox<kDim>& next_box, bool has_next) {
-  const int group = src.cache.mean_group, first = first_token(src.seqs, src.sequence);
-  const int warp = threadIdx.x / 32;
+                                               const MeanBox<kDim>& next_box) {
+  const int warp = threadIdx.x / 32, first = first_token(src.seqs, src.sequence);
   const bool rotated = src.rotation() > 1;
-  const bool opens = chunk.start >= src.length;
-  const bool comes = chunk.start > src.length;  // the group before has rows in this call
-  const bool leaves = has_next && src.length + src.call.count > chunk.start + group;
-  if (leaves && warp == 0) next_box.wait_until_free(at.lane);
+  if (task.leaves && warp == 0) next_box.wait_until_free(at.lane);
   uint32_t finite = 0;
   {
     PromptRow sum = {};
@@ -459,22 +451,16 @@ __device__ __forceinline__ uint32_t find_means(const Source<Format, T>& src,
     sum_rows(sum, count, at, scratch);
   }
   const int own = sum_warps(scratch, scratch.incoming);
-  // Stored rows: of the group before, or of this one.
-  const bool has_old = opens ? !comes && chunk.start > 0 : leaves;
-  int old = 0;
-  if (has_old) {
-    const int from = opens ? max(0, chunk.start - group) : chunk.start;
-    old = sum_stored(src, at, max(from, first), opens ? chunk.start : src.length, scratch);
+  if (warp == 0 && (task.leaves || task.opens)) {
+    const bool with_old = task.adds && !task.opens;
+    const int total = with_old ? own + old : own;
+    take_mean(at, rotated, scratch.incoming, with_old ? scratch.stored : nullptr, total,
+              scratch.own);
+    if (task.leaves) next_box.leave(at.lane, scratch.own, total > 0);
   }
-  const int total = opens ? own : own + old;
-  if (warp == 0 && (leaves || opens)) {
-    const float* const stored = has_old && !opens ? scratch.stored : nullptr;
-    take_mean(at, rotated, scratch.incoming, stored, total, scratch.own);
-    if (leaves) next_box.leave(at.lane, scratch.own, total > 0);
-  }
-  if (warp == 1 && opens) {
+  if (warp == 1 && task.opens) {
     bool given = false;
-    if (comes) {
+    if (task.comes) {
       given = box.take(at.lane, scratch.mean);
     } else if (old > 0) {
       take_mean<kDim>(at, rotated, nullptr, scratch.stored, old, scratch.mean);
@@ -486,13 +472,13 @@ __device__ __forceinline__ uint32_t find_means(const Source<Format, T>& src,
   __half* const slot = src.mean(chunk.start);
   if (threadIdx.x < kDim) {
     float& mean = scratch.mean[threadIdx.x];
-    if (!opens) {
-      mean = slot ? __half2float(slot[threadIdx.x]) : 0.f;
-    } else {
+    if (task.opens) {
       if (!scratch.given) mean = own >= kMinMeanRows ? scratch.own[threadIdx.x] : 0.f;
       if (slot) slot[threadIdx.x] = __float2half_rn(mean);
-      if (!slot) mean = 0.f;
+    } else if (slot) {
+      mean = __half2float(slot[threadIdx.x]);
     }
+    if (!slot) mean = 0.f;
   }
   __syncthreads();
   return finite;
