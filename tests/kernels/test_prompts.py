@@ -65,7 +65,7 @@ def test_rows_in_any_strides(native, form):
         key, value = (t[:1, :, :1].expand(batch, tokens, heads, dim) for t in (key, value))
     elif form == "at odd addresses":
         key, value = x[..., 1 : 1 + dim], x[..., dim + 1 : 2 * dim + 1]
-    a, b = (empty_cache([2 * tokens] * batch, block=16, device=native) for _ in "ab")
+    a, b = (empty_cache([2 * tokens] * batch, k_dim=dim, block=16, device=native) for _ in "ab")
     for _ in range(2):
         dense(a, key.contiguous(), value.contiguous())
         dense(b, key, value)
@@ -141,7 +141,7 @@ def test_more_groups_than_boxes_for_their_means(native):
 
 @pytest.mark.gpu
 def test_a_graph_of_appends_has_boxes_of_its_own(cuda):
-    cache, eager = (empty_cache([2048] * 3, block=16, device=cuda) for _ in "ab")
+    cache, eager = (empty_cache([2048] * 3, k_dim=128, block=16, device=cuda) for _ in "ab")
     key, value = torch.randn(2, 3, 1000, 2, 128, device=cuda, dtype=BF16).unbind(0)
 
     def append(to: Cache) -> None:
@@ -159,7 +159,7 @@ def test_a_graph_of_appends_has_boxes_of_its_own(cuda):
 
 
 def test_lengths_and_offsets_that_lie_do_no_harm(native):
-    cache = empty_cache([600] * 3, block=16, device=native)
+    cache = empty_cache([600] * 3, k_dim=128, block=16, device=native)
     old = snapshot(cache.view)
     key, value = torch.randn(2, 600, 2, 128, device=native, dtype=BF16).unbind(0)
     for edges in ([0, 600, 300, 200], [500, 100, -7, 10**9], [0, 0, 10**9, 600]):
