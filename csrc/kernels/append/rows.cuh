@@ -85,7 +85,7 @@ struct RowSlot : RowLanes {
 // Stored rows of one head and group, by value: a function that is called reads a kernel's
 // parameters slowly.
 struct StoredRows {
-  const uint8_t *codes, *params;  // of block 0, as `means`
+  const uint8_t *codes, *params;                     // of block 0, as `means`
   int64_t codes_stride, params_stride, mean_stride;  // bytes of a block
   const uint8_t* means;
   const int32_t* table;
@@ -143,11 +143,10 @@ __device__ __noinline__ void sum_stored(const StoredRows rows, MeanScratch& scra
       for (int i = 0; i < kAsked; ++i) {
         const int row = min(first + i * at.slots, end - 1) & rows.paging.mask;
         const int from = there(block[i]) ? block[i] : 0;
-        codes[i] = Codes::ask(rows.codes + from * rows.codes_stride +
-                                  int64_t(row) * Format::code_bytes(rows.dim),
-                              at.channel());
-        params[i] =
-            reinterpret_cast<const Params*>(rows.params + from * rows.params_stride)[row];
+        codes[i] = Codes::ask(
+            rows.codes + from * rows.codes_stride + int64_t(row) * Format::code_bytes(rows.dim),
+            at.channel());
+        params[i] = reinterpret_cast<const Params*>(rows.params + from * rows.params_stride)[row];
       }
       if (there(home)) {
         const int group = (rows.begin & rows.paging.mask) >> rows.paging.group_shift;

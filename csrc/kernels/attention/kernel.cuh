@@ -245,8 +245,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   const bool has_new = p.key.data && first_new < end_new;
   const bool begins = has_new && (last_group >= rows.stored || last_group > first_new);
   // The first of the block's new tokens does, no other one: all that is missing is the mean.
-  const bool opens = begins && p.cache.mean_group && first_new == rows.stored &&
-                     last_group == rows.stored;
+  const bool opens =
+      begins && p.cache.mean_group && first_new == rows.stored && last_group == rows.stored;
   if (opens) {
     open_group<Traits>(call, shared.groups, shared.new_tokens, rows.stored, end_new,
                        p.seqs.max_blocks == 1 ? first_block : -1);

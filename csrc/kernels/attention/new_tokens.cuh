@@ -208,8 +208,8 @@ class NewTokensInFlight {
 // sequence's one block, where it is known.
 template <class Traits>
 __device__ __forceinline__ void open_group(const AttentionCall& p, GroupScratch& scratch,
-                                        NewTokens<Traits>& new_tokens, int stored, int end,
-                                        int whole) {
+                                           NewTokens<Traits>& new_tokens, int stored, int end,
+                                           int whole) {
   const auto key = new_source<typename Traits::Key, Traits>(p, true, stored, whole);
   open_group<Traits::kThreads>(key, stored, end, key.mean(stored), scratch);
   for (int c = threadIdx.x; c < key.dim(); c += Traits::kThreads) {
