@@ -171,8 +171,10 @@ __device__ __forceinline__ int sum_old(const Source<Format, T>& src, const Chunk
   using Lanes = PromptLanes<kDim>;
   const int begin = task.opens ? chunk.start - src.cache.mean_group : chunk.start;
   const int end = task.opens ? chunk.start : src.length;
-  const int count = sum_stored<Format, Lanes::kThreads>(
-      {src, max(begin, first_token(src.seqs, src.sequence)), end}, rows, scratch.stored);
+  sum_stored<Format>({src, max(begin, first_token(src.seqs, src.sequence)), end}, rows,
+                     Lanes::kWarps);
+  const int slots = RowSlot(kDim, 0, kStoredWarps).slots;
+  const int count = sum_slots<Lanes::kThreads>(rows, slots, kDim, scratch.stored);
   __syncthreads();
   return count;
 }

@@ -82,7 +82,8 @@ struct RowSlot : RowLanes {
   }
 };
 
-// Stored rows of one head and group.
+// Stored rows of one head and group, by value: a function that is called reads a kernel's
+// parameters slowly.
 struct StoredRows {
   const uint8_t *codes, *params;                     // of block 0, as `means`
   int64_t codes_stride, params_stride, mean_stride;  // bytes of a block
@@ -114,34 +115,18 @@ struct StoredRows {
   }
 };
 
-// The sums of all slots, added in their order to sum[dim], where this thread finds its channels;
-// returns how many rows there are. All threads of the block must call, as below.
-template <int kThreads>
-__device__ __forceinline__ int sum_slots(const MeanScratch& scratch, int slots, int dim,
-                                         float* sum) {
-  __syncthreads();
-  int count = 0;
-  for (int s = 0; s < slots; ++s) count += scratch.counts[s];
-  for (int c = threadIdx.x; c < dim; c += kThreads) {
-    float x = 0.f;
-    for (int s = 0; s < slots; ++s) x += scratch.sums[s * dim + c];
-    sum[c] = x;
-  }
-  return count;
-}
-
-// Sums the usable ones, likewise. A decode step waits for it: rows are asked for several at a time,
-// without a branch between them.
-template <class Format, int kThreads>
-__device__ __forceinline__ int sum_stored(const StoredRows rows, MeanScratch& scratch, float* sum) {
+// Sums the usable ones into the scratch. A decode step waits for it: rows are asked for several at
+// a time, without a branch between them.
+template <class Format>
+__device__ __noinline__ void sum_stored(const StoredRows rows, MeanScratch& scratch, int warps) {
   constexpr int kAsked = 8;
   using Codes = LaneCodes<Format>;
   using Params = typename Format::Params;
 #pragma unroll 1
-  for (int warp = threadIdx.x / 32; warp < kStoredWarps; warp += kThreads / 32) {
+  for (int warp = threadIdx.x / 32; warp < kStoredWarps; warp += warps) {
     const RowSlot at(rows.dim, warp, kStoredWarps);
     const int end = at.row < 0 ? rows.begin : rows.end;
-    float x[kLaneChannels] = {}, offsets = 0.f;
+    float sum[kLaneChannels] = {}, offsets = 0.f;
     Words16<__half> mean{};
     int count = 0;
 #pragma unroll 1
@@ -172,21 +157,20 @@ __device__ __forceinline__ int sum_stored(const StoredRows rows, MeanScratch& sc
       for (int i = 0; i < kAsked; ++i) {
         const RowAffine affine = Format::affine(params[i]);
         if (first + i * at.slots >= end || !there(block[i]) || isnan(affine.scale)) continue;
-        float of[kLaneChannels];
-        Codes::decode(codes[i], of);
+        float x[kLaneChannels];
+        Codes::decode(codes[i], x);
         ++count;
         offsets += affine.offset;
 #pragma unroll
-        for (int c = 0; c < kLaneChannels; ++c) x[c] = fmaf(affine.scale, of[c], x[c]);
+        for (int c = 0; c < kLaneChannels; ++c) sum[c] = fmaf(affine.scale, x[c], sum[c]);
       }
     }
     if (count) {
 #pragma unroll
-      for (int c = 0; c < kLaneChannels; ++c) x[c] += fmaf(float(count), mean[c], offsets);
+      for (int c = 0; c < kLaneChannels; ++c) sum[c] += fmaf(float(count), mean[c], offsets);
     }
-    at.leave(scratch, x, count, rows.dim);
+    at.leave(scratch, sum, count, rows.dim);
   }
-  return sum_slots<kThreads>(scratch, RowSlot(rows.dim, 0, kStoredWarps).slots, rows.dim, sum);
 }
 
 // This thread's sixteen channels of an incoming row on their way.
@@ -244,6 +228,22 @@ __device__ __forceinline__ int sum_incoming(const Source<Format, T>& src, const 
   return count;
 }
 
+// The sums of all slots, added in their order to sum[dim]; returns how many rows there are. All
+// threads of the block must call.
+template <int kThreads>
+__device__ __forceinline__ int sum_slots(const MeanScratch& scratch, int slots, int dim,
+                                         float* sum) {
+  __syncthreads();
+  int count = 0;
+  for (int s = 0; s < slots; ++s) count += scratch.counts[s];
+  for (int c = threadIdx.x; c < dim; c += kThreads) {
+    float x = 0.f;
+    for (int s = 0; s < slots; ++s) x += scratch.sums[s * dim + c];
+    sum[c] = x;
+  }
+  return count;
+}
+
 // Sums the usable rows of tokens [begin, end) of one group into mean[dim] and divides by their
 // number, which it returns; this thread finds its channels there. incoming[dim]: scratch, too.
 template <int kThreads, class Format, class T>
@@ -255,7 +255,8 @@ __device__ int mean_rows(const Source<Format, T>& src, int begin, int end, MeanS
   int total = 0;
   __syncthreads();  // the scratch may still be read
   if (first < src.length) {
-    total = sum_stored<Format, kThreads>({src, first, min(last, src.length)}, scratch, mean);
+    sum_stored<Format>({src, first, min(last, src.length)}, scratch, kThreads / 32);
+    total = sum_slots<kThreads>(scratch, RowSlot(dim, 0, kStoredWarps).slots, dim, mean);
     if (last <= src.length) {
       for (int c = threadIdx.x; c < dim; c += kThreads) mean[c] /= float(total);
       return total;
@@ -293,16 +294,9 @@ struct GroupScratch {
   float incoming[256], mean[256];
 };
 
-// Stores channel c of a mean, where it has a place.
-__device__ __forceinline__ __half store_mean(__half* slot, int c, float x) {
-  const __half mean = __float2half_rn(fminf(fmaxf(x, -kMaxAbs), kMaxAbs));
-  if (slot) slot[c] = mean;
-  return mean;
-}
-
 // Takes the mean of the group of tokens [start, end), which begins in this call, and stores it: the
 // mean of the group before, else of its own rows if they are enough, else none. Afterwards this
-// thread finds its channels of it in scratch.mean, too.
+// thread finds its channels of what is stored in scratch.mean, too, not rounded yet.
 template <int kThreads, class Format, class T>
 __device__ __forceinline__ void open_group(const Source<Format, T>& src, int start, int end,
                                            __half* slot, GroupScratch& scratch) {
@@ -315,7 +309,8 @@ __device__ __forceinline__ void open_group(const Source<Format, T>& src, int sta
   }
   for (int c = threadIdx.x; c < src.dim(); c += kThreads) {
     const float x = found && slot ? scratch.mean[c] : 0.f;
-    scratch.mean[c] = __half2float(store_mean(slot, c, x));
+    scratch.mean[c] = fminf(fmaxf(x, -kMaxAbs), kMaxAbs);
+    if (slot) slot[c] = __float2half_rn(scratch.mean[c]);
   }
 }
 

@@ -257,15 +257,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   const bool has_new = p.key.data && first_new < end_new;
   const bool begins = has_new && (last_group >= rows.stored || last_group > first_new);
   // The first of the block's new tokens does, no other one: all that is missing is the mean.
-  bool is_ready = !begins;
-  if (begins && p.cache.mean_group && first_new == rows.stored && last_group == rows.stored) {
-    is_ready = open_group<Traits>(p, shared.groups, shared.new_tokens, rows.stored, rows.start,
-                                  p.seqs.max_blocks == 1 ? first_block : -1);
+  const bool opens =
+      begins && p.cache.mean_group && first_new == rows.stored && last_group == rows.stored;
+  if (opens) {
+    open_group<Traits>(call, shared.groups, shared.new_tokens, rows.stored, end_new,
+                       p.seqs.max_blocks == 1 ? first_block : -1);
+  } else if (begins) {
+    append_groups<Traits>(call, shared.groups, rows.stored, first_new, end_new);
   }
-  if (!is_ready) append_groups<Traits>(call, shared.groups, rows.stored, first_new, end_new);
   // Tokens that are not in the cache yet.
-  const int new_begin = has_new && is_ready ? first_new : 1 << 30;
-  const int new_end = has_new && is_ready ? end_new : 1 << 30;
+  const int new_begin = has_new && (!begins || opens) ? first_new : 1 << 30;
+  const int new_end = has_new && (!begins || opens) ? end_new : 1 << 30;
   const int reach = mean_scores_reach<Traits>(p.cache);
   GroupMeans<Traits> means(shared.means, warp);
   const auto ask_means = [&](int from) {

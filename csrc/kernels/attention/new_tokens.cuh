@@ -203,27 +203,22 @@ class NewTokensInFlight {
   }
 };
 
-// Takes the mean of the group that the call's first token begins, behind `stored` others, of the
-// group before: to the cache, and to where the warps look for it. False, and nothing done, where no
-// row of that counts. `whole`: the sequence's one block, where it is known.
+// Takes the mean of the group that the call's first token begins, behind `stored` others, of which
+// the call has tokens up to `end`: to the cache, and to where the warps look for it. `whole`: the
+// sequence's one block, where it is known.
 template <class Traits>
-__device__ __forceinline__ bool open_group(const AttentionCall& p, GroupScratch& scratch,
-                                           NewTokens<Traits>& new_tokens, int stored, int first,
+__device__ __forceinline__ void open_group(const AttentionCall& p, GroupScratch& scratch,
+                                           NewTokens<Traits>& new_tokens, int stored, int end,
                                            int whole) {
-  using Key = typename Traits::Key;
-  constexpr int kThreads = Traits::kThreads;
-  const auto key = new_source<Key, Traits>(p, true, stored, whole);
-  const StoredRows before(key, max(stored - p.cache.mean_group, first), stored);
-  const int count = sum_stored<Key, kThreads>(before, scratch.rows, scratch.mean);
-  if (count == 0) return false;
-  __half* const slot = key.mean(stored);
-  for (int c = threadIdx.x; c < key.dim(); c += kThreads) {
-    const __half mean = store_mean(slot, c, slot ? scratch.mean[c] / float(count) : 0.f);
+  const auto key = new_source<typename Traits::Key, Traits>(p, true, stored, whole);
+  open_group<Traits::kThreads>(key, stored, end, key.mean(stored), scratch);
+  for (int c = threadIdx.x; c < key.dim(); c += Traits::kThreads) {
 #pragma unroll
-    for (int w = 0; w < Traits::kWarps; ++w) new_tokens.means[w][c] = mean;
+    for (int w = 0; w < Traits::kWarps; ++w) {
+      new_tokens.means[w][c] = __float2half_rn(scratch.mean[c]);
+    }
   }
   __syncthreads();
-  return true;
 }
 
 // Appends tokens [from, to) of the call's own, among which a group begins. Afterwards all threads
