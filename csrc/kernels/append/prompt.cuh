@@ -82,7 +82,8 @@ __device__ __forceinline__ void append_chunk(const AppendParams& p, PromptShared
   write_rows(src, at, shared.stage, chunk.begin, chunk.end, mean, finite);
 }
 
-// grid: heads of K and of V of each item, one item after the other.
+// grid: heads of K of each item, one item after the other, then those of V: blocks of V, of which
+// none waits for another, fill the end.
 template <class Formats, class T, int kDim>
 __global__ void __launch_bounds__(PromptLanes<kDim>::kThreads, kDim == 64    ? 6
                                                                : kDim == 128 ? 3
@@ -90,12 +91,12 @@ __global__ void __launch_bounds__(PromptLanes<kDim>::kThreads, kDim == 64    ? 6
     append_prompt_kernel(const __grid_constant__ AppendParams p) {
   extern __shared__ __align__(16) unsigned char memory[];
   auto& shared = *reinterpret_cast<PromptShared<T, kDim>*>(memory);
-  const int heads = p.cache.num_kv_heads, part = int(blockIdx.x) / heads;
-  const int head = int(blockIdx.x) - part * heads;
-  if (part % 2 == 0) {
-    append_chunk<true, typename Formats::Key, T, kDim>(p, shared, part / 2, head);
+  const int heads = p.cache.num_kv_heads, items = int(gridDim.x) / heads / 2;
+  const int part = int(blockIdx.x) / heads, head = int(blockIdx.x) - part * heads;
+  if (part < items) {
+    append_chunk<true, typename Formats::Key, T, kDim>(p, shared, part, head);
   } else {
-    append_chunk<false, typename Formats::Value, T, kDim>(p, shared, part / 2, head);
+    append_chunk<false, typename Formats::Value, T, kDim>(p, shared, part - items, head);
   }
   if (p.advance) advance_lengths<PromptLanes<kDim>::kThreads>(p);
 }
