@@ -13,6 +13,7 @@ from benchmarks import (
     mixed,
     overhead,
     prefill,
+    prompt,
     quality,
     rows,
     serve,
@@ -29,6 +30,7 @@ ON_GPU = {
     "rows": rows.main,
     "store": store.main,
     "overhead": overhead.main,
+    "prompt": prompt.main,
     "step": step.main,
 }
 PROGRAMS = {

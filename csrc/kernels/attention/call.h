@@ -4,7 +4,6 @@
 
 #include <cstdint>
 
-#include "common/host_device.h"
 #include "params.h"
 #ifdef __CUDACC__
 #include "common/cuda/ptx.cuh"
@@ -35,7 +34,7 @@ struct Strided {
   const uint8_t* data;
   uint32_t block, head;
 
-  static KVQUANT_HD Strided of(const Slab& slab) {
+  static Strided of(const Slab& slab) {
     return {slab.data, uint32_t(slab.block_stride >> 4), uint32_t(slab.head_stride >> 4)};
   }
 #ifdef __CUDACC__
@@ -57,13 +56,6 @@ struct AttentionCall : AttentionParams {
   // then without them, and the launch adds them to `advance` if it is not null.
   Rows key, value;
   int32_t* advance;
-
-  // Lets a view's rows be those that are read.
-  KVQUANT_HD void find(const CacheView& view) {
-    cache = view;
-    k_codes = Strided::of(view.k.codes), k_params = Strided::of(view.k.params);
-    v_codes = Strided::of(view.v.codes), v_params = Strided::of(view.v.params);
-  }
 };
 
 }  // namespace kvquant::cuda

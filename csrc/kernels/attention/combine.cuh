@@ -6,6 +6,7 @@
 
 #include "kernels/attention/accumulate.cuh"
 #include "kernels/attention/means.cuh"
+#include "kernels/attention/places.cuh"
 
 namespace kvquant::cuda {
 
@@ -32,6 +33,7 @@ struct AttentionShared {
   RowTile rows;
   RowView views[Traits::kRows];
   NewTokens<typename Traits::Appended> new_tokens;
+  InSlab young;                         // by age: the young tokens of the block
   int splits;                           // by age: of the sequence that have tokens
   uint32_t parameters[Traits::kWarps];  // for their coming
   union {

@@ -45,36 +45,6 @@ __device__ __forceinline__ void mask_scores(const AttentionCall& p,
   }
 }
 
-// Where a loop finds its tokens, which it counts as it takes them.
-struct InBlocks {
-  __device__ __forceinline__ int token(int i) const { return i; }
-  __device__ __forceinline__ int block(int found) const { return found; }
-  __device__ __forceinline__ int row(const Paging& paging, int i) const { return i & paging.mask; }
-};
-// Young tokens of a split: of the first group, and behind `hole` others those from `from` on.
-// Blocks of their view are sequences, but none where the tokens have none.
-struct InSlab {
-  int group, from, begin, end;  // [begin, end): as they are counted
-  int sequence, ring;           // place of `from`
-
-  // Of tokens [begin, end); those from `from` on are in the ring.
-  __device__ __forceinline__ InSlab(int group, int from, int begin, int end, int sequence)
-      : group(group), from(max(from, group)), sequence(sequence) {
-    this->begin = begin < group ? begin : max(begin, this->from) - hole();
-    this->end = end > this->from ? end - hole() : min(end, group);
-    ring = this->from % (group + kSpareTokens);
-  }
-  __device__ __forceinline__ bool any() const { return begin < end; }
-  __device__ __forceinline__ int hole() const { return from - group; }
-  __device__ __forceinline__ int token(int i) const { return i < group ? i : i + hole(); }
-  __device__ __forceinline__ int block(int found) const { return found < 0 ? found : sequence; }
-  __device__ __forceinline__ int row(const Paging&, int i) const {
-    if (i < group) return i;
-    const int at = i + ring, rows = group + kSpareTokens;
-    return at < group + rows ? at : at - rows;
-  }
-};
-
 // A warp's way through tokens up to `end`: every kWarps-th piece of one or two tiles, the next ones
 // on their way while one is worked on. Block: the traits of the block.
 template <class Traits, class Block = Traits, class Tokens = InBlocks>
@@ -229,16 +199,21 @@ struct MainLoop {
 template <class Traits>
 __device__ __forceinline__ void run_young(const AttentionCall& p, const CacheView& slabs,
                                           const Paging& paging, AttentionShared<Traits>& shared,
-                                          const Query<Traits>& query, const InSlab& young, int warp,
-                                          int first_block, int new_begin,
-                                          Accumulator<Traits>& acc) {
+                                          const Query<Traits>& query, int warp, int first_block,
+                                          int new_begin, Accumulator<Traits>& acc) {
   if (Traits::kShape.stages > 0) __syncthreads();  // the warps' rings become longer
   AttentionCall call = p;
-  call.find(slabs);
-  MainLoop<typename Traits::Appended, Traits, InSlab> loop(call, paging, warp, young);
+  call.cache = slabs;
+  const auto held = [&](const Slab& slab) {  // of the one sequence and head
+    return Strided{rows_of<const uint8_t>(slab, shared.young.sequence, shared.rows.head), 0, 0};
+  };
+  call.k_codes = held(slabs.k.codes), call.k_params = held(slabs.k.params);
+  call.v_codes = held(slabs.v.codes), call.v_params = held(slabs.v.params);
+  MainLoop<typename Traits::Appended, Traits, InSlab> loop(call, paging, warp, shared.young);
+  const int begin = shared.young.begin, end = shared.young.end;
   loop.find(shared.rows, shared.rings);
-  loop.start(shared.rows, first_block, young.begin, young.end);
-  loop.run(shared, query, 0, young.end, new_begin, acc);
+  loop.start(shared.rows, first_block, begin, end);
+  loop.run(shared, query, 0, end, new_begin, acc);
   acc.template settle<typename Traits::Appended::Value>();
 }
 
@@ -314,7 +289,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   const bool begins =
       has_new && (Traits::kByAge ? Ages(p.cache, rows.stored, rows.tokens).opens()
                                  : last_group >= rows.stored || last_group > first_new);
-  if (begins) {
+  // The first of the block's new tokens does, no other one: all that is missing is the mean.
+  const bool opens =
+      begins && p.cache.mean_group && first_new == rows.stored && last_group == rows.stored;
+  if (opens) {
+    open_group(call, slabs, shared.groups, shared.new_tokens, rows.stored, end_new,
+               p.seqs.max_blocks == 1 ? first_block : -1);
+  } else if (begins) {
     using Element = typename Traits::Element;
     const auto append = Traits::kByAge
                             ? append_aged<typename Traits::Pair, Element, Traits::kThreads>
@@ -322,27 +303,30 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
     append(call, shared.groups, rows.stored, first_new, end_new);
   }
   // Tokens that are not in the cache yet.
-  const int new_begin = has_new && !begins ? first_new : 1 << 30;
-  const int new_end = has_new && !begins ? end_new : 1 << 30;
+  const int new_begin = has_new && (!begins || opens) ? first_new : 1 << 30;
+  const int new_end = has_new && (!begins || opens) ? end_new : 1 << 30;
   // By age: young tokens have a loop of their own.
   const int age = Traits::kByAge ? chunk_tokens(p.cache) : 0;
   const InSlab young(age, read_from(age, rows.length, rows.tokens), begin, end, sequence);
   const int old_end = Traits::kByAge ? min(end, young.from) : end;
   const int reach = mean_scores_reach<Traits>(p.cache);
   GroupMeans<Traits> means(shared.means, warp);
-  const auto ask_means = [&](int from) {
+  const auto ask_means = [&](int from, const InSlab& young) {
     means.ask(p, rows, paging, first_block, from >> paging.group_shift,
               (min(end, from + reach) - 1) >> paging.group_shift, young.any() ? young.end : 0,
               young.hole(), g, t);
   };
-  if (Traits::kHeld) ask_means(begin);
+  if (Traits::kHeld) ask_means(begin, young);
   new_tokens.begin(new_begin, new_end);
   loop.start(rows, first_block, max(begin, age), old_end);
-  if (!Traits::kHeld) ask_means(begin);
+  if (!Traits::kHeld) ask_means(begin, young);
   const int from_last = Traits::kThreads - 1 - threadIdx.x;
   if (from_last == 0) {
     shared.rows = rows;
-    if constexpr (Traits::kByAge) shared.splits = max(1, (span - 1) / length + 1);
+    if constexpr (Traits::kByAge) {
+      shared.young = young;
+      shared.splits = max(1, (span - 1) / length + 1);
+    }
     shared.new_tokens.begin = new_begin, shared.new_tokens.end = new_end;
   }
   if (from_last < Traits::kRows) shared.views[from_last] = rows.view(p, from_last);
@@ -360,16 +344,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
     means.multiply(query, shared.mean_scores);
     __syncthreads();
     const int first_group = (from >> paging.group_shift) - kYoungGroups<Traits>;
-    loop.run(shared, query, first_group, min(old_end, from + reach), new_begin, acc);
+    loop.run(shared, query, first_group, min(loop.end, from + reach), new_begin, acc);
     from += reach;
     if (from >= end) break;
-    ask_means(from);
+    ask_means(from, shared.young);
     __syncthreads();
   }
   if constexpr (Traits::kByAge) {
     acc.template settle<typename Traits::Value>();
-    if (young.any())
-      run_young(p, slabs, paging, shared, query, young, warp, first_block, new_begin, acc);
+    if (shared.young.any()) {
+      run_young(p, slabs, paging, shared, query, warp, loop.block[0], new_begin, acc);
+    }
   }
   wait_copies<0>(0);  // for those that nobody needed
   const int64_t unit = int64_t(sequence) * gridDim.x + head * p.row_tiles + row_tile;

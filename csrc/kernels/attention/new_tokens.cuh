@@ -23,6 +23,11 @@ __device__ __forceinline__ Source<Format, Element> new_source(const AttentionCal
           whole,   age};
 }
 
+template <class Traits>
+__device__ __forceinline__ int age_of(const CacheView& cache) {
+  return Traits::kIsYoung ? chunk_tokens(cache) : 0;
+}
+
 // Rows as they are in the cache.
 template <class Format, int kRows, int kDim>
 struct NewRows {
@@ -192,8 +197,7 @@ class NewTokensInFlight {
   }
   template <class Format>
   __device__ __forceinline__ Source<Format, Element> source(bool is_key) const {
-    const int age = Traits::kIsYoung ? chunk_tokens(cache_) : 0;
-    return new_source<Format, Element>(p_, cache_, is_key, stored_, whole_, age);
+    return new_source<Format, Element>(p_, cache_, is_key, stored_, whole_, age_of<Traits>(cache_));
   }
   // Of the call's row i.
   __device__ __forceinline__ void ask_row(int item, int i) {
@@ -212,10 +216,24 @@ class NewTokensInFlight {
   }
 };
 
-struct GroupScratch {
-  MeanScratch rows;
-  float mean[256];
-};
+// Takes the mean of the group that the call's first token begins, behind `stored` others, of which
+// the call has tokens up to `end`: to the cache, and to where the warps look for it. `cache`: where
+// new rows go. `whole`: the sequence's one block, where it is known.
+template <class Traits>
+__device__ __forceinline__ void open_group(const AttentionCall& p, const CacheView& cache,
+                                           GroupScratch& scratch, NewTokens<Traits>& new_tokens,
+                                           int stored, int end, int whole) {
+  const auto key = new_source<typename Traits::Key, typename Traits::Element>(
+      p, cache, true, stored, whole, age_of<Traits>(cache));
+  open_group<Traits::kThreads>(key, stored, end, key.mean(stored), scratch);
+  for (int c = threadIdx.x; c < key.dim(); c += Traits::kThreads) {
+#pragma unroll
+    for (int w = 0; w < Traits::kWarps; ++w) {
+      new_tokens.means[w][c] = __float2half_rn(scratch.mean[c]);
+    }
+  }
+  __syncthreads();
+}
 
 // What instances share, which is all but the shape of their warps, is compiled once for them.
 //
@@ -229,7 +247,7 @@ __device__ __noinline__ void append_groups(const AttentionCall& p, GroupScratch&
   const int group = p.cache.mean_group ? p.cache.mean_group : 1 << 30;
   for (int start = from & -group; start < to; start += group) {
     const int end = min(start + group, stored + key.call.count);
-    const __half* mean = find_mean<kThreads>(key, start, end, scratch.rows, scratch.mean);
+    const __half* mean = find_mean<kThreads>(key, start, end, scratch);
     write_rows(key, max(start, from), min(end, to), mean, threadIdx.x / 32);
     write_rows(value, max(start, from), min(end, to), nullptr, threadIdx.x / 32);
   }
@@ -263,7 +281,7 @@ __device__ __noinline__ void append_aged(const AttentionCall& p, GroupScratch& s
 #pragma unroll 1
     for (int start = from & -ages.group; start < to; start += ages.group) {
       const int begin = max(start, from), end = min(start + ages.group, stored + young.call.count);
-      const __half* const mean = find_mean<kThreads>(young, start, end, scratch.rows, scratch.mean);
+      const __half* const mean = find_mean<kThreads>(young, start, end, scratch);
       write_aged<true>(young, with_old, ages, start, begin, min(end, to), mean, warp);
     }
   });
