@@ -192,7 +192,7 @@ def _generate(
     options: dict[str, Any],
 ) -> list[Tensor]:
     """New tokens of one left-padded batch."""
-    from ...integrations.transformers import CACHE_ARGUMENT, KVQuantCache
+    from ...integrations.transformers import CACHE_ARGUMENT, KVQuantCache, graph_step
 
     device, longest = model.device, max(map(len, rows))
     pad = _first(tokenizer.pad_token_id, tokenizer.eos_token_id)
@@ -201,15 +201,14 @@ def _generate(
         row[longest - len(tokens) :] = torch.tensor(tokens)
     lengths = torch.tensor([len(tokens) for tokens in rows])
     mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
+    step = None
     if uses_kvquant(model):
         shape = _shapes.get(model)
         whole = longest + max_new_tokens if shape is not None and _reserves(shape) else None
-        options = {
-            **options,
-            CACHE_ARGUMENT: KVQuantCache(
-                model, max_cache_len=whole, format=format, exact_prompt=exact_prompt
-            ),
-        }
+        cache = KVQuantCache(model, max_cache_len=whole, format=format, exact_prompt=exact_prompt)
+        options = {**options, CACHE_ARGUMENT: cache}
+        if device.type == "cuda" and whole is not None:
+            step = graph_step(model, cache)
     steps = 0
 
     def count(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -219,14 +218,18 @@ def _generate(
         return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
 
     criteria = [*options.pop("stopping_criteria", ()), count]
-    out = model.generate(
-        ids.to(device),
-        attention_mask=mask.to(device),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-        stopping_criteria=criteria,
-        **options,
-    )
+    try:
+        out = model.generate(
+            ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            stopping_criteria=criteria,
+            **options,
+        )
+    finally:
+        if step is not None:
+            step.close()
     advance(len(rows) * (max_new_tokens - steps))
     ends = _ends(model, options)
     return [_until(row, ends) for row in out[:, longest:].cpu()]
