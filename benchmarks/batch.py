@@ -55,9 +55,10 @@ def one_by_one(model: Any, tokenizer: Any, prompts: list[str], tokens: int) -> R
 
     answers, margins, steps, begin = [], [], [], time.perf_counter()
     for prompt in prompts:
-        inputs, clock = tokenizer(prompt, return_tensors="pt").to(model.device), Clock()
+        ids, clock = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device), Clock()
         out = model.generate(
-            **inputs,
+            ids,
+            attention_mask=torch.ones_like(ids),
             **cache_argument(KVQuantCache(model, exact_prompt=False)),
             do_sample=False,
             max_new_tokens=tokens,
@@ -67,7 +68,7 @@ def one_by_one(model: Any, tokenizer: Any, prompts: list[str], tokens: int) -> R
             return_dict_in_generate=True,
         )
         top = torch.stack(out.logits)[:, 0].float().topk(2).values
-        answers.append(out.sequences[0, inputs["input_ids"].shape[1] :].cpu())
+        answers.append(out.sequences[0, ids.shape[1] :].cpu())
         margins.append((top[:, 0] - top[:, 1]).cpu())
         steps += clock.steps
     return Run(answers, margins, time.perf_counter() - begin, statistics.median(steps))
@@ -126,26 +127,29 @@ def main(
     count: int = 64,
     tokens: int = 32,
     longest: int = 160,
-    model: str = "llama-3.1-8b",
+    model: Annotated[
+        str | None, typer.Option(help="Of random weights, see kvquant fit; SmolLM2 on the CPU.")
+    ] = "llama-3.1-8b" if torch.cuda.is_available() else None,
     dtype: str = "bfloat16",
 ) -> None:
     """Print tokens/s of `generate_batch` and of its peers, and how many answers agree.
 
     Example: python -m benchmarks batch --device cpu --json batch.json
     """
-    from kvquant.demo.assets import TEXT, cache_folder, fetch
-    from kvquant.demo.model import load
-
     torch.set_grad_enabled(False)
     on_gpu = device == "cuda"
-    if on_gpu:
+    if model is not None:
         tokenizer, loaded = Letters(), random_model(model, device)
         text = "".join(chr(33 + (i * i * 7 + i) % 90) for i in range(longest * 3))
     else:
+        from kvquant.demo.assets import TEXT, cache_folder, fetch
+        from kvquant.demo.model import load
+
         folder = cache_folder()
         tokenizer, loaded = load(folder)
         text = fetch(TEXT, folder).read_text(encoding="latin-1")[20_000:]
-    what = f"random weights, {model}" if on_gpu else f"SmolLM2-135M, {dtype}"
+    what = "SmolLM2-135M" if model is None else f"random weights, {model}"
+    what = f"{what}, {dtype}"
     loaded = loaded.to(dtype=getattr(torch, dtype))
     prompts = prompts_of(text, count, longest)
     report = Report(

@@ -116,7 +116,10 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG here.")] = None,
 ) -> None:
-    """Print time, TB/s, % of the read ceiling and the ratio to the best fp16 kernel."""
+    """Print time, TB/s, % of the read ceiling and the ratio to the best fp16 kernel.
+
+    Example: python -m benchmarks decode --json decode.json --plot decode.png
+    """
     ceiling = read_ceiling()
     report = Report("Decode attention", read_ceiling_tbs=round(ceiling, 3))
     for shape in SHAPES:

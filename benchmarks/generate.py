@@ -85,7 +85,10 @@ def main(
     rounds: int = 3,
     tokens: int = 17,
 ) -> None:
-    """Print decode tokens/s of both caches in float32 and bfloat16, and the ratios."""
+    """Print decode tokens/s of both caches in float32 and bfloat16, and the ratios.
+
+    Example: python -m benchmarks generate --json generate.json
+    """
     torch.set_grad_enabled(False)
     folder = cache_folder()
     tokenizer, model = load(folder)

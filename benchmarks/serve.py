@@ -175,7 +175,10 @@ def main(
     caches: str = ",".join(CACHES),
     model: Annotated[str | None, typer.Option("--client", help="a model to serve")] = None,
 ) -> None:
-    """Time vLLM's decode steps with kvquant's cache and with its own."""
+    """Time vLLM's decode steps with kvquant's cache and with its own.
+
+    Example: python -m benchmarks serve --json serve.json
+    """
     report = Report(
         f"vLLM, a decode step of {layers} layers: {batch} requests of {context} tokens; fits: "
         "tokens that the cache has room for; same: answers as without graphs"

@@ -246,7 +246,10 @@ def main(
     layers: int = 16,
     only: Annotated[str, typer.Option(help="Ways, with commas between; all by default.")] = "",
 ) -> None:
-    """Print milliseconds of a decode step, by way and shape; figures are written as they come."""
+    """Print milliseconds of a decode step, by way and shape; figures are written as they come.
+
+    Example: python -m benchmarks step --only hand,step --json step.json
+    """
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
     begin = time.perf_counter()
