@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -128,9 +129,8 @@ class _Cuda(Compiled):
             return (*native.module.graph_workspace(*queue, floats, counters), None)
         kept = self._workspaces.get(queue)
         if kept is None or kept[0].numel() < counters or kept[1].numel() < floats:
-            kept = self._workspaces[queue] = (
-                torch.zeros(max(_MIN_COUNTERS, counters), dtype=torch.int32, device=queue[0]),
-                torch.full((max(_MIN_FLOATS, floats),), -1, dtype=torch.int32, device=queue[0]),
+            kept = self._workspaces[queue] = _workspace(
+                queue[0], max(_MIN_COUNTERS, counters), max(_MIN_FLOATS, floats)
             )
         return kept[1].data_ptr(), kept[0].data_ptr(), kept
 
@@ -145,6 +145,30 @@ def _place(x: Tensor) -> tuple[int, int, int, int]:
     """Address and strides of a sequence, a row and a head."""
     sequence, row, head = x.stride()[:3]
     return x.data_ptr(), sequence, row, head
+
+
+def _workspace(device: int, counters: int, floats: int) -> tuple[Tensor, Tensor]:
+    """Memory that stays, for the current stream; made in a thread of its own.
+
+    While code that torch compiled with "reduce-overhead" warms up, its thread and stream allocate
+    from the pool of a CUDA graph, in which nothing may outlive the call.
+    """
+
+    def make() -> tuple[Tensor, Tensor, torch.cuda.Event]:
+        with torch.cuda.device(device):
+            zeros = torch.zeros(counters, dtype=torch.int32, device=device)
+            ones = torch.full((floats,), -1, dtype=torch.int32, device=device)
+            ready = torch.cuda.Event()
+            ready.record()
+        return zeros, ones, ready
+
+    with ThreadPoolExecutor(1) as executor:
+        zeros, ones, ready = executor.submit(make).result()
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(ready)
+    for x in (zeros, ones):
+        x.record_stream(stream)
+    return zeros, ones
 
 
 def _index(device: torch.device) -> int:
