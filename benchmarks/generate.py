@@ -1,7 +1,8 @@
-"""transformers' generate on the CPU: SmolLM2-135M with the 8-bit cache and with DynamicCache.
+"""transformers' generate: on the CPU SmolLM2-135M with the 8-bit cache and with DynamicCache.
 
 Both caches hold the same rows, those of a text over and over; generate then goes on from them. The
-runs of the caches and dtypes alternate, and a token's time is what passes between two of them.
+runs of the caches and dtypes alternate, and a token's time is what passes between two of them. On a
+GPU see `benchmarks.generate_gpu`.
 """
 
 from __future__ import annotations
@@ -82,14 +83,25 @@ def generate(model: Any, cache: Any, attention: str, prompt: Tensor, tokens: int
 
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG here, on a GPU.")] = None,
+    device: str = "cuda" if torch.cuda.is_available() else "cpu",
     rounds: int = 3,
     tokens: int = 17,
+    seconds: Annotated[float, typer.Option(help="On a GPU: begin nothing after them.")] = 270,
+    layers: Annotated[int, typer.Option(help="On a GPU.")] = 16,
 ) -> None:
     """Print decode tokens/s of both caches in float32 and bfloat16, and the ratios.
+
+    On a GPU: tokens/s, the host's share and memory of six caches.
 
     Example: python -m benchmarks generate --json generate.json
     """
     torch.set_grad_enabled(False)
+    if device == "cuda":
+        from benchmarks import generate_gpu
+
+        generate_gpu.run_all(json, plot, seconds, layers)
+        return
     folder = cache_folder()
     tokenizer, model = load(folder)
     text = fetch(TEXT, folder).read_text(encoding="latin-1")

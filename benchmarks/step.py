@@ -47,9 +47,9 @@ def make_model(layers: int) -> Any:
     return model
 
 
-def filled(model: Any, cache: Any, batch: int, context: int) -> Any:
-    """``cache`` with random rows."""
-    piece = max(1, min(context, 2**19 // batch))
+def filled(model: Any, cache: Any, batch: int, context: int, piece: int | None = None) -> Any:
+    """``cache`` with random rows, ``piece`` of them at a time."""
+    piece = max(1, min(context, piece or 2**19 // batch))
     key, value = torch.randn(2, batch, KV_HEADS, piece, DIM, device=DEVICE).unbind(0)
     for layer in range(model.config.num_hidden_layers):
         for begin in range(0, context, piece):
