@@ -55,6 +55,8 @@ def filled(model: Any, cache: Any, batch: int, context: int, piece: int | None =
         for begin in range(0, context, piece):
             n = min(piece, context - begin)
             cache.update(key[:, :, :n], value[:, :, :n], layer)
+        if hasattr(cache.layers[layer], "flush"):  # no attention follows that would store them
+            cache.layers[layer].flush()
     return cache
 
 
@@ -157,6 +159,8 @@ def compiled(model: Any, cache: Any, batch: int, context: int) -> dict[str, floa
         step()
 
     figures = step.timed(call)
+    if cache.get_seq_length() != context + STEPS:
+        raise RuntimeError(f"{cache.get_seq_length()} tokens, not {context + STEPS}")
     skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
     return {**figures, "graph_skips": skips}
 

@@ -75,6 +75,7 @@ class CompiledLayer:
     _asked: int
     _counted: int
     _memory: _Memory | None
+    _pending: tuple[Tensor, Tensor] | None
 
     def _rows(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -146,14 +147,22 @@ class CompiledLayer:
 
     # -------------------------------------------------------------------------- in compiled code
 
-    def can_compile(self) -> bool:
-        """Whether traced code may take the layer's rows as they come."""
+    def is_traced(self) -> bool:
+        """Whether traced code goes on from the layer's memory as it is.
+
+        Not while rows wait that `KVQuantLayer.update` brought and no attention took: the host has
+        to store them first.
+        """
         return (
-            self.is_compileable
+            torch.compiler.is_compiling()
+            and self.is_compileable
             and self._memory is not None
-            and self.batch.masked
-            and self.batch.is_plain
+            and self._pending is None
         )
+
+    def takes_traced(self) -> bool:
+        """Whether traced code may take the layer's rows as they come."""
+        return self.is_traced() and self.batch.masked and self.batch.is_plain
 
     def length_traced(self) -> Tensor:
         """The length on the device, int64 ()."""
