@@ -21,7 +21,7 @@ from benchmarks.step import SPARE, filled, make_model, measure
 from kvquant.demo.model import cache_argument
 
 SHAPES = ((1, 4096), (1, 32768), (32, 8192))  # batch, tokens of context
-TOKENS, WARM, PROFILED = 40, 6, 8
+TOKENS, WARM, PROFILED = 24, 4, 4
 Build = Callable[[Any, int, int], Any]
 
 
