@@ -58,7 +58,7 @@ class KVQuantLayer(CompiledLayer, LayerSequences, CacheLayerMixin):
         self.max_cache_len = max_cache_len
         self.exact_prompt = exact_prompt
         self.length = 0
-        self.storage: QuantizedKVCache | None = None
+        self.storage = None
         self.slides = sliding_window is not None and max_cache_len is None
         self._slid = 0  # the length when memory was given back last
         self._options: dict[str, Any] = {
