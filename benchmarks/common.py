@@ -14,9 +14,27 @@ from rich.console import Console
 from rich.table import Table
 
 import kvquant
-from kvquant.bench.timing import Call, buffers_for, graph_ms, read_ceiling, read_ms
+from kvquant.bench.timing import (
+    Call,
+    Captured,
+    alternating_ms,
+    buffers_for,
+    graph_ms,
+    read_ceiling,
+    read_ms,
+)
 
-__all__ = ["Call", "Report", "buffers_for", "graph_ms", "host_us", "read_ceiling", "read_ms"]
+__all__ = [
+    "Call",
+    "Captured",
+    "Report",
+    "alternating_ms",
+    "buffers_for",
+    "graph_ms",
+    "host_us",
+    "read_ceiling",
+    "read_ms",
+]
 
 
 def host_us(call: Call, calls: int = 300, rounds: int = 9) -> float:

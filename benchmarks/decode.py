@@ -1,179 +1,187 @@
-"""Decode attention on the 8-bit cache against torch's and FlashInfer's kernels, in one run.
+"""Decode attention on the quantized cache against torch's and FlashInfer's kernels, in one run.
 
-Times are medians of CUDA-graph replays over rotated buffers larger than the L2 cache; `kvquant_ms`
-is the attention alone, `step_ms` that of a decode step, which appends its tokens too. The floor is
-the bytes of codes, params and means over the measured read ceiling; `read_ms` is what a kernel that
-only reads as many bytes takes.
+All kernels of a shape are captured in CUDA graphs that rotate over buffers larger than the L2 cache
+and are replayed in turns: a time is the median of five repetitions, its spread (largest - smallest)
+/ median. `ms` is the attention alone, `step_ms` that of a decode step, which appends its tokens
+too. % is of the floor: the bytes of codes, params and means over the measured read ceiling.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import kvquant
 from benchmarks.caches import RandomCache
-from benchmarks.common import Report, buffers_for, graph_ms, read_ceiling, read_ms
+from benchmarks.common import (
+    Captured,
+    Report,
+    alternating_ms,
+    buffers_for,
+    read_ceiling,
+)
+from benchmarks.peers import decode_peers
 
 SHAPES = [  # batch, q_heads, kv_heads, tokens, head_dim, query tokens
     (64, 32, 8, 8192, 128, 1),
     (32, 32, 32, 2048, 128, 1),
-    (1, 32, 8, 131072, 128, 1),
-    (1, 32, 8, 4096, 128, 1),
-    (8, 32, 8, 4096, 128, 1),
-    (32, 28, 4, 4096, 128, 1),
-    (64, 32, 8, 4096, 64, 1),
-    (256, 32, 8, 1024, 128, 1),
     (16, 64, 8, 16384, 128, 1),
+    (256, 32, 8, 1024, 128, 1),
+    (1, 32, 8, 131072, 128, 1),
+    (32, 28, 4, 4096, 128, 1),
+    (8, 32, 8, 4096, 128, 1),
+    (1, 32, 8, 4096, 128, 1),
+    (64, 32, 8, 4096, 64, 1),
     (8, 32, 8, 8192, 128, 4),
     (64, 32, 8, 8192, 128, 8),
+    (8, 32, 8, 8192, 128, 16),
 ]
-
-
+FORMATS = {
+    "int8": kvquant.CacheFormat(),
+    "k8v4": kvquant.CacheFormat(value="int4"),
+    "k4v4": kvquant.CacheFormat(key="int4", value="int4"),
+}
 ROOM = 16  # steps that a cache has room for when they are timed
 
 
-def time_kvquant(b: int, hq: int, hk: int, s: int, d: int, tq: int) -> tuple[float, float, int]:
-    """Milliseconds of the attention alone and of a step with its append, and the bytes to read."""
-    count = buffers_for(b * hk * s * 2 * (d + 4))
-    caches = [RandomCache.make(b, hk, s, d) for _ in range(count)]
+def own_graphs(
+    format: kvquant.CacheFormat, b: int, hq: int, hk: int, s: int, d: int, tq: int
+) -> tuple[dict[str, Captured], int]:
+    """The attention alone and a step with its append, and the bytes to read."""
+    count = buffers_for(b * hk * s * format.row_bytes(d, d))
     query = torch.randn(b, tq, hq, d, device="cuda", dtype=torch.float16)
-    attention = graph_ms([lambda c=cache: c.attend(query) for cache in caches])
-    nbytes = caches[0].read_bytes  # steps leave the lengths shorter
     key, value = torch.randn(2, b, tq, hk, d, device="cuda", dtype=torch.float16)
+    make = [RandomCache.make(b, hk, s, d, format=format) for _ in range(count)]
+    nbytes = make[0].read_bytes
+    attention = Captured.of([lambda c=cache: c.attend(query) for cache in make])
+    stepped = [
+        RandomCache(cache.view, cache.block_table, cache.seq_lens - ROOM * tq) for cache in make
+    ]
+    steps = [cache.prepare_step(query, key, value) for cache in stepped]
 
     def rewind() -> None:
-        for cache in caches:
+        for cache in stepped:
             cache.seq_lens.fill_(s - ROOM * tq)
 
-    rewind()
-    steps = [cache.prepare_step(query, key, value) for cache in caches]
-    return attention, graph_ms(steps, before=rewind), nbytes
+    return {"": attention, "step_": Captured.of(steps, before=rewind)}, nbytes
 
 
-def time_layout(
-    b: int, hq: int, hk: int, s: int, d: int, split_size: int | None = None, **layout: Any
-) -> tuple[float, int]:
-    """Milliseconds of the attention of one query token on a cache of another layout, and bytes."""
-    count = buffers_for(b * hk * s * 2 * (d + 4))
-    caches = [RandomCache.make(b, hk, s, d, **layout) for _ in range(count)]
-    query = torch.randn(b, 1, hq, d, device="cuda", dtype=torch.float16)
-    calls = [lambda c=cache: c.attend(query, split_size=split_size) for cache in caches]
-    return graph_ms(calls), caches[0].read_bytes
+def measure(shape: tuple[int, ...], formats: list[str], ceiling: float) -> list[dict[str, Any]]:
+    """One shape in each format, beside the peers."""
+    graphs: dict[str, Captured] = {}
+    nbytes: dict[str, int] = {}
+    for name in formats:
+        own, nbytes[name] = own_graphs(FORMATS[name], *shape)
+        graphs |= {f"{prefix}{name}": graph for prefix, graph in own.items()}
+    for name, make in decode_peers(*shape).items():
+        try:
+            graphs[name] = Captured.of(make())
+        except Exception as error:  # a peer that refuses the shape; said, and left out
+            print(f"{name}: {str(error).splitlines()[0][:150]}", flush=True)
+    times = alternating_ms(graphs)
+    nan = float("nan")
+
+    def best(names: tuple[str, ...]) -> float:
+        return min((times[name][0] for name in names if name in times), default=nan)
+
+    fp16, fp8 = best(("flash", "cudnn", "fi16", "fi16_tc")), best(("fi8", "fi8_tc"))
+    peers = {
+        f"{name}_ms": times.get(name, (nan, nan))[0]
+        for name in ("flash", "cudnn", "fi16", "fi16_tc", "fi8", "fi8_tc")
+    }
+    rows = []
+    for name in formats:
+        ms, spread = times[name]
+        rows.append({
+            "shape": ",".join(map(str, shape)),
+            "format": name,
+            "floor_ms": nbytes[name] / ceiling / 1e9,
+            "ms": ms,
+            "spread": spread,
+            "step_ms": times[f"step_{name}"][0],
+            "percent": nbytes[name] / ms / 1e9 / ceiling * 100,
+            "ratio": fp16 / ms,
+            "ratio_fp8": fp8 / ms,
+            **peers,
+        })  # fmt: skip
+    return rows
 
 
-def time_flashinfer(dtype: torch.dtype, b: int, hq: int, hk: int, s: int, d: int) -> float:
-    """Milliseconds of FlashInfer's decode on blocks of ``dtype``; NaN where it is missing."""
-    try:
-        import flashinfer
-    except ImportError:
-        return float("nan")
-    page, pages = 16, s // 16
-    count = buffers_for(b * hk * s * 2 * d * dtype.itemsize, most=4)
-    caches = [
-        torch.randn(b * pages, 2, page, hk, d, device="cuda", dtype=torch.float16).to(dtype)
-        for _ in range(count)
-    ]
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        torch.zeros(256 << 20, dtype=torch.uint8, device="cuda"), "NHD", use_tensor_cores=hq != hk
-    )
-    index = torch.arange(b + 1, dtype=torch.int32, device="cuda")
-    wrapper.plan(
-        index * pages, torch.arange(b * pages, dtype=torch.int32, device="cuda"),
-        torch.full((b,), page, dtype=torch.int32, device="cuda"), hq, hk, d, page,
-        q_data_type=torch.float16, kv_data_type=dtype,
-    )  # fmt: skip
-    query = torch.randn(b, hq, d, device="cuda", dtype=torch.float16)
-    return graph_ms([lambda c=cache: wrapper.run(query, c) for cache in caches])
-
-
-def time_sdpa(backend: SDPBackend, b: int, hq: int, hk: int, s: int, d: int, tq: int) -> float:
-    """Milliseconds of torch's attention on an fp16 cache; NaN where it refuses the shape."""
-    count = buffers_for(b * hk * s * 4 * d, most=4)
-    query = torch.randn(b, hq, tq, d, device="cuda", dtype=torch.float16)
-    key_values = [
-        torch.randn(2, b, hk, s, d, device="cuda", dtype=torch.float16) for _ in range(count)
-    ]
-    # A causal mask of several query tokens against a longer cache costs torch its fast kernels:
-    # the peers run without a mask, which flatters them.
-    calls = [
-        lambda kv=kv: F.scaled_dot_product_attention(query, kv[0], kv[1], enable_gqa=hq != hk)
-        for kv in key_values
-    ]
-    try:
-        with sdpa_kernel(backend):
-            return graph_ms(calls)
-    except RuntimeError as error:
-        print(f"{backend}: {str(error).splitlines()[0]}")
-        return float("nan")
+def layouts(ceiling: float, formats: list[str]) -> Report:
+    """Blocks, ragged batches and fixed splits."""
+    report = Report("Other layouts and splits, 32 query and 8 KV heads of 128 channels")
+    lengths = torch.randint(1, 16385, (64,), generator=torch.Generator().manual_seed(0))
+    ragged = {"seq_lens": lengths.to("cuda", torch.int32)}
+    even = int(lengths.float().mean())
+    groups: list[tuple[int, Mapping[str, tuple[int, dict[str, Any], dict[str, Any]]]]] = [
+        (64, {
+            "contiguous": (8192, {}, {}),
+            "blocks of 16": (8192, {"block_size": 16}, {}),
+            "blocks of 64": (8192, {"block_size": 64}, {}),
+            "ragged, 1 to 16384": (16384, ragged, {}),
+            f"even, of {even}": (even, {}, {}),
+            **{f"splits of {n}": (8192, {}, {"split_size": n}) for n in (4096, 2048, 1024, 512)},
+        }),
+        (8, {
+            "contiguous": (4096, {}, {}),
+            **{f"splits of {n}": (4096, {}, {"split_size": n}) for n in (2048, 1024, 512)},
+        }),
+        (1, {
+            "contiguous": (32768, {}, {}),
+            **{f"splits of {n}": (32768, {}, {"split_size": n}) for n in (2048, 1024, 512)},
+        }),
+    ]  # fmt: skip
+    for format in formats:
+        for batch, group in groups if format == "int8" else groups[:1]:
+            graphs, nbytes = {}, {}
+            query = torch.randn(batch, 1, 32, 128, device="cuda", dtype=torch.float16)
+            for name, (tokens, layout, options) in group.items():
+                count = buffers_for(batch * 8 * tokens * FORMATS[format].row_bytes(128, 128))
+                caches = [
+                    RandomCache.make(batch, 8, tokens, 128, format=FORMATS[format], **layout)
+                    for _ in range(count)
+                ]
+                nbytes[name] = caches[0].read_bytes
+                graphs[name] = Captured.of(
+                    [partial(cache.attend, query, **options) for cache in caches]
+                )
+            for name, (ms, spread) in alternating_ms(graphs).items():
+                report.add(
+                    batch=batch, tokens=group[name][0], layout=name, format=format, ms=ms,
+                    spread=spread, percent=nbytes[name] / ms / 1e9 / ceiling * 100,
+                )  # fmt: skip
+            del graphs, caches
+            torch.cuda.empty_cache()
+    return report
 
 
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG here.")] = None,
+    formats: Annotated[str, typer.Option(help="Of the cache, by comma.")] = ",".join(FORMATS),
+    shapes: Annotated[int, typer.Option(help="How many of the shapes.")] = len(SHAPES),
 ) -> None:
-    """Print time, TB/s, % of the read ceiling and the ratio to the best fp16 kernel.
+    """Print time, % of the read ceiling and the ratio to the best fp16 and fp8 kernels.
 
-    Example: python -m benchmarks decode --json decode.json --plot decode.png
+    Example: python -m benchmarks decode --shapes 2 --json decode.json
     """
+    torch.set_grad_enabled(False)
     ceiling = read_ceiling()
     report = Report("Decode attention", read_ceiling_tbs=round(ceiling, 3))
-    for shape in SHAPES:
-        ms, step_ms, nbytes = time_kvquant(*shape)
+    named = formats.split(",")
+    for shape in SHAPES[:shapes]:
+        for row in measure(shape, named, ceiling):
+            report.add(**row)
         torch.cuda.empty_cache()
-        peers = {}
-        for name, backend in (
-            ("flash", SDPBackend.FLASH_ATTENTION),
-            ("cudnn", SDPBackend.CUDNN_ATTENTION),
-        ):
-            peers[name] = time_sdpa(backend, *shape)
-            torch.cuda.empty_cache()
-        if shape[5] == 1:
-            for name, dtype in (("fi16", torch.float16), ("fi8", torch.float8_e4m3fn)):
-                peers[name] = time_flashinfer(dtype, *shape[:5])
-                torch.cuda.empty_cache()
-        else:
-            peers["fi16"] = peers["fi8"] = float("nan")
-        best = min((ms for name, ms in peers.items() if name != "fi8" and ms == ms))
-        report.add(
-            shape=",".join(map(str, shape)),
-            floor_ms=nbytes / ceiling / 1e9,
-            read_ms=read_ms(nbytes),
-            kvquant_ms=ms,
-            step_ms=step_ms,
-            tbs=nbytes / ms / 1e9,
-            percent=nbytes / ms / 1e9 / ceiling * 100,
-            **{f"{name}_ms": value for name, value in peers.items()},
-            ratio=best / ms,
-            ratio_fp8=peers["fi8"] / ms,
-        )
-    layouts = Report("Other layouts and splits, 32 query and 8 KV heads of 128 channels")
-    lengths = torch.randint(1, 16385, (64,), generator=torch.Generator().manual_seed(0))
-    even = int(lengths.float().mean())
-    for batch, name, tokens, layout in (
-        (64, "contiguous", 8192, {}),
-        (64, "blocks of 16", 8192, {"block_size": 16}),
-        (64, "blocks of 64", 8192, {"block_size": 64}),
-        (64, "ragged, 1 to 16384", 16384, {"seq_lens": lengths.to("cuda", torch.int32)}),
-        (64, f"even, of {even}", even, {}),
-        *((64, f"splits of {n}", 8192, {"split_size": n}) for n in (4096, 2048, 1024, 512)),
-        (8, "contiguous", 4096, {}),
-        *((8, f"splits of {n}", 4096, {"split_size": n}) for n in (2048, 1024, 512)),
-        (1, "contiguous", 32768, {}),
-        *((1, f"splits of {n}", 32768, {"split_size": n}) for n in (2048, 1024, 512)),
-    ):
-        ms, nbytes = time_layout(batch, 32, 8, tokens, 128, **layout)
-        torch.cuda.empty_cache()
-        layouts.add(
-            batch=batch, tokens=tokens, layout=name, ms=ms,
-            percent=nbytes / ms / 1e9 / ceiling * 100,
-        )  # fmt: skip
-    layouts.print()
-    report.facts["layouts"] = layouts.rows
+        report.save(json)
+    others = layouts(ceiling, named)
+    others.print()
+    report.facts["layouts"] = others.rows
     report.finish(json)
     if plot:
         draw(report, plot)
@@ -184,15 +192,19 @@ def draw(report: Report, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 4.6))
-    rows = [row for row in report.rows if row["shape"].endswith(",1")]
+    shown = [row for row in report.rows if row["shape"].endswith(",1")]
+    rows = [row for row in shown if row["format"] == shown[0]["format"]]
     at = range(len(rows))
-    for shift, key, color, label in (
-        (-0.2, "kvquant_ms", "#4477aa", "kvquant, 8 bits"),
-        (0.2, "fi8_ms", "#ccbb44", "FlashInfer, fp8"),
-    ):
-        best = [row["ratio"] * row["kvquant_ms"] for row in rows]
-        ratios = [fp16 / row[key] for fp16, row in zip(best, rows, strict=True)]  # NaN: no bar
-        bars = axis.barh([i + shift for i in at], ratios, 0.38, color=color, label=label)
+    bars_of = {
+        f"kvquant, {name}": [row["ratio"] for row in shown if row["format"] == name]
+        for name in dict.fromkeys(row["format"] for row in shown)
+    }
+    bars_of["FlashInfer, fp8"] = [row["ratio"] / row["ratio_fp8"] for row in rows]  # NaN: no bar
+    colors = ("#4477aa", "#66ccee", "#228833", "#ccbb44")
+    width = 0.85 / len(bars_of)
+    for i, ((label, ratios), color) in enumerate(zip(bars_of.items(), colors, strict=False)):
+        shift = (i - (len(bars_of) - 1) / 2) * width
+        bars = axis.barh([j + shift for j in at], ratios, width, color=color, label=label)
         axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
     axis.set_yticks(list(at), [", ".join(row["shape"].split(",")[:5]) for row in rows])
     axis.axvline(1, color="black", linewidth=0.8)

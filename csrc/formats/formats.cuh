@@ -14,7 +14,8 @@
 //              begin; in_order(): their halves, in the order of the operands' bytes
 //   ValueTile  first_byte(), load_row(): as above
 //              for_operands<kCentered>(f): f(w, even, odd) with the A fragments of m-tiles 2 w and
-//              2 w + 1, of code - kMiddleCode or of code 2^-24
+//              2 w + 1, of code - middle(false) in rows g and of code - middle(true) in rows
+//              g + 8, or of code 2^-24
 //              channel(w, g), channels(): which four channels these are, made of accumulators
 #pragma once
 

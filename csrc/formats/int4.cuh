@@ -3,7 +3,8 @@
 //   Q K^T  A lane reads 8 consecutive bytes of a key for every 64 channels. A word of them is one
 //          k-step: its low halves of bytes are one operand word, its high ones the other.
 //   P V    A lane reads the same channels of 4 tokens; codes of two tokens in one word are four
-//          channels' operands, one after the other.
+//          channels' operands, two after the other: of a byte its lower code and the byte itself,
+//          which spares a shift.
 //
 // Lanes whose channels are beyond the row read other ones of it: they meet zeros of the query, or
 // become channels that are not written.
@@ -93,7 +94,11 @@ struct ValueTile<Int4, kDim> {
       codes[i][2 * kWide] = load_piece<uint32_t, kShared>(first + step(kWide * 64 + g * 4, 4));
     }
   }
-  // As code - 8, or as code 2^-24.
+  // As code - middle, or as code 2^-24. Every second channel's operand is its byte, code + 16 of
+  // the next channel's code: channels() parts them.
+  static __device__ __forceinline__ constexpr float middle(bool second) {
+    return second ? 17 * Int4::kMiddleCode : Int4::kMiddleCode;
+  }
   template <bool kCentered, class F>
   __device__ __forceinline__ void for_operands(F&& f) const {
 #pragma unroll
@@ -101,13 +106,17 @@ struct ValueTile<Int4, kDim> {
       const auto pair = [&](int i) {
         return __byte_perm(codes[i][w / 2], codes[i + 1][w / 2], w % 2 ? 0x7632 : 0x5410);
       };
-      const uint32_t tokens01 = pair(0), tokens23 = pair(2);
-      const auto code = [&](uint32_t tokens, int channel) {
-        const uint32_t x = tokens >> 4 * channel & 0x000f000fu;
+      const auto code = [](uint32_t tokens) {
+        const uint32_t x = tokens & 0x000f000fu;
         return kCentered ? sub_halves(x | 0x64006400u, 0x64086408u) : x;
       };
-      f(w, make_uint4(code(tokens01, 0), code(tokens01, 1), code(tokens23, 0), code(tokens23, 1)),
-        make_uint4(code(tokens01, 2), code(tokens01, 3), code(tokens23, 2), code(tokens23, 3)));
+      const auto byte = [](uint32_t tokens) {
+        const uint32_t x = tokens & 0x00ff00ffu;
+        return kCentered ? sub_halves(x | 0x64006400u, 0x64886488u) : x;
+      };
+      const uint32_t a = pair(0), b = pair(2), c = a >> 8, d = b >> 8;
+      f(w, make_uint4(code(a), byte(a), code(b), byte(b)),
+        make_uint4(code(c), byte(c), code(d), byte(d)));
     }
   }
   static __device__ __forceinline__ int channel(int w, int g) {
@@ -117,7 +126,8 @@ struct ValueTile<Int4, kDim> {
   // Of the accumulators' column q.
   static __device__ __forceinline__ float4 channels(const float (&even)[4], const float (&odd)[4],
                                                     int q) {
-    return make_float4(even[q], even[q + 2], odd[q], odd[q + 2]);
+    return make_float4(even[q], (even[q + 2] - even[q]) * 0.0625f, odd[q],
+                       (odd[q + 2] - odd[q]) * 0.0625f);
   }
 
  private:

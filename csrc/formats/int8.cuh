@@ -90,7 +90,8 @@ struct ByteValues {
       codes[i][4 * kWide] = u.x, codes[i][4 * kWide + 1] = u.y;
     }
   }
-  // As code - 128, or as code 2^-24.
+  // As code - middle, or as code 2^-24.
+  static __device__ __forceinline__ constexpr float middle(bool) { return 128.f; }
   template <bool kCentered, class F>
   __device__ __forceinline__ void for_operands(F&& f) const {
     const auto low = [](uint32_t u) { return kCentered ? centered(codes_low(u)) : tiny_low(u); };

@@ -69,6 +69,9 @@ __device__ __forceinline__ T load_piece(const uint8_t* p) {
     return load_stream<T>(p);
   }
 }
+// This lane's number, which the assembler has to keep in a register: it would work it out anew at
+// each use, but does not know where a shuffle's result comes from.
+__device__ __forceinline__ uint32_t kept(uint32_t x) { return __shfl_xor_sync(0xffffffffu, x, 0); }
 // A word, asked for where this stands: the compiler would move an ordinary load to its use.
 __device__ __forceinline__ int load_early(const int* p) {
   int x;

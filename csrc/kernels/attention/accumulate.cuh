@@ -119,7 +119,7 @@ class HalfAccumulator {
       for (int q = 0; q < 4; ++q) {
 #pragma unroll
         for (int i = 0; i < Traits::kDim / 16; ++i) {
-          c_[i][r][q] = fmaf(-Value::kMiddleCode * kUnit, weights_[r][q], c_[i][r][q]);
+          c_[i][r][q] = fmaf(-Values::middle(q >= 2) * kUnit, weights_[r][q], c_[i][r][q]);
         }
         weights_[r][q] = 0.f;
       }

@@ -5,6 +5,9 @@
 #include <cstdint>
 
 #include "params.h"
+#ifdef __CUDACC__
+#include "common/cuda/ptx.cuh"
+#endif
 
 namespace kvquant::cuda {
 
@@ -25,12 +28,30 @@ struct Divisor {
 #endif
 };
 
+// A slab whose strides are counted in 16 bytes: so a block's and a head's place take one
+// instruction each.
+struct Strided {
+  const uint8_t* data;
+  uint32_t block, head;
+
+  static Strided of(const Slab& slab) {
+    return {slab.data, uint32_t(slab.block_stride >> 4), uint32_t(slab.head_stride >> 4)};
+  }
+#ifdef __CUDACC__
+  __device__ __forceinline__ const uint8_t* at(int block, int head, int row, int bytes) const {
+    const uint8_t* const of_head = offset_by(data, uint32_t(head) * 16u, this->head);
+    return offset_by(offset_by(of_head, uint32_t(block) * 16u, this->block), row, bytes);
+  }
+#endif
+};
+
 struct AttentionCall : AttentionParams {
-  Divisor gqa_group_size;  // query heads of a KV head
-  Divisor divided_by;      // most splits of a sequence
-  int row_tiles;           // of a sequence and KV head
-  int min_split;           // tokens
-  int stages;              // of a warp's ring
+  Divisor gqa_group_size;                        // query heads of a KV head
+  Divisor divided_by;                            // most splits of a sequence
+  int row_tiles;                                 // of a sequence and KV head
+  int min_split;                                 // tokens
+  int stages;                                    // of a warp's ring
+  Strided k_codes, k_params, v_codes, v_params;  // of the cache
   // The call's new rows, where the launch appends them (data null: they are stored). seq_lens are
   // then without them, and the launch adds them to `advance` if it is not null.
   Rows key, value;

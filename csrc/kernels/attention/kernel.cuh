@@ -10,15 +10,14 @@
 
 namespace kvquant::cuda {
 
-// Softcap, ALiBi and the mask on a tile's scores. Returns the largest scale of this lane's values.
+// Softcap, ALiBi and the mask on a tile's scores.
 // Tokens that no row sees may hold anything: their params become zeros. So do those of values that
 // are not finite, and the scores of rows that see them become NaN.
 template <class Traits>
-__device__ __forceinline__ float mask_scores(const AttentionCall& p,
-                                             const AttentionShared<Traits>& shared, int token,
-                                             int g, int t,
-                                             TileParams<typename Traits::Value>& v_params,
-                                             float (&score)[Traits::kRowSets][4]) {
+__device__ __forceinline__ void mask_scores(const AttentionCall& p,
+                                            const AttentionShared<Traits>& shared, int token, int g,
+                                            int t, TileParams<typename Traits::Value>& v_params,
+                                            float (&score)[Traits::kRowSets][4]) {
   const float cap = p.softcap * kLog2e;
 #pragma unroll
   for (int r = 0; r < Traits::kRowSets; ++r) {
@@ -32,40 +31,38 @@ __device__ __forceinline__ float mask_scores(const AttentionCall& p,
       if (j < view.begin || j >= view.end) s = -INFINITY;
     }
   }
-  float most = 0.f;
   const int begin = max(shared.rows.begin, shared.rows.start), end = shared.rows.end;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int j = token + 4 * t + i;
     const bool seen = j >= begin && j < end;
-    const float scale = seen ? v_params.scale(i) : 0.f;
-    most = fmaxf(most, scale);
-    if (seen && scale <= kMaxAbs) continue;
+    if (seen && v_params.scale(i) <= kMaxAbs) continue;
     v_params.set(i, {});
 #pragma unroll
     for (int r = 0; r < Traits::kRowSets; ++r) {
       if (seen && score[r][i] != -INFINITY) score[r][i] = NAN;
     }
   }
-  return most;
 }
 
 // A warp's way through tokens up to `end`: every kWarps-th piece of one or two tiles, the next ones
 // on their way while one is worked on.
 template <class Traits>
 struct MainLoop {
+  using Place = typename LoadPipeline<Traits>::Place;
+
   const AttentionCall& p;
   const Paging& paging;
   LoadPipeline<Traits> pipeline;
   const int32_t* table;  // of the sequence
   // Tiles from clean_begin on and up to clean_end need no look at single scores.
   int clean_begin, clean_end;
-  int end;
+  int end, lane_end;  // the same; of lane_end the compiler does not see that all lanes have one
   int warp, token;
   int block[Traits::kTiles];  // of the piece that was asked for last, -1: none
 
   __device__ __forceinline__ MainLoop(const AttentionCall& p, const Paging& paging, int warp)
-      : p(p), paging(paging), pipeline(p.cache), warp(warp) {}
+      : p(p), paging(paging), pipeline(p), warp(warp) {}
 
   // Works out what needs no lengths.
   __device__ __forceinline__ void find(const RowTile& rows, unsigned char* rings) {
@@ -74,15 +71,17 @@ struct MainLoop {
   }
   // From `begin` on: asks for the first pieces, as many as have room.
   __device__ __forceinline__ void start(const RowTile& rows, int first_block, int begin, int end) {
-    this->end = end;
+    this->end = end, lane_end = int(kept(end));
     token = begin + warp * kTile * Traits::kTiles;
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) block[u] = first_block;
     for (int i = 0; i < pipeline.stages(); ++i) {
       const int at = token + i * Traits::kStep;
       find_blocks(at, block);
-      load_keys(at, block);
-      load_values(at, block);
+      Place places[Traits::kTiles];
+      find_places(at, block, places);
+      load_keys(at, places);
+      load_values(at, places);
     }
     clean_begin = p.softcap == 0.f && !p.alibi_slopes ? rows.all_begin : 1 << 30;
     clean_end = rows.all_end - kTile;
@@ -97,25 +96,45 @@ struct MainLoop {
                                table[min((at + u * kTile) >> paging.shift, p.seqs.max_blocks - 1)]);
     }
   }
-  __device__ __forceinline__ void load_keys(int at, const int (&blocks)[Traits::kTiles]) {
+  __device__ __forceinline__ void find_places(int at, const int (&blocks)[Traits::kTiles],
+                                              Place (&places)[Traits::kTiles]) const {
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) {
-      if (at + u * kTile >= end) break;
-      pipeline.load_keys(u, blocks[u], (at + u * kTile) & paging.mask);
+      places[u] = pipeline.place(blocks[u], (at + u * kTile) & paging.mask);
     }
   }
-  __device__ __forceinline__ void load_values(int at, const int (&blocks)[Traits::kTiles]) {
+  __device__ __forceinline__ void load_keys(int at, const Place (&places)[Traits::kTiles]) {
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) {
-      if (at + u * kTile >= end) break;
-      pipeline.load_values(u, blocks[u], (at + u * kTile) & paging.mask);
+      if (at + u * kTile >= lane_end) break;
+      pipeline.load_keys(u, places[u]);
+    }
+  }
+  __device__ __forceinline__ void load_values(int at, const Place (&places)[Traits::kTiles]) {
+#pragma unroll
+    for (int u = 0; u < Traits::kTiles; ++u) {
+      if (at + u * kTile >= lane_end) break;
+      pipeline.load_values(u, places[u]);
     }
     pipeline.commit_stage();
   }
-  // Takes the pieces before `until`. shared.mean_scores are of groups from first_group on.
+  __device__ __forceinline__ void mask_tile(const AttentionShared<Traits>& shared, int at,
+                                            bool usable, int g, int t,
+                                            TileParams<typename Traits::Value>& v_params,
+                                            float (&score)[Traits::kRowSets][4]) const {
+    if (at < end && usable) return mask_scores(p, shared, at, g, t, v_params, score);
+    v_params = {};
+#pragma unroll
+    for (int r = 0; r < Traits::kRowSets; ++r) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) score[r][i] = -INFINITY;
+    }
+  }
+  // Takes the pieces before `until`. shared.mean_scores are of groups from first_group on; tokens
+  // from new_begin on are not in the cache yet.
   __device__ __forceinline__ void run(const AttentionShared<Traits>& shared,
                                       const Query<Traits>& query, int first_group, int until,
-                                      Accumulator<Traits>& acc) {
+                                      int new_begin, Accumulator<Traits>& acc) {
     const int g = query.g, t = query.t;
     const float* const mean_scores = &shared.mean_scores[0][g] - first_group * Traits::kRows;
     while (token < until) {
@@ -124,10 +143,11 @@ struct MainLoop {
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) next_block[u] = block[u];
       find_blocks(next, next_block);
+      Place places[Traits::kTiles];
+      find_places(next, next_block, places);
       pipeline.wait_stage();
       float score[Traits::kTiles][Traits::kRowSets][4], v_scale = 0.f;
       TileParams<typename Traits::Value> v_params[Traits::kTiles];
-      const int new_tokens = shared.new_tokens.begin;
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) {
         const int at = token + u * kTile;
@@ -136,24 +156,16 @@ struct MainLoop {
         for (int r = 0; r < Traits::kRowSets; ++r) {
           dot[r] = mean_scores[(at >> paging.group_shift) * Traits::kRows + 8 * r];
         }
-        if (at + kTile > new_tokens) pipeline.take_new(u, at, shared.new_tokens);
+        if (at + kTile > new_begin) pipeline.take_new(u, at, shared.new_tokens);
         mma_qk(pipeline.keys(u), query, dot, score[u]);
         v_params[u] = pipeline.value_params(u);
         const bool usable = pipeline.usable(u, block[u]);
-        if (at >= clean_begin && at <= clean_end && usable) {
-          v_scale = fmaxf(v_scale, v_params[u].largest_scale());
-        } else if (at < end && usable) {
-          v_scale = fmaxf(v_scale, mask_scores(p, shared, at, g, t, v_params[u], score[u]));
-        } else {
-          v_params[u] = {};
-#pragma unroll
-          for (int r = 0; r < Traits::kRowSets; ++r) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) score[u][r][i] = -INFINITY;
-          }
+        if (at < clean_begin || at > clean_end || !usable) {
+          mask_tile(shared, at, usable, g, t, v_params[u], score[u]);
         }
+        v_scale = fmaxf(v_scale, v_params[u].largest_scale());
       }
-      load_keys(next, next_block);
+      load_keys(next, places);
       float best[Traits::kRowSets];
 #pragma unroll
       for (int r = 0; r < Traits::kRowSets; ++r) {
@@ -167,7 +179,7 @@ struct MainLoop {
       acc.rescale(best, v_scale, t);
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) acc.add(score[u], v_params[u], pipeline.values(u));
-      load_values(next, next_block);
+      load_values(next, places);
       if (token / Traits::kStep % Accumulator<Traits>::kFlush == 0) acc.flush();
       token += Traits::kStep;
 #pragma unroll
@@ -277,7 +289,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   for (int from = begin;;) {
     means.multiply(query, shared.mean_scores);
     __syncthreads();
-    loop.run(shared, query, from >> paging.group_shift, min(end, from + reach), acc);
+    loop.run(shared, query, from >> paging.group_shift, min(end, from + reach), new_begin, acc);
     from += reach;
     if (from >= end) break;
     ask_means(from);

@@ -48,6 +48,8 @@ Status launch_shape(AttentionCall call, const AttentionShape& shape, Launch laun
   call.gqa_group_size = Divisor::of(call.num_q_heads / call.cache.num_kv_heads);
   call.divided_by = Divisor::of(call.splits);
   call.row_tiles = shape.row_tiles;
+  call.k_codes = Strided::of(call.cache.k.codes), call.k_params = Strided::of(call.cache.k.params);
+  call.v_codes = Strided::of(call.cache.v.codes), call.v_params = Strided::of(call.cache.v.params);
   const int capacity = capacity_of(call.seqs, call.cache);
   const int even = split_length(capacity, call.splits, shape.instance.step());
   call.min_split = call.split_size > 0 ? call.split_size

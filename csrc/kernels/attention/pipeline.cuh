@@ -73,33 +73,36 @@ struct Stream {
   }
 };
 
-// Both have the same interface. find() works out addresses. A piece is what a warp takes at once,
-// Traits::kTiles tiles; the oldest one's keys and values are read, then its place is asked to take
-// a later one: first for keys, then for values. close() ends what is asked for a piece. Of block
-// -1, which is none, the first one is read, and usable() says so; `block` is the one that was asked
-// for last. A tile whose first token is `at` takes new rows where it has them.
+// Both have the same interface. find() works out addresses of a lane, place() those of a tile. A
+// piece is what a warp takes at once, Traits::kTiles tiles; the oldest one's keys and values are
+// read, then its slot is asked to take a later one: first for keys, then for values. close() ends
+// what is asked for a piece. Of block -1, which is none, the first one is read, and usable() says
+// so; `block` is the one that was asked for last. A tile whose first token is `at` takes new rows
+// where it has them.
 
 template <class Traits>
 class RegisterPipeline {
   using Lane = LanePieces<Traits>;
   using Keys = typename Lane::Keys;
   using Values = typename Lane::Values;
-  static constexpr bool kKept = Traits::kShape.has_room();
 
  public:
   static constexpr int kSharedBytes = 0;  // of a stage of a warp
   static constexpr int kGroups = 0;       // of copies, a piece
+  // Where a tile's rows begin, the same for all lanes of a warp.
+  struct Place {
+    const uint8_t *k_codes, *k_params, *v_codes, *v_params;
+  };
 
-  __device__ __forceinline__ explicit RegisterPipeline(const CacheView& cache) : cache_(cache) {}
+  __device__ __forceinline__ explicit RegisterPipeline(const AttentionCall& call) : call_(call) {}
   __device__ __forceinline__ void find(int head, unsigned char*, int) {
-    pieces_ = {cache_.k.head_dim, cache_.v.head_dim, int(threadIdx.x & 31) >> 2,
+    pieces_ = {call_.cache.k.head_dim, call_.cache.v.head_dim, int(threadIdx.x & 31) >> 2,
                int(threadIdx.x & 3)};
     head_ = head;
+    key_offset_ = kept(pieces_.key_offset()), value_offset_ = kept(pieces_.value_offset());
+    token_ = kept(pieces_.value_token(0));
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) keys_[u] = {}, values_[u] = {};
-    if (!kKept) return;
-    k_ = stream(true, false).keep(), v_ = stream(false, false).keep();
-    k_params_ = stream(true, true).keep(), v_params_ = stream(false, true).keep();
   }
   __device__ __forceinline__ constexpr int stages() const { return 1; }
   __device__ __forceinline__ void wait_stage() {}
@@ -107,19 +110,20 @@ class RegisterPipeline {
   __device__ __forceinline__ const Keys& keys(int u) const { return keys_[u]; }
   __device__ __forceinline__ const auto& value_params(int u) const { return values_[u].params; }
   __device__ __forceinline__ const Values& values(int u) const { return values_[u]; }
-  __device__ __forceinline__ void load_keys(int u, int block, int row) {
+  __device__ __forceinline__ Place place(int block, int row) const {
     block = max(block, 0);
-    const Stream keys = kKept ? k_ : stream(true, false),
-                 params = kKept ? k_params_ : stream(true, true);
-    pieces_.template load_keys<false>(keys_[u], keys.at(block, row, pieces_.key_bytes()));
-    load_params(keys_[u].params, params, block, row);
+    return {call_.k_codes.at(block, head_, row, pieces_.key_bytes()),
+            call_.k_params.at(block, head_, row, decltype(Keys::params)::kBytes),
+            call_.v_codes.at(block, head_, row, pieces_.value_bytes()),
+            call_.v_params.at(block, head_, row, decltype(Values::params)::kBytes)};
   }
-  __device__ __forceinline__ void load_values(int u, int block, int row) {
-    block = max(block, 0);
-    const Stream values = kKept ? v_ : stream(false, false),
-                 params = kKept ? v_params_ : stream(false, true);
-    pieces_.template load_values<false>(values_[u], values.at(block, row, pieces_.value_bytes()));
-    load_params(values_[u].params, params, block, row);
+  __device__ __forceinline__ void load_keys(int u, const Place& from) {
+    pieces_.template load_keys<false>(keys_[u], from.k_codes + key_offset_);
+    load_params(keys_[u].params, from.k_params);
+  }
+  __device__ __forceinline__ void load_values(int u, const Place& from) {
+    pieces_.template load_values<false>(values_[u], from.v_codes + value_offset_);
+    load_params(values_[u].params, from.v_params);
   }
   __device__ __forceinline__ void commit_stage() {}
   __device__ __forceinline__ void take_new(int u, int at, const NewTokens<Traits>& new_tokens) {
@@ -144,31 +148,16 @@ class RegisterPipeline {
   }
 
  private:
-  const CacheView& cache_;
+  const AttentionCall& call_;
   Lane pieces_;
   int head_;
-  Stream k_, v_, k_params_, v_params_;  // kept
+  uint32_t key_offset_, value_offset_, token_;  // of this lane's first rows in a tile
   Keys keys_[Traits::kTiles];
   Values values_[Traits::kTiles];
 
   template <class Params>
-  static __device__ __forceinline__ void load_params(Params& params, const Stream& from, int block,
-                                                     int row) {
-    params.words = load_keep<typename Params::Words>(from.at(block, row, Params::kBytes));
-  }
-  // Where registers are few it is worked out anew each time: that is hidden from the compiler.
-  __device__ __forceinline__ Stream stream(bool of_keys, bool of_params) const {
-    int head = head_;
-    Lane at = pieces_;
-    if (!kKept) asm volatile("" : "+r"(head), "+r"(at.g), "+r"(at.t));
-    if (of_params && of_keys) {
-      return {cache_.k.params, head, at.value_token(0) * decltype(Keys::params)::kBytes};
-    }
-    if (of_params) {
-      return {cache_.v.params, head, at.value_token(0) * decltype(Values::params)::kBytes};
-    }
-    if (of_keys) return {cache_.k.codes, head, at.key_offset()};
-    return {cache_.v.codes, head, at.value_offset()};
+  __device__ __forceinline__ void load_params(Params& params, const uint8_t* from) const {
+    params.words = load_keep<typename Params::Words>(from + token_ * Params::kBytes);
   }
 };
 
@@ -196,9 +185,13 @@ class SmemPipeline {
  public:
   static constexpr int kSharedBytes = sizeof(Piece);
   static constexpr int kGroups = 1;  // of copies, a piece
+  struct Place {
+    int block, row;
+  };
   static_assert(Traits::kTiles == 1);
 
-  __device__ __forceinline__ explicit SmemPipeline(const CacheView& cache) : cache_(cache) {}
+  __device__ __forceinline__ explicit SmemPipeline(const AttentionCall& call)
+      : cache_(call.cache) {}
   __device__ __forceinline__ void find(int head, unsigned char* memory, int stages) {
     lane_ = threadIdx.x & 31;
     pieces_ = {cache_.k.head_dim, cache_.v.head_dim, lane_ >> 2, lane_ & 3};
@@ -234,11 +227,12 @@ class SmemPipeline {
     return values;
   }
   // Nothing yet: copies would be seen by lanes that still read values.
-  __device__ __forceinline__ void load_keys(int, int, int) {}
-  __device__ __forceinline__ void load_values(int u, int block, int row) {
+  __device__ __forceinline__ Place place(int block, int row) const { return {block, row}; }
+  __device__ __forceinline__ void load_keys(int, const Place&) {}
+  __device__ __forceinline__ void load_values(int u, const Place& from) {
+    const int block = max(from.block, 0), row = from.row;
     Slot& slot = first_[oldest_][u];
-    lost_ = block < 0 ? lost_ | bit(u) : lost_ & ~bit(u);
-    block = max(block, 0);
+    lost_ = from.block < 0 ? lost_ | bit(u) : lost_ & ~bit(u);
     if (u == 0) __syncwarp();  // all lanes have read the piece
     const Stream params = kKept ? params_ : params_stream();
     if (lane_ < kKeyLanes + kValueLanes) {

@@ -215,12 +215,13 @@ struct AttentionTraits {
   static bool serves(const AttentionCall& call) {
     return !kPlainCall || (is_aligned(call.query) && is_aligned(call.out) && is_aligned(call.key) &&
                            is_aligned(call.value) && call.cache.k.head_dim == kDim &&
-                           call.cache.v.head_dim == kDim &&
-                           (call.cache.k.rotation <= 1 || call.cache.k.rotation == kRotation) &&
-                           call.cache.v.rotation <= 1 && !call.seqs.seq_starts &&
+                           call.cache.v.head_dim == kDim && is_rotation(call.cache.k.rotation) &&
+                           is_rotation(call.cache.v.rotation) && !call.seqs.seq_starts &&
                            !call.seqs.cu_seqlens_q && !call.sliding_window && call.softcap == 0.f &&
                            !call.alibi_slopes && !call.sinks && !call.lse);
   }
+  // None, or the longest.
+  static bool is_rotation(int length) { return length <= 1 || length == kRotation; }
   // Whether a lane's four channels of every row can be one access.
   static bool is_aligned(const Rows& rows) {
     const uint64_t any = reinterpret_cast<uintptr_t>(rows.data) / sizeof(T) |
@@ -233,7 +234,7 @@ struct AttentionTraits {
     if constexpr (kPlainCall) {
       call.cache.k.head_dim = call.cache.v.head_dim = kDim;
       call.cache.k.rotation = call.cache.k.rotation > 1 ? kRotation : 1;
-      call.cache.v.rotation = 1;
+      call.cache.v.rotation = call.cache.v.rotation > 1 ? kRotation : 1;
       call.seqs.seq_starts = call.seqs.cu_seqlens_q = nullptr;
       call.sliding_window = 0;
       call.softcap = 0.f;

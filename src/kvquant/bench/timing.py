@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 __all__ = [
     "Call",
+    "Captured",
+    "alternating_ms",
     "buffers_for",
     "cpu_bandwidth",
     "graph_ms",
@@ -22,6 +25,46 @@ __all__ = [
 Call = Callable[[], object]
 
 
+@dataclass(frozen=True)
+class Captured:
+    """Calls in a CUDA graph, which rotates through them; ``before`` runs ahead of each replay."""
+
+    graph: torch.cuda.CUDAGraph
+    calls: Sequence[Call]  # whose tensors the graph reads
+    count: int
+    before: Call | None = None
+
+    @classmethod
+    def of(cls, calls: Sequence[Call], per_graph: int = 10, before: Call | None = None) -> Captured:
+        """Warmed up, captured and replayed once."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for call in calls:
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for i in range(per_graph):
+                calls[i % len(calls)]()
+        graph.replay()
+        return cls(graph, calls, per_graph, before)
+
+    def ms(self, rounds: int) -> float:
+        """Median milliseconds of a call, without what runs before a replay."""
+        times: list[float] = []
+        for _ in range(rounds):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if self.before is not None:
+                self.before()
+            start.record()
+            self.graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / self.count)
+        return statistics.median(times)
+
+
 def graph_ms(
     calls: Sequence[Call], rounds: int = 11, per_graph: int = 10, before: Call | None = None
 ) -> float:
@@ -29,28 +72,25 @@ def graph_ms(
 
     ``before`` runs ahead of each replay, outside the time taken.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(per_graph):
-            calls[i % len(calls)]()
-    graph.replay()
-    times: list[float] = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if before is not None:
-            before()
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / per_graph)
-    return statistics.median(times)
+    return Captured.of(calls, per_graph, before).ms(rounds)
+
+
+def alternating_ms(
+    graphs: Mapping[str, Captured], repetitions: int = 5, rounds: int = 5
+) -> dict[str, tuple[float, float]]:
+    """Milliseconds of each graph's call and their spread, (largest - smallest) / median.
+
+    The graphs take turns; a repetition's figure is a median of ``rounds``, and what is returned is
+    the median of the repetitions.
+    """
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for i in range(repetitions):
+        for name in list(graphs)[:: 1 if i % 2 else -1]:
+            times[name].append(graphs[name].ms(rounds))
+    return {
+        name: (statistics.median(of), (max(of) - min(of)) / statistics.median(of))
+        for name, of in times.items()
+    }
 
 
 def read_ms(nbytes: int, *, rounds: int = 7, per_graph: int = 10) -> float:
