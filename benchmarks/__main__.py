@@ -13,6 +13,7 @@ from benchmarks import (
     mixed,
     overhead,
     prefill,
+    prompt,
     rows,
     serve,
     slab,
@@ -28,6 +29,7 @@ ON_GPU = {
     "rows": rows.main,
     "store": store.main,
     "overhead": overhead.main,
+    "prompt": prompt.main,
     "step": step.main,
 }
 PROGRAMS = {

@@ -73,6 +73,8 @@ struct AppendParams {
                                 // With one, block_table and seq_lens may be null if mean_group == 0
   int32_t* advance;             // seq_lens, writable: the call adds its tokens to them; null: no
   int32_t* counter;             // CUDA with advance: one zero, left zero
+  // CUDA: append_floats of common/groups.h, bytes of 255, left so; null: there is no room
+  float* partial;
 };
 
 // Query token i of n stands at position seq_len - n + i. Packed rows and dense rows as above.

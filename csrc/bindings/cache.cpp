@@ -1,5 +1,6 @@
 // append, attend and gather: the operations on a cache, by views, sequences and prepared calls.
 #include "bindings/fields.h"
+#include "common/groups.h"
 
 namespace kvquant::bindings {
 namespace {
@@ -43,7 +44,8 @@ Rows strided(const py::tuple& s) {
 // seqs None: rows go where slot_mapping says, whose they are does not matter.
 void append(const CacheView& cache, const SequencesFields* given, int rows, int tokens,
             uintptr_t key, py::tuple key_strides, uintptr_t value, py::tuple value_strides,
-            int dtype, uintptr_t slot_mapping, uintptr_t counter, int device, uintptr_t queue) {
+            int dtype, uintptr_t slot_mapping, uintptr_t partial, uintptr_t counter, int device,
+            uintptr_t queue) {
   Sequences seqs{};
   if (given) {
     seqs = with_rows(*given, rows, tokens);
@@ -57,7 +59,8 @@ void append(const CacheView& cache, const SequencesFields* given, int rows, int 
                             Dtype(dtype),
                             pointer<const int64_t>(slot_mapping),
                             given && given->advance ? const_cast<int32_t*>(seqs.seq_lens) : nullptr,
-                            pointer<int32_t>(counter)};
+                            pointer<int32_t>(counter),
+                            pointer<float>(partial)};
   KVQUANT_RUN(append, params, device, queue);
 }
 
@@ -178,7 +181,7 @@ class Call {
     append.key.data = pointer<void>(key);
     append.value.data = pointer<void>(value);
     append.advance = given.advance ? const_cast<int32_t*>(given.seqs.seq_lens) : nullptr;
-    append.counter = attention.counters;
+    append.counter = attention.counters, append.partial = attention.partial;
     if (lens_after) attention.seqs.seq_lens = pointer<const int32_t>(lens_after);
     Status status;
     {
@@ -258,6 +261,7 @@ void define_cache(py::module_& m) {
       .def("run", &Call::run)
       .def("run_all", &Call::run_all);
   m.def("append", &append);
+  m.def("append_floats", &append_floats);
   m.def("gather", &gather);
   m.def("choose",
         [](const py::dict& problem) { return describe(choose_for(filled<Problem>(problem))); });

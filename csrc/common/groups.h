@@ -9,6 +9,12 @@ namespace kvquant {
 
 constexpr int kChunkTokens = 256;  // of an item where the format has no mean
 
+// CUDA: rows of a sequence from which it is the memory's rate that counts, and what an append of so
+// many takes for the means that its blocks leave for one another.
+constexpr int kManyRows = 64;
+constexpr int64_t kAppendFloats = 1 << 20;
+KVQUANT_HD int64_t append_floats(int tokens) { return tokens >= kManyRows ? kAppendFloats : 0; }
+
 KVQUANT_HD int chunk_tokens(const CacheView& cache) {
   return cache.mean_group ? cache.mean_group : kChunkTokens;
 }

@@ -31,6 +31,11 @@ struct KeyTile;
 template <class Format, int kDim>
 struct ValueTile;
 
+// Whether the codes of a row whose channels are finite and within fp16's range are within theirs
+// before they are clamped.
+template <class Format>
+constexpr bool kCodesFit = false;
+
 // Channels to codes, in the steps of formats/row_format.h.
 template <class Format>
 struct Encoder {
@@ -43,6 +48,10 @@ struct Encoder {
   // In the low bits.
   __device__ __forceinline__ uint32_t code(float x) const {
     return round_code(__fmul_rn(__fsub_rn(x, offset), inverse), 0.f, Format::kMaxCode);
+  }
+  // Where kCodesFit.
+  __device__ __forceinline__ uint32_t code_that_fits(float x) const {
+    return round_code(__fmul_rn(__fsub_rn(x, offset), inverse));
   }
 };
 

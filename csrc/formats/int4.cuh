@@ -18,7 +18,7 @@ namespace kvquant::cuda {
 
 template <>
 struct LaneCodes<Int4> {
-  // code(i), in the low bits, of kCount channels (2, 4 or 16) from `channel` on, in one access.
+  // code(i), in the low bits, of kCount channels (2, 4, 8 or 16) from `channel` on, in one access.
   template <int kCount, class Code>
   static __device__ __forceinline__ void store(uint8_t* row, int channel, Code&& code) {
     constexpr int kBytes = kCount / 2;
@@ -29,13 +29,19 @@ struct LaneCodes<Int4> {
     }
     store_vector<kBytes>(row + channel / 2, bytes);
   }
-  static __device__ __forceinline__ void load(const uint8_t* row, int channel,
-                                              float (&codes)[kLaneChannels]) {
-    const uint2 u = *reinterpret_cast<const uint2*>(row + channel / 2);
+  using Word = uint2;  // kLaneChannels codes as they are stored
+  static __device__ __forceinline__ Word ask(const uint8_t* row, int channel) {
+    return *reinterpret_cast<const Word*>(row + channel / 2);
+  }
+  static __device__ __forceinline__ void decode(Word word, float (&codes)[kLaneChannels]) {
 #pragma unroll
     for (int i = 0; i < kLaneChannels; ++i) {
-      codes[i] = float((i < 8 ? u.x : u.y) >> (i % 8 * 4) & 0xfu);
+      codes[i] = float((i < 8 ? word.x : word.y) >> (i % 8 * 4) & 0xfu);
     }
+  }
+  static __device__ __forceinline__ void load(const uint8_t* row, int channel,
+                                              float (&codes)[kLaneChannels]) {
+    decode(ask(row, channel), codes);
   }
 };
 

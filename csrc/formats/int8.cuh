@@ -16,7 +16,7 @@
 namespace kvquant::cuda {
 
 struct ByteCodes {
-  // code(i), in the low bits, of kCount channels (2, 4 or 16) from `channel` on, in one access.
+  // code(i), in the low bits, of kCount channels (2, 4, 8 or 16) from `channel` on, in one access.
   template <int kCount, class Code>
   static __device__ __forceinline__ void store(uint8_t* row, int channel, Code&& code) {
     uint8_t* const to = row + channel;
@@ -31,9 +31,16 @@ struct ByteCodes {
       store_vector<kCount / 4>(reinterpret_cast<uint32_t*>(to), words);
     }
   }
+  using Word = uint4;  // kLaneChannels codes as they are stored
+  static __device__ __forceinline__ Word ask(const uint8_t* row, int channel) {
+    return *reinterpret_cast<const Word*>(row + channel);
+  }
+  static __device__ __forceinline__ void decode(Word word, float (&codes)[kLaneChannels]) {
+    decode16(word, codes);
+  }
   static __device__ __forceinline__ void load(const uint8_t* row, int channel,
                                               float (&codes)[kLaneChannels]) {
-    decode16(*reinterpret_cast<const uint4*>(row + channel), codes);
+    decode(ask(row, channel), codes);
   }
 };
 
@@ -123,6 +130,9 @@ struct ByteValues {
 
 template <>
 struct LaneCodes<Int8> : ByteCodes {};
+// Offset is rounded down and scale up: code <= 255 (1 + 2^-22), which rounds to 255.
+template <>
+constexpr bool kCodesFit<Int8> = true;
 template <int kDim>
 struct KeyTile<Int8, kDim> : ByteKeys<kDim> {
   TileParams<Int8> params;

@@ -86,6 +86,11 @@ __device__ __forceinline__ uint32_t round_code(float x, float low, float high) {
   return __float_as_uint(fminf(fmaxf(x, low), high) + 12582912.f);
 }
 
+// Of an x that is in range.
+__device__ __forceinline__ uint32_t round_code(float x) {
+  return __float_as_uint(__fadd_rn(x, 12582912.f));
+}
+
 // The low bytes of four words.
 __device__ __forceinline__ uint32_t pack_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);

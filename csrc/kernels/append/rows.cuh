@@ -52,56 +52,125 @@ struct Source {
   }
 };
 
-// Rows are shared out to this many warps whatever the block has, so that sums have one order.
-constexpr int kRowWarps = 4;
+// Rows are shared out to as many warps whatever the block has, so that sums have one order: those
+// of the call, and those that are stored.
+constexpr int kRowWarps = 4, kStoredWarps = 8;
 
 struct MeanScratch {
-  float incoming[kRowWarps * 32 * kLaneChannels];  // [row slot, dim]
-  float stored[kRowWarps * 32 * kLaneChannels];
-  int counts[kRowWarps * 32];
+  float sums[kStoredWarps * 32 * kLaneChannels];  // [row slot, dim]
+  alignas(16) int counts[kStoredWarps * 32];
 };
 
-// This thread's place among the rows that kRowWarps warps of a block take at once: `slot` of
-// `slots`.
+// This thread's place among the rows that `warps` warps of a block take at once: `slot` of `slots`.
 struct RowSlot : RowLanes {
   int slots, slot;
   int first;  // slot of its warp
 
-  __device__ __forceinline__ RowSlot(int dim, int warp) : RowLanes(dim) {
-    slots = kRowWarps * rows;
+  __device__ __forceinline__ RowSlot(int dim, int warp, int warps = kRowWarps) : RowLanes(dim) {
+    slots = warps * rows;
     first = warp * rows;
     slot = first + row;
-    if (warp >= kRowWarps) row = -1;
+    if (warp >= warps) row = -1;
+  }
+  // Leaves this slot's sum, of `count` rows.
+  __device__ __forceinline__ void leave(MeanScratch& scratch, const float (&sum)[kLaneChannels],
+                                        int count, int dim) const {
+    if (row < 0) return;
+#pragma unroll
+    for (int c = 0; c < kLaneChannels; ++c) scratch.sums[slot * dim + channel() + c] = sum[c];
+    if (index == 0) scratch.counts[slot] = count;
   }
 };
 
-// Adds the usable stored rows of tokens [begin, end) of one group to this lane's sum.
-template <class Format, class T>
-__device__ int sum_stored(const Source<Format, T>& src, const RowSlot& at, int begin, int end,
-                          float (&sum)[kLaneChannels]) {
-  int count = 0;
-  float offsets = 0.f;
-#pragma unroll 4
-  for (int token = begin + at.slot; token < end; token += at.slots) {
-    const Place from = src.stored(token);
-    if (at.row < 0 || from.block < 0) continue;
-    const RowAffine affine = Format::affine(*src.params(from));
-    float x[kLaneChannels];
-    LaneCodes<Format>::load(src.codes(from), at.channel(), x);
-    if (isnan(affine.scale)) continue;
-    ++count;
-    offsets += affine.offset;
-#pragma unroll
-    for (int c = 0; c < kLaneChannels; ++c) sum[c] = fmaf(affine.scale, x[c], sum[c]);
+// Stored rows of one head and group, by value: a function that is called reads a kernel's
+// parameters slowly.
+struct StoredRows {
+  const uint8_t *codes, *params;                     // of block 0, as `means`
+  int64_t codes_stride, params_stride, mean_stride;  // bytes of a block
+  const uint8_t* means;
+  const int32_t* table;
+  int whole, num_blocks;
+  Paging paging;
+  int begin, end;  // tokens, all of them within the table
+  int dim;
+
+  template <class Format, class T>
+  __device__ __forceinline__ StoredRows(const Source<Format, T>& src, int begin, int end)
+      : whole(src.whole),
+        num_blocks(src.cache.num_blocks),
+        paging(src.paging),
+        begin(begin),
+        dim(src.dim()) {
+    const RowsView& own = src.is_key ? src.cache.k : src.cache.v;
+    codes = rows_of<const uint8_t>(own.codes, 0, src.head), codes_stride = own.codes.block_stride;
+    params = rows_of<const uint8_t>(own.params, 0, src.head);
+    params_stride = own.params.block_stride;
+    means = rows_of<const uint8_t>(src.cache.mean, 0, src.head);
+    mean_stride = src.cache.mean.block_stride;
+    table = src.seqs.block_table + src.sequence * src.seqs.block_table_stride;
+    this->end = int(least(int64_t(end), int64_t(src.seqs.max_blocks) * src.cache.block_size));
   }
-  const __half* mean = count ? src.mean(begin) : nullptr;
-  if (mean) {
+  __device__ __forceinline__ int block_of(int token) const {
+    return whole >= 0 ? whole : table[token >> paging.shift];
+  }
+};
+
+// Sums the usable ones into the scratch. A decode step waits for it: rows are asked for several at
+// a time, without a branch between them.
+template <class Format>
+__device__ __noinline__ void sum_stored(const StoredRows rows, MeanScratch& scratch, int warps) {
+  constexpr int kAsked = 8;
+  using Codes = LaneCodes<Format>;
+  using Params = typename Format::Params;
+#pragma unroll 1
+  for (int warp = threadIdx.x / 32; warp < kStoredWarps; warp += warps) {
+    const RowSlot at(rows.dim, warp, kStoredWarps);
+    const int end = at.row < 0 ? rows.begin : rows.end;
+    float sum[kLaneChannels] = {}, offsets = 0.f;
+    Words16<__half> mean{};
+    int count = 0;
+#pragma unroll 1
+    for (int first = rows.begin + at.slot; first < end; first += kAsked * at.slots) {
+      int block[kAsked], home = rows.block_of(rows.begin);
 #pragma unroll
-    for (int c = 0; c < kLaneChannels; ++c) {
-      sum[c] += fmaf(float(count), __half2float(mean[at.channel() + c]), offsets);
+      for (int i = 0; i < kAsked; ++i) {
+        block[i] = rows.block_of(min(first + i * at.slots, end - 1));
+      }
+      const auto there = [&](int block) { return unsigned(block) < unsigned(rows.num_blocks); };
+      typename Codes::Word codes[kAsked];
+      Params params[kAsked];
+#pragma unroll
+      for (int i = 0; i < kAsked; ++i) {
+        const int row = min(first + i * at.slots, end - 1) & rows.paging.mask;
+        const int from = there(block[i]) ? block[i] : 0;
+        codes[i] = Codes::ask(
+            rows.codes + from * rows.codes_stride + int64_t(row) * Format::code_bytes(rows.dim),
+            at.channel());
+        params[i] = reinterpret_cast<const Params*>(rows.params + from * rows.params_stride)[row];
+      }
+      if (there(home)) {
+        const int group = (rows.begin & rows.paging.mask) >> rows.paging.group_shift;
+        mean = load_words16(reinterpret_cast<const __half*>(rows.means + home * rows.mean_stride) +
+                            int64_t(group) * rows.dim + at.channel());
+      }
+#pragma unroll
+      for (int i = 0; i < kAsked; ++i) {
+        const RowAffine affine = Format::affine(params[i]);
+        if (first + i * at.slots >= end || !there(block[i]) || isnan(affine.scale)) continue;
+        float x[kLaneChannels];
+        Codes::decode(codes[i], x);
+        ++count;
+        offsets += affine.offset;
+#pragma unroll
+        for (int c = 0; c < kLaneChannels; ++c) sum[c] = fmaf(affine.scale, x[c], sum[c]);
+      }
     }
+    if (count) {
+#pragma unroll
+      for (int c = 0; c < kLaneChannels; ++c) sum[c] += fmaf(float(count), mean[c], offsets);
+    }
+    at.leave(scratch, sum, count, rows.dim);
   }
-  return count;
 }
 
 // This thread's sixteen channels of an incoming row on their way.
@@ -159,51 +228,59 @@ __device__ __forceinline__ int sum_incoming(const Source<Format, T>& src, const 
   return count;
 }
 
-// Sums the usable rows of tokens [begin, end) into mean[dim]; returns how many there were.
+// The sums of all slots, added in their order to sum[dim]; returns how many rows there are. All
+// threads of the block must call.
+template <int kThreads>
+__device__ __forceinline__ int sum_slots(const MeanScratch& scratch, int slots, int dim,
+                                         float* sum) {
+  __syncthreads();
+  int count = 0;
+  for (int s = 0; s < slots; ++s) count += scratch.counts[s];
+  for (int c = threadIdx.x; c < dim; c += kThreads) {
+    float x = 0.f;
+    for (int s = 0; s < slots; ++s) x += scratch.sums[s * dim + c];
+    sum[c] = x;
+  }
+  return count;
+}
+
+// Sums the usable rows of tokens [begin, end) of one group into mean[dim] and divides by their
+// number, which it returns; this thread finds its channels there. incoming[dim]: scratch, too.
 template <int kThreads, class Format, class T>
-__device__ int sum_rows(const Source<Format, T>& src, int begin, int end, MeanScratch& scratch,
-                        float* mean) {
-  const RowSlot at(src.dim(), threadIdx.x / 32);
+__device__ int mean_rows(const Source<Format, T>& src, int begin, int end, MeanScratch& scratch,
+                         float* incoming, float* mean) {
+  const int dim = src.dim();
   const int first = max(begin, first_token(src.seqs, src.sequence));
   const int last = min(end, src.length + src.call.count);
-  float incoming[kLaneChannels] = {}, stored[kLaneChannels] = {};
-  const int count = sum_stored(src, at, first, min(last, src.length), stored) +
-                    sum_incoming(src, at, max(first, src.length), last, incoming);
-  __syncthreads();  // the scratch may still be read
-  if (at.row >= 0) {
-#pragma unroll
-    for (int c = 0; c < kLaneChannels; ++c) {
-      scratch.incoming[at.slot * src.dim() + at.channel() + c] = incoming[c];
-      scratch.stored[at.slot * src.dim() + at.channel() + c] = stored[c];
-    }
-    if (at.index == 0) scratch.counts[at.slot] = count;
-  }
-  __syncthreads();
   int total = 0;
-  for (int s = 0; s < at.slots; ++s) total += scratch.counts[s];
-  if (total == 0) return 0;
-  for (int c = threadIdx.x; c < src.dim(); c += kThreads) {
-    float in = 0.f, old = 0.f;
-    for (int s = 0; s < at.slots; ++s) {
-      in += scratch.incoming[s * src.dim() + c];
-      old += scratch.stored[s * src.dim() + c];
+  __syncthreads();  // the scratch may still be read
+  if (first < src.length) {
+    sum_stored<Format>({src, first, min(last, src.length)}, scratch, kThreads / 32);
+    total = sum_slots<kThreads>(scratch, RowSlot(dim, 0, kStoredWarps).slots, dim, mean);
+    if (last <= src.length) {
+      for (int c = threadIdx.x; c < dim; c += kThreads) mean[c] /= float(total);
+      return total;
     }
-    scratch.incoming[c] = in;
-    mean[c] = old;
+    __syncthreads();
+  } else {
+    for (int c = threadIdx.x; c < dim; c += kThreads) mean[c] = 0.f;
   }
+  const RowSlot at(dim, threadIdx.x / 32);
+  float sum[kLaneChannels] = {};
+  const int count = sum_incoming(src, at, max(first, src.length), last, sum);
+  at.leave(scratch, sum, count, dim);
+  total += sum_slots<kThreads>(scratch, at.slots, dim, incoming);
   __syncthreads();
   if (threadIdx.x < 32) {  // the sum of rotated rows is the rotated sum
     float x[kLaneChannels];
 #pragma unroll
-    for (int c = 0; c < kLaneChannels; ++c) {
-      x[c] = at.row >= 0 ? scratch.incoming[at.channel() + c] : 0.f;
-    }
+    for (int c = 0; c < kLaneChannels; ++c) x[c] = at.row >= 0 ? incoming[at.channel() + c] : 0.f;
     rotate(x, src.rotation(), at);
     if (at.row == 0) {
 #pragma unroll
       for (int c = 0; c < kLaneChannels; ++c) {
-        float& sum = mean[at.channel() + c];
-        sum = (x[c] + sum) / total;
+        float& of = mean[at.channel() + c];
+        of = (x[c] + of) / float(total);
       }
     }
   }
@@ -211,22 +288,29 @@ __device__ int sum_rows(const Source<Format, T>& src, int begin, int end, MeanSc
   return total;
 }
 
+// Means as they are found.
+struct GroupScratch {
+  MeanScratch rows;
+  float incoming[256], mean[256];
+};
+
 // Takes the mean of the group of tokens [start, end), which begins in this call, and stores it: the
-// mean of the group before, else of its own rows if they are enough, else none.
+// mean of the group before, else of its own rows if they are enough, else none. Afterwards this
+// thread finds its channels of what is stored in scratch.mean, too, not rounded yet.
 template <int kThreads, class Format, class T>
 __device__ __forceinline__ void open_group(const Source<Format, T>& src, int start, int end,
-                                           __half* slot, MeanScratch& scratch, float* mean) {
+                                           __half* slot, GroupScratch& scratch) {
   const int before = max(0, start - src.cache.mean_group);
   int found = 0;
   for (int from = before; from <= start && !found; from += src.cache.mean_group) {
-    found = sum_rows<kThreads>(src, from, from < start ? start : end, scratch, mean);
+    found = mean_rows<kThreads>(src, from, from < start ? start : end, scratch.rows,
+                                scratch.incoming, scratch.mean);
     if (from == start && found < kMinMeanRows) found = 0;
   }
-  __syncthreads();
-  if (!slot) return;
   for (int c = threadIdx.x; c < src.dim(); c += kThreads) {
-    const float x = found ? mean[c] : 0.f;
-    slot[c] = __float2half_rn(fminf(fmaxf(x, -kMaxAbs), kMaxAbs));
+    const float x = found && slot ? scratch.mean[c] : 0.f;
+    scratch.mean[c] = fminf(fmaxf(x, -kMaxAbs), kMaxAbs);
+    if (slot) slot[c] = __float2half_rn(scratch.mean[c]);
   }
 }
 
@@ -234,11 +318,11 @@ __device__ __forceinline__ void open_group(const Source<Format, T>& src, int sta
 // in this call; null: they have none.
 template <int kThreads, class Format, class T>
 __device__ __forceinline__ const __half* find_mean(const Source<Format, T>& src, int start, int end,
-                                                   MeanScratch& scratch, float* mean) {
+                                                   GroupScratch& scratch) {
   if (!src.is_key || !src.cache.mean_group) return nullptr;
   __half* const slot = src.mean(start);
   if (start >= src.length) {
-    open_group<kThreads>(src, start, end, slot, scratch, mean);
+    open_group<kThreads>(src, start, end, slot, scratch);
     __syncthreads();
   }
   return slot;

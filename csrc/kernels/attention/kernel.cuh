@@ -256,10 +256,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
             last_group = (end_new - 1) & -group;
   const bool has_new = p.key.data && first_new < end_new;
   const bool begins = has_new && (last_group >= rows.stored || last_group > first_new);
-  if (begins) append_groups<Traits>(call, shared.groups, rows.stored, first_new, end_new);
+  // The first of the block's new tokens does, no other one: all that is missing is the mean.
+  const bool opens =
+      begins && p.cache.mean_group && first_new == rows.stored && last_group == rows.stored;
+  if (opens) {
+    open_group<Traits>(call, shared.groups, shared.new_tokens, rows.stored, end_new,
+                       p.seqs.max_blocks == 1 ? first_block : -1);
+  } else if (begins) {
+    append_groups<Traits>(call, shared.groups, rows.stored, first_new, end_new);
+  }
   // Tokens that are not in the cache yet.
-  const int new_begin = has_new && !begins ? first_new : 1 << 30;
-  const int new_end = has_new && !begins ? end_new : 1 << 30;
+  const int new_begin = has_new && (!begins || opens) ? first_new : 1 << 30;
+  const int new_end = has_new && (!begins || opens) ? end_new : 1 << 30;
   const int reach = mean_scores_reach<Traits>(p.cache);
   GroupMeans<Traits> means(shared.means, warp);
   const auto ask_means = [&](int from) {

@@ -203,10 +203,23 @@ class NewTokensInFlight {
   }
 };
 
-struct GroupScratch {
-  MeanScratch rows;
-  float mean[256];
-};
+// Takes the mean of the group that the call's first token begins, behind `stored` others, of which
+// the call has tokens up to `end`: to the cache, and to where the warps look for it. `whole`: the
+// sequence's one block, where it is known.
+template <class Traits>
+__device__ __forceinline__ void open_group(const AttentionCall& p, GroupScratch& scratch,
+                                           NewTokens<Traits>& new_tokens, int stored, int end,
+                                           int whole) {
+  const auto key = new_source<typename Traits::Key, Traits>(p, true, stored, whole);
+  open_group<Traits::kThreads>(key, stored, end, key.mean(stored), scratch);
+  for (int c = threadIdx.x; c < key.dim(); c += Traits::kThreads) {
+#pragma unroll
+    for (int w = 0; w < Traits::kWarps; ++w) {
+      new_tokens.means[w][c] = __float2half_rn(scratch.mean[c]);
+    }
+  }
+  __syncthreads();
+}
 
 // Appends tokens [from, to) of the call's own, among which a group begins. Afterwards all threads
 // of the block find them in the cache.
@@ -218,7 +231,7 @@ __device__ __noinline__ void append_groups(const AttentionCall& p, GroupScratch&
   const int group = p.cache.mean_group ? p.cache.mean_group : 1 << 30;
   for (int start = from & -group; start < to; start += group) {
     const int end = min(start + group, stored + key.call.count);
-    const __half* mean = find_mean<Traits::kThreads>(key, start, end, scratch.rows, scratch.mean);
+    const __half* mean = find_mean<Traits::kThreads>(key, start, end, scratch);
     write_rows(key, max(start, from), min(end, to), mean, threadIdx.x / 32);
     write_rows(value, max(start, from), min(end, to), nullptr, threadIdx.x / 32);
   }

@@ -123,6 +123,9 @@ class CompiledCall(Prepared):
         self.refusals: list[tuple[str | None, str]] = choice.pop("refusals")
         self.regime: str = choice.pop("regime") or ""
         self._floats, self._counters = choice.pop("partial_floats"), choice.pop("counters")
+        if key is not None:
+            rows = max(problem.max_seqlen_q, self._new_tokens)
+            self._floats = max(self._floats, native.module.append_floats(rows))
         # Lengths with the call's own tokens, where the launch does not count them itself.
         self._needs_after = key is not None and not seqs.advance and not choice["appends"]
         self._capacity = min(seqs.max_blocks * view.block_size, 2**30)
@@ -278,13 +281,16 @@ class Compiled(AffineBackend):
         if not key.numel():
             return
         queue, alive = self.queue(key), None
-        counter = 0
-        if seqs is not None and seqs.advance:
-            _, counter, alive = self.workspace(queue, 0, 1)
+        partial = counter = 0
+        tokens = key.shape[1] if key.dim() == 4 else key.shape[0]
+        floats = native.module.append_floats(tokens)
+        if floats or (seqs is not None and seqs.advance):
+            partial, counter, alive = self.workspace(queue, floats, 1)
         native.module.append(
             view_twin(view), None if seqs is None else seqs_twin(seqs), *_sizes(key),
             key.data_ptr(), _strides(key), value.data_ptr(), _strides(value), DTYPES[key.dtype],
-            0 if slot_mapping is None else slot_mapping.data_ptr(), counter, *queue,
+            0 if slot_mapping is None else slot_mapping.data_ptr(), partial, counter,
+            *queue,
         )  # fmt: skip
         del alive
 
