@@ -1,8 +1,9 @@
 """vLLM's decode steps with kvquant's cache beside its own, through its scheduler and model runner.
 
 ``python -m benchmarks serve`` starts one engine a cache, each in a process of its own, on a Llama
-of random weights: requests of equal length are read, then decode together. The time of a step is
-that of later tokens, the first ones of each request left out. Where vLLM has its compiled kernels,
+of random weights: requests of equal length are read, then decode together, in CUDA graphs. The time
+of a step is that of later tokens, the first ones of each request left out. kvquant's engine runs
+without graphs first: the answers have to be the same. Where vLLM has its compiled kernels,
 ``--client`` also runs its own benchmark client against a server with each cache.
 """
 
@@ -75,6 +76,14 @@ def save_model(folder: Path, case: Case) -> None:
     config.save_pretrained(folder)
 
 
+def randomize(model: torch.nn.Module) -> None:
+    """Weights with which answers vary: vLLM's own are so small that each token repeats itself."""
+    torch.manual_seed(0)
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            weight.data.normal_(std=weight.shape[1] ** -0.5)
+
+
 def decode(case: Case) -> dict[str, Any]:
     """Milliseconds of a decode step, and tokens that fit: in this process."""
     from vllm import LLM, SamplingParams, TokensPrompt
@@ -89,18 +98,23 @@ def decode(case: Case) -> dict[str, Any]:
             "cudagraph_mode": "NONE" if case.eager else "FULL_DECODE_ONLY",
         }  # fmt: skip
         operators = ("rms_norm", "fused_add_rms_norm", "gelu_and_mul_sparse")
-        options["kernel_config"] = {"ir_op_priority": {name: ["native"] for name in operators}}
+        options["kernel_config"] = {
+            "ir_op_priority": {name: ["native"] for name in operators}, "enable_jit_warmup": False,
+        }  # fmt: skip
     if (chosen := backend or case.backend) is not None:
         options["attention_backend"] = chosen
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder), case)
         llm = LLM(
             model=folder, skip_tokenizer_init=True, load_format="dummy", dtype="float16",
-            kv_cache_dtype=dtype or cache_dtype(), max_num_seqs=case.batch,
+            kv_cache_dtype=dtype or cache_dtype(), max_num_seqs=case.batch, seed=0,
             max_model_len=case.context + case.steps + 64, kv_cache_memory_bytes=case.memory,
-            enforce_eager=case.eager, enable_prefix_caching=False, disable_log_stats=True,
+            gpu_memory_utilization=0.3, enforce_eager=case.eager, enable_prefix_caching=False,
+            disable_log_stats=True,
             **options,
         )  # fmt: skip
+    llm.apply_model(randomize)
+    torch.manual_seed(0)
     prompts = torch.randint(0, 4000, (case.batch, case.context)).tolist()
     times: list[float] = []
     engine = llm.llm_engine
@@ -123,8 +137,8 @@ def decode(case: Case) -> dict[str, Any]:
     }
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """`decode` in a new process; an error if that fails."""
+def measure(case: Case, log: Path | None) -> dict[str, Any]:
+    """`decode` in a new process, which prints into ``log``; an error if that fails."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figures.json"
         done = subprocess.run(
@@ -134,6 +148,9 @@ def measure(case: Case) -> dict[str, Any]:
             stderr=subprocess.STDOUT,
             text=True,
         )
+        if log is not None:
+            with log.open("a") as file:
+                file.write(f"{case}\n{done.stdout}\n")
         if done.returncode:
             return {"error": done.stdout[-3000:]}
         found: dict[str, Any] = json.loads(path.read_text())
@@ -173,6 +190,7 @@ def main(
     backend: Annotated[str | None, typer.Option(help="vLLM's own, for its own caches")] = None,
     native: Annotated[bool, typer.Option(help="without vLLM's compiled operators")] = False,
     caches: str = ",".join(CACHES),
+    log: Annotated[Path | None, typer.Option(help="where the engines print")] = None,
     model: Annotated[str | None, typer.Option("--client", help="a model to serve")] = None,
 ) -> None:
     """Time vLLM's decode steps with kvquant's cache and with its own."""
@@ -182,12 +200,12 @@ def main(
     )
     for cache in caches.split(","):
         answers: list[Any] = []
-        for eager in (True, False):
+        for eager in (True, False) if cache == "kvquant" else (False,):
             case = Case(
                 cache, batch, context, steps, layers, heads, int(gib * 2**30), eager, backend,
                 native,
             )  # fmt: skip
-            found = measure(case)
+            found = measure(case, log)
             if "error" in found:
                 print(f"{cache}, {'eager' if eager else 'graphs'}: failed\n{found['error']}")
                 continue
@@ -196,8 +214,9 @@ def main(
                 cache=cache, graphs="no" if eager else "yes", ms=found["ms"],
                 fits=found["capacity"], same=answers[0] == answers[-1],
             )  # fmt: skip
+            report.save(json_path)
     if report.rows:
-        report.finish(json_path)
+        report.print()
     if model is not None:
         for port, cache in enumerate(("kvquant", "16 bits", "fp8"), start=8100):
             print(f"{cache}\n{client(model, cache, port, requests=200)}")
