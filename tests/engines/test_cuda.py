@@ -39,7 +39,7 @@ class Engine:
         self.lens = torch.zeros(BATCH, dtype=torch.int32, device="cuda")
         self.dtype = dtype
 
-    def build(self, lengths: list[int], counts: list[int]) -> Any:
+    def common(self, lengths: list[int], counts: list[int]) -> CommonAttentionMetadata:
         """The step in which requests of such lengths get so many tokens; those with none pad."""
         starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
         real = torch.tensor(counts) > 0
@@ -48,13 +48,16 @@ class Engine:
         self.lens.copy_(torch.tensor(after))
         self.table.copy_(self.ids * real[:, None].cuda())
         total = BATCH * max(counts)
-        common = CommonAttentionMetadata(
+        return CommonAttentionMetadata(
             query_start_loc=self.starts, query_start_loc_cpu=starts, seq_lens=self.lens,
             num_reqs=BATCH, num_actual_tokens=total, max_query_len=max(counts),
             max_seq_len=WIDTH * BLOCK, block_table_tensor=self.table,
             slot_mapping=torch.zeros(total, dtype=torch.int64, device="cuda"),
+            seq_lens_cpu_upper_bound=torch.tensor(after, dtype=torch.int32),
         )  # fmt: skip
-        return self.builder.build(0, common)
+
+    def build(self, lengths: list[int], counts: list[int]) -> Any:
+        return self.builder.build(0, self.common(lengths, counts))
 
     def rows(self, total: int) -> list[Tensor]:
         return [
@@ -145,18 +148,13 @@ def test_uniform_decodes_and_packed_rows_agree(name: str) -> None:
     assert torch.equal(results[0][1], results[1][1])
 
 
-def test_nothing_waits_for_the_device() -> None:
+@pytest.mark.parametrize("counts", [[1] * BATCH, [2000, 1, 1, 1]], ids=str)
+def test_nothing_waits_for_the_device(counts: list[int]) -> None:
     engine = Engine("KVQUANT", 0, torch.float16)
-    rows = engine.rows(BATCH)
+    rows = engine.rows(sum(counts))
     out = torch.empty_like(rows[0])
-    engine.run(engine.build([9] * BATCH, [1] * BATCH), rows, out)
-    starts = torch.arange(BATCH + 1, dtype=torch.int32)
-    common = CommonAttentionMetadata(
-        query_start_loc=engine.starts, query_start_loc_cpu=starts, seq_lens=engine.lens,
-        num_reqs=BATCH, num_actual_tokens=BATCH, max_query_len=1, max_seq_len=WIDTH * BLOCK,
-        block_table_tensor=engine.table,
-        slot_mapping=torch.zeros(BATCH, dtype=torch.int64, device="cuda"),
-    )  # fmt: skip
+    engine.run(engine.build([1500, 9, 9, 9], counts), rows, out)
+    common = engine.common([1500, 9, 9, 9], counts)
     torch.cuda.set_sync_debug_mode("error")
     try:
         engine.run(engine.builder.build(0, common), rows, out)
