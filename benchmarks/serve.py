@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,8 +85,13 @@ def randomize(model: torch.nn.Module) -> None:
             weight.data.normal_(std=weight.shape[1] ** -0.5)
 
 
-def decode(case: Case) -> dict[str, Any]:
-    """Milliseconds of a decode step, and tokens that fit: in this process."""
+def decode(case: Case, wait: Callable[[], None]) -> dict[str, Any]:
+    """Milliseconds of a decode step, and tokens that fit: in this process.
+
+    Args:
+        case: What to run.
+        wait: Called when the engine stands, before it works.
+    """
     from vllm import LLM, SamplingParams, TokensPrompt
 
     from kvquant.integrations.vllm import cache_dtype
@@ -109,11 +115,11 @@ def decode(case: Case) -> dict[str, Any]:
             model=folder, skip_tokenizer_init=True, load_format="dummy", dtype="float16",
             kv_cache_dtype=dtype or cache_dtype(), max_num_seqs=case.batch, seed=0,
             max_model_len=case.context + case.steps + 64, kv_cache_memory_bytes=case.memory,
-            gpu_memory_utilization=0.3, enforce_eager=case.eager, enable_prefix_caching=False,
-            disable_log_stats=True,
-            **options,
+            gpu_memory_utilization=0.1, enforce_eager=case.eager, enable_prefix_caching=False,
+            disable_log_stats=True, **options,
         )  # fmt: skip
     llm.apply_model(randomize)
+    wait()
     torch.manual_seed(0)
     prompts = torch.randint(0, 4000, (case.batch, case.context)).tolist()
     times: list[float] = []
@@ -137,24 +143,43 @@ def decode(case: Case) -> dict[str, Any]:
     }
 
 
-def measure(case: Case, log: Path | None) -> dict[str, Any]:
-    """`decode` in a new process, which prints into ``log``; an error if that fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "figures.json"
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.serve", json.dumps(asdict(case)), str(path)],
+class Engine:
+    """`decode` in a process of its own, which starts at once and works when it is told to."""
+
+    def __init__(self, case: Case, folder: Path) -> None:
+        self.case, self._folder = case, folder
+        self._log = (folder / "log").open("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.serve", json.dumps(asdict(case)), str(folder)],
             env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-            stdout=subprocess.PIPE,
+            stdin=subprocess.PIPE,
+            stdout=self._log,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        if log is not None:
-            with log.open("a") as file:
-                file.write(f"{case}\n{done.stdout}\n")
-        if done.returncode:
-            return {"error": done.stdout[-3000:]}
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+
+    def wait(self) -> None:
+        """Until the engine stands, or has failed."""
+        while not (self._folder / "stands").exists() and self._process.poll() is None:
+            time.sleep(0.1)
+
+    def work(self) -> tuple[dict[str, Any] | None, str]:
+        """The figures, None where it failed; and what it printed."""
+        self._process.communicate("go\n")
+        self._log.seek(0)
+        printed = self._log.read()
+        if self._process.returncode:
+            return None, printed
+        return json.loads((self._folder / "figures.json").read_text()), printed
+
+
+def _main(case: Case, folder: Path) -> None:
+    def wait() -> None:
+        (folder / "stands").touch()
+        if not sys.stdin.readline():
+            sys.exit("nobody waits for the figures any more")
+
+    (folder / "figures.json").write_text(json.dumps(decode(case, wait)))
 
 
 def client(model: str, cache: str, port: int, requests: int) -> str:
@@ -190,31 +215,49 @@ def main(
     backend: Annotated[str | None, typer.Option(help="vLLM's own, for its own caches")] = None,
     native: Annotated[bool, typer.Option(help="without vLLM's compiled operators")] = False,
     caches: str = ",".join(CACHES),
+    together: Annotated[bool, typer.Option(help="engines start at once, and take turns")] = False,
     log: Annotated[Path | None, typer.Option(help="where the engines print")] = None,
     model: Annotated[str | None, typer.Option("--client", help="a model to serve")] = None,
 ) -> None:
     """Time vLLM's decode steps with kvquant's cache and with its own."""
     report = Report(
         f"vLLM, a decode step of {layers} layers: {batch} requests of {context} tokens; fits: "
-        "tokens that the cache has room for; same: answers as without graphs"
+        "tokens that the cache has room for; same: kvquant's answers as without graphs"
     )
-    for cache in caches.split(","):
-        answers: list[Any] = []
-        for eager in (True, False) if cache == "kvquant" else (False,):
-            case = Case(
-                cache, batch, context, steps, layers, heads, int(gib * 2**30), eager, backend,
-                native,
-            )  # fmt: skip
-            found = measure(case, log)
-            if "error" in found:
-                print(f"{cache}, {'eager' if eager else 'graphs'}: failed\n{found['error']}")
-                continue
-            answers.append(found["answers"])
-            report.add(
-                cache=cache, graphs="no" if eager else "yes", ms=found["ms"],
-                fits=found["capacity"], same=answers[0] == answers[-1],
-            )  # fmt: skip
-            report.save(json_path)
+    cases = [
+        Case(
+            cache, batch, context, steps, layers, heads, int(gib * 2**30), eager, backend, native
+        )
+        for cache in caches.split(",")
+        for eager in ((True, False) if cache == "kvquant" else (False,))
+    ]  # fmt: skip
+    eager_answers = None
+    for turn in [cases] if together else [[case] for case in cases]:
+        with tempfile.TemporaryDirectory() as scratch:
+            engines = []
+            for number, case in enumerate(turn):
+                (folder := Path(scratch) / str(number)).mkdir()
+                engines.append(Engine(case, folder))
+            for engine in engines:
+                engine.wait()
+            for engine in engines:
+                case, (found, printed) = engine.case, engine.work()
+                if log is not None:
+                    with log.open("a") as file:
+                        file.write(f"{case}\n{printed}\n")
+                if found is None:
+                    print(f"{case}: failed\n{printed[-3000:]}", flush=True)
+                    continue
+                same = ""
+                if case.eager:
+                    eager_answers = found["answers"]
+                elif case.cache == "kvquant" and eager_answers is not None:
+                    same = "yes" if found["answers"] == eager_answers else "no"
+                report.add(
+                    cache=case.cache, graphs="no" if case.eager else "yes", ms=found["ms"],
+                    fits=found["capacity"], same=same,
+                )  # fmt: skip
+                report.save(json_path)
     if report.rows:
         report.print()
     if model is not None:
@@ -223,4 +266,4 @@ def main(
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(decode(Case(**json.loads(sys.argv[1])))))
+    _main(Case(**json.loads(sys.argv[1])), Path(sys.argv[2]))
