@@ -57,7 +57,8 @@ test: $(state)/package $(state)/test  ## every test that this machine can run, k
 
 .PHONY: test-vllm
 test-vllm: $(vllm)/.ready  ## the cache inside vLLM, on a CPU, in an environment of its own
-	KVQUANT_TEST_LONG=$(LONG) $(vllm)/bin/python -m pytest -s -o filterwarnings=default $(or $(ARGS),tests/engines)
+	KVQUANT_TEST_LONG=$(LONG) $(vllm)/bin/python -m pytest -o filterwarnings=default $(if $(LONG),-s,-n 2 --dist loadfile) \
+	  $(or $(ARGS),tests/engines)
 
 .PHONY: lint
 lint: $(state)/lint  ## check style, types and layers; changes nothing

@@ -94,7 +94,7 @@ def test_a_captured_decode_grows_by_replay_as_eager_steps_do(
         engine.run(common, rows, torch.empty_like(rows[0]))
         engines.append(engine)
     eager, captured = engines
-    buffers, out = captured.rows(BATCH * tokens), None
+    buffers = captured.rows(BATCH * tokens)
     out = torch.empty_like(buffers[0])
     step = captured.build([0] * BATCH, [tokens] * BATCH)  # as at capture: no context
     kept = captured.pages.clone()
