@@ -146,9 +146,9 @@ def decode(case: Case, wait: Callable[[], None]) -> dict[str, Any]:
 class Engine:
     """`decode` in a process of its own, which starts at once and works when it is told to."""
 
-    def __init__(self, case: Case, folder: Path) -> None:
+    def __init__(self, case: Case, folder: Path, log: Path) -> None:
         self.case, self._folder = case, folder
-        self._log = (folder / "log").open("w+")
+        self._log = log.open("w+")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.serve", json.dumps(asdict(case)), str(folder)],
             env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
@@ -216,7 +216,7 @@ def main(
     native: Annotated[bool, typer.Option(help="without vLLM's compiled operators")] = False,
     caches: str = ",".join(CACHES),
     together: Annotated[bool, typer.Option(help="engines start at once, and take turns")] = False,
-    log: Annotated[Path | None, typer.Option(help="where the engines print")] = None,
+    log: Annotated[Path | None, typer.Option(help="a folder for what the engines print")] = None,
     model: Annotated[str | None, typer.Option("--client", help="a model to serve")] = None,
 ) -> None:
     """Time vLLM's decode steps with kvquant's cache and with its own."""
@@ -237,14 +237,13 @@ def main(
             engines = []
             for number, case in enumerate(turn):
                 (folder := Path(scratch) / str(number)).mkdir()
-                engines.append(Engine(case, folder))
+                (logs := log or folder).mkdir(parents=True, exist_ok=True)
+                mode = "eager" if case.eager else "graphs"
+                engines.append(Engine(case, folder, logs / f"{case.cache}, {mode}.log"))
             for engine in engines:
                 engine.wait()
             for engine in engines:
                 case, (found, printed) = engine.case, engine.work()
-                if log is not None:
-                    with log.open("a") as file:
-                        file.write(f"{case}\n{printed}\n")
                 if found is None:
                     print(f"{case}: failed\n{printed[-3000:]}", flush=True)
                     continue
