@@ -199,7 +199,10 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
     rounds: int = 3,
 ) -> None:
-    """Print decode, prompt and row figures, each beside torch's."""
+    """Print decode, prompt and row figures, each beside torch's.
+
+    Example: python -m benchmarks cpu --json cpu.json
+    """
     torch.set_grad_enabled(False)
     facts = {"isa": build_info()["cpu_isa"], "threads": torch.get_num_threads()}
     bandwidth = round(cpu_bandwidth(), 1)

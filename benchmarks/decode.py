@@ -169,7 +169,10 @@ def main(
     formats: Annotated[str, typer.Option(help="Of the cache, by comma.")] = ",".join(FORMATS),
     shapes: Annotated[int, typer.Option(help="How many of the shapes.")] = len(SHAPES),
 ) -> None:
-    """Print time, % of the read ceiling and the ratio to the best fp16 and fp8 kernels."""
+    """Print time, % of the read ceiling and the ratio to the best fp16 and fp8 kernels.
+
+    Example: python -m benchmarks decode --shapes 2 --json decode.json
+    """
     torch.set_grad_enabled(False)
     ceiling = read_ceiling()
     report = Report("Decode attention", read_ceiling_tbs=round(ceiling, 3))

@@ -1,7 +1,8 @@
-"""transformers' generate on the CPU: SmolLM2-135M with the 8-bit cache and with DynamicCache.
+"""transformers' generate: on the CPU SmolLM2-135M with the 8-bit cache and with DynamicCache.
 
 Both caches hold the same rows, those of a text over and over; generate then goes on from them. The
-runs of the caches and dtypes alternate, and a token's time is what passes between two of them.
+runs of the caches and dtypes alternate, and a token's time is what passes between two of them. On a
+GPU see `benchmarks.generate_gpu`.
 """
 
 from __future__ import annotations
@@ -80,18 +81,70 @@ def generate(model: Any, cache: Any, attention: str, prompt: Tensor, tokens: int
     return clock.steps
 
 
+def beside_hqq(models: dict[str, Any], ids: Tensor, tokens: int) -> dict[str, float]:
+    """Tokens/s over ``tokens`` of transformers' QuantizedCache (hqq, 8 bits) and of ours.
+
+    Each cache begins with the prompt; QuantizedCache quantizes everything anew every 128 tokens.
+    """
+    from transformers import QuantizedCache
+
+    from kvquant.integrations.transformers import KVQuantCache
+
+    found: dict[str, float] = {}
+    for dtype, model in models.items():
+        for name, attention, cache in (
+            ("KVQuantCache", "kvquant", KVQuantCache(model.config)),
+            (
+                "QuantizedCache", "sdpa",
+                QuantizedCache("hqq", model.config, nbits=8, axis_key=1, axis_value=1),
+            ),
+        ):  # fmt: skip
+            clock = Clock()
+            model.set_attn_implementation(attention)
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens,
+                min_new_tokens=tokens, stopping_criteria=[clock], **cache_argument(cache),
+            )  # fmt: skip
+            found[f"{name}_{dtype}"] = 1e3 * len(clock.steps) / sum(clock.steps)
+    for name in ("KVQuantCache", "QuantizedCache"):
+        found[name] = max(speed for key, speed in found.items() if key.startswith(f"{name}_"))
+    return {**found, "ratio_of_fastest": found["KVQuantCache"] / found["QuantizedCache"]}
+
+
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG here, on a GPU.")] = None,
+    device: str = "cuda" if torch.cuda.is_available() else "cpu",
     rounds: int = 3,
     tokens: int = 17,
+    seconds: Annotated[float, typer.Option(help="On a GPU: begin nothing after them.")] = 270,
+    layers: Annotated[int, typer.Option(help="On a GPU.")] = 16,
+    hqq: Annotated[
+        bool, typer.Option(help="On the CPU only this: 256 tokens beside hqq's cache.")
+    ] = False,
 ) -> None:
-    """Print decode tokens/s of both caches in float32 and bfloat16, and the ratios."""
+    """Print decode tokens/s of both caches in float32 and bfloat16, and the ratios.
+
+    On a GPU: tokens/s, the host's share and memory of six caches.
+
+    Example: python -m benchmarks generate --json generate.json
+    """
     torch.set_grad_enabled(False)
+    if device == "cuda":
+        from benchmarks import generate_gpu
+
+        generate_gpu.run_all(json, plot, seconds, layers)
+        return
     folder = cache_folder()
     tokenizer, model = load(folder)
     text = fetch(TEXT, folder).read_text(encoding="latin-1")
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :TEXT_TOKENS]
     models = {"float32": model, "bfloat16": copy.deepcopy(model).bfloat16()}
+    if hqq:
+        beside = Report("256 tokens of generate on the CPU behind 512, SmolLM2-135M, batch 1")
+        beside.add(**beside_hqq(models, ids[:, :512], 256))
+        beside.finish(json)
+        return
     report = Report("generate on the CPU, SmolLM2-135M, batch 1", threads=torch.get_num_threads())
     for context in (64, 512, 4096, 8192):
         prompt = ids.repeat(1, -(-(context + 1) // TEXT_TOKENS))[:, : context + 1]

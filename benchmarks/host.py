@@ -235,7 +235,10 @@ def main(
     rounds: int = 21,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
-    """Print host time of decode steps, and its ratio to another build's."""
+    """Print host time of decode steps, and its ratio to another build's.
+
+    Example: python -m benchmarks host --json host.json
+    """
     from benchmarks.common import Report
 
     what = "kernels" if kernels else "host"

@@ -23,7 +23,7 @@ from kvquant.demo.model import cache_argument, use_attention_of
 from kvquant.fit import FORMATS, Layout, ModelShape, cache_bytes, peer_bytes, shape_of
 
 LAST = 8  # tokens that are generated
-PIECE = 128  # tokens that a cache is filled by
+PIECE = 2**14  # tokens that a cache is filled by, of all sequences together
 INT4_BITS = 4.25  # of a weight: 4, and a scale and a zero of 16 bits for 128 weights
 CACHES = ("DynamicCache", "StaticCache", "KVQuantCache")
 GIB = 2**30
@@ -86,7 +86,8 @@ class Trial:
         config = self.model.config
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         for index in range(config.num_hidden_layers):
-            step = tokens if kind == "DynamicCache" else PIECE  # it keeps what it is given first
+            # DynamicCache keeps the very rows that it is given first.
+            step = tokens if kind == "DynamicCache" else max(1, PIECE // batch)
             for begin in range(0, tokens, step):
                 size = (batch, config.num_key_value_heads, min(step, tokens - begin), dim)
                 key, value = (self.rows(size, kind == "DynamicCache") for _ in range(2))

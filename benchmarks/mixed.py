@@ -53,7 +53,10 @@ def step(
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
-    """Print milliseconds of the mixed call, of its parts, and their ratio."""
+    """Print milliseconds of the mixed call, of its parts, and their ratio.
+
+    Example: python -m benchmarks mixed --json mixed.json
+    """
     torch.set_grad_enabled(False)
     report = Report("Chunks beside decode steps", stored=STORED)
     for chunks, tokens, decodes in MIXTURES:

@@ -17,7 +17,10 @@ from kvquant import ops
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
-    """Print microseconds of host time of each part."""
+    """Print microseconds of host time of each part.
+
+    Example: python -m benchmarks overhead --json overhead.json
+    """
     torch.set_grad_enabled(False)
     heads, kv_heads, dim = 32, 8, 128
     cache = kvquant.QuantizedKVCache(

@@ -238,7 +238,10 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="Write a PNG here.")] = None,
     shapes: Annotated[int, typer.Option(help="How many of the shapes.")] = len(SHAPES),
 ) -> None:
-    """Print milliseconds, TFLOP/s, ratios to cuDNN, extra memory and errors."""
+    """Print milliseconds, TFLOP/s, ratios to cuDNN, extra memory and errors.
+
+    Example: python -m benchmarks prefill --shapes 2 --json prefill.json
+    """
     torch.set_grad_enabled(False)
     report = Report("Chunks of prompts over the 8-bit history")
     layouts = {"contiguous": None, "paged64": 64, "paged16": 16}

@@ -68,7 +68,10 @@ def appends(
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
-    """Print time, bytes, TB/s, % of the read ceiling and the ratio to torch."""
+    """Print time, bytes, TB/s, % of the read ceiling and the ratio to torch.
+
+    Example: python -m benchmarks rows --json rows.json
+    """
     ceiling = read_ceiling()
     report = Report("Rows in and out", read_ceiling_tbs=round(ceiling, 3))
 

@@ -70,7 +70,10 @@ def main(
     rounds: int = 9,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
-    """Print decode steps on our own memory and on an engine's slabs, and their ratio."""
+    """Print decode steps on our own memory and on an engine's slabs, and their ratio.
+
+    Example: python -m benchmarks slab --json slab.json
+    """
     torch.set_grad_enabled(False)
     batch, tokens = SIZES[device]
     heads, kv_heads, dim, dtype = 32, 8, 128, torch.bfloat16

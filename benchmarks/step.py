@@ -47,14 +47,16 @@ def make_model(layers: int) -> Any:
     return model
 
 
-def filled(model: Any, cache: Any, batch: int, context: int) -> Any:
-    """``cache`` with random rows."""
-    piece = max(1, min(context, 2**19 // batch))
+def filled(model: Any, cache: Any, batch: int, context: int, piece: int | None = None) -> Any:
+    """``cache`` with random rows, ``piece`` of them at a time."""
+    piece = max(1, min(context, piece or 2**19 // batch))
     key, value = torch.randn(2, batch, KV_HEADS, piece, DIM, device=DEVICE).unbind(0)
     for layer in range(model.config.num_hidden_layers):
         for begin in range(0, context, piece):
             n = min(piece, context - begin)
             cache.update(key[:, :, :n], value[:, :, :n], layer)
+        if hasattr(cache.layers[layer], "flush"):  # no attention follows that would store them
+            cache.layers[layer].flush()
     return cache
 
 
@@ -157,6 +159,8 @@ def compiled(model: Any, cache: Any, batch: int, context: int) -> dict[str, floa
         step()
 
     figures = step.timed(call)
+    if cache.get_seq_length() != context + STEPS:
+        raise RuntimeError(f"{cache.get_seq_length()} tokens, not {context + STEPS}")
     skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
     return {**figures, "graph_skips": skips}
 
@@ -246,7 +250,10 @@ def main(
     layers: int = 16,
     only: Annotated[str, typer.Option(help="Ways, with commas between; all by default.")] = "",
 ) -> None:
-    """Print milliseconds of a decode step, by way and shape; figures are written as they come."""
+    """Print milliseconds of a decode step, by way and shape; figures are written as they come.
+
+    Example: python -m benchmarks step --only hand,step --json step.json
+    """
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
     begin = time.perf_counter()

@@ -127,7 +127,10 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG here.")] = None,
 ) -> None:
-    """Print milliseconds, TB/s and % of the copy kernel; and microseconds of decode steps."""
+    """Print milliseconds, TB/s and % of the copy kernel; and microseconds of decode steps.
+
+    Example: python -m benchmarks store --json store.json --plot store.png
+    """
     report = Report("Stores of prompts")
     for batch, tokens in PROMPTS:
         elements = batch * tokens * HEADS * 2 * DIM

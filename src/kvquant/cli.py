@@ -172,10 +172,14 @@ def _doctor(
     logging.getLogger("kvquant").setLevel(logging.ERROR)  # the rows say it
     rows = examine(collect())
     if model is not None:
-        from .doctor import examine_model
+        from .terminal import progress
 
         memory = None if device_memory is None else int(device_memory * 2**30)
-        rows += examine_model(model, batch=batch, length=length, device_memory=memory)
+        with progress("the model, without weights", 1) as advance:
+            from .doctor import examine_model
+
+            rows += examine_model(model, batch=batch, length=length, device_memory=memory)
+            advance(1)
     for row in rows:
         print(f"{row.state:<6} {row.check:<21} {row.what}")
         if row.advice and row.state != "ok":

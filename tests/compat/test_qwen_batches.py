@@ -12,7 +12,11 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers", minversion="4.56")
 
 from kvquant.compat.qwen import apply_switches, batches, generate_batch  # noqa: E402
-from kvquant.integrations.transformers import CACHE_ARGUMENT, KVQuantCache  # noqa: E402
+from kvquant.integrations.transformers import (  # noqa: E402
+    CACHE_ARGUMENT,
+    GraphStep,
+    KVQuantCache,
+)
 from tiny import make  # noqa: E402
 
 pytestmark = [
@@ -97,6 +101,23 @@ def test_texts_come_in_order_without_the_end(monkeypatch: pytest.MonkeyPatch) ->
         model, Letters(), prompts, return_tokens=True, eos_token_id=end, **options
     )
     assert ended[0].tolist() == tokens[0][: first + 1].tolist()
+
+
+@pytest.mark.gpu
+def test_steps_are_replayed_on_a_gpu(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    close = GraphStep.close
+
+    def watched(step: GraphStep) -> None:
+        made.append(step.calls.copy())
+        close(step)
+
+    monkeypatch.setattr(GraphStep, "close", watched)
+    model = model_of("llama", cuda)
+    generate_batch(
+        model, Letters(), prompts_of(6), max_new_tokens=12, min_new_tokens=12, batch_size=3
+    )
+    assert made == [{"model": 2, "capture": 1, "replay": 9}] * 2
 
 
 def test_batches_go_by_length(monkeypatch: pytest.MonkeyPatch) -> None:

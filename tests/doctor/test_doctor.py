@@ -297,3 +297,20 @@ def test_the_command_on_a_model(
     assert end.value.code == 1
     with pytest.raises(SystemExit, match="kvquant doctor: model: expected a folder"):
         cli.main(["doctor", "no-such-model"])
+
+
+def test_a_bar_is_shown_for_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers", minversion="4.56")
+    pytest.importorskip("typer")
+    terminal = pytest.importorskip("kvquant.terminal")
+    bars: list[tuple[str, int]] = []
+    progress = terminal.progress
+
+    def watched(what: str, total: int) -> Any:
+        bars.append((what, total))
+        return progress(what, total)
+
+    monkeypatch.setattr(terminal, "progress", watched)
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "smollm2-135m"])
+    assert bars == [("the model, without weights", 1)]

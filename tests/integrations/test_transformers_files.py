@@ -19,7 +19,7 @@ from tiny import COMMON, ids_of, logits, make  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
 
-@pytest.mark.parametrize(
+WAYS = pytest.mark.parametrize(
     "options",
     [
         {},
@@ -29,6 +29,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
     ],
     ids=["grows", "paged", "fixed-plain", "k4v4"],
 )
+
+
+@WAYS
 def test_a_loaded_cache_goes_on_as_the_saved_one(
     options: dict[str, Any], tmp_path: Path, device: str
 ) -> None:
@@ -117,3 +120,49 @@ def test_heads_that_are_padded_cannot_be_saved(tmp_path: Path, device: str) -> N
         model(input_ids=ids_of(1, 5, device), use_cache=True, **{CACHE_ARGUMENT: cache})
     with pytest.raises(ValueError, match="head_dim of layer 0 is no multiple of 16"):
         cache.save(tmp_path / "cache")
+
+
+@WAYS
+def test_rows_wait_in_host_memory(options: dict[str, Any], device: str) -> None:
+    model, ids = make("llama", device), ids_of(2, 90, device)
+    mask = torch.ones_like(ids)
+    mask[1, :11] = 0
+    caches = [KVQuantCache(model, **options) for _ in range(2)]
+    for cache in caches:
+        logits(model, cache, ids[:, :80], attention_mask=mask[:, :80])
+    before = torch.cuda.memory_allocated() if device == "cuda" else 0
+    size = caches[0].nbytes
+    caches[0].offload()
+    assert caches[0].nbytes == 0
+    if device == "cuda":
+        assert before - torch.cuda.memory_allocated() >= size
+    assert caches[0].get_seq_length() == 80
+    copy = caches[0].fork()
+    assert copy.nbytes == 0
+    for end in range(81, 86):
+        if end == 83:
+            caches[0].offload(1)
+            assert 0 < caches[0].nbytes < size
+            caches[0].prefetch()
+            assert all(layer.nbytes for layer in caches[0].layers)
+        step = {"attention_mask": mask[:, :end]}
+        found = [logits(model, cache, ids[:, end - 1 : end], **step) for cache in (*caches, copy)]
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[2], found[1])
+
+
+def test_rows_that_find_no_room_stay_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = make("llama", "cpu"), ids_of(1, 20, "cpu")
+    caches = [KVQuantCache(model) for _ in range(2)]
+    for cache in caches:
+        logits(model, cache, ids[:, :19])
+    caches[0].offload()
+    with monkeypatch.context() as patch:
+        patch.setattr(QuantizedKVCache, "load_state_dict", no_room)
+        with pytest.raises(torch.OutOfMemoryError):
+            caches[0].prefetch()
+    assert torch.equal(*(logits(model, cache, ids[:, 19:]) for cache in caches))
+
+
+def no_room(*args: Any) -> None:
+    raise torch.OutOfMemoryError("as a GPU says it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -136,10 +137,28 @@ def _graphed(case: Case) -> Tensor:
 
 
 def _offloaded(case: Case) -> Tensor:
-    cache = case.cache()
-    tokens = generate(case.model, cache, case.prompt(), _NEW)
-    cache.offload(0, only_non_sliding=False)
-    return tokens
+    cache, text = case.cache(), case.prompt()
+    for _ in range(2):
+        text = torch.cat([text, case.prompt(1, 7)], dim=1)
+        text = generate(case.model, cache, text, 8, attention_mask=torch.ones_like(text))
+        cache.offload()
+        assert all(layer.nbytes == 0 for layer in cache.layers if not layer.slides)
+    return text
+
+
+def _mapped(case: Case) -> Tensor:
+    from accelerate import dispatch_model
+
+    away = {"cpu": "disk", "cuda": "cpu"}[case.device]  # where weights wait between their layers
+    places = {f"model.{name}": case.device for name, _ in case.model.model.named_children()}
+    del places["model.layers"]
+    layers = range(len(case.model.model.layers))
+    places |= {f"model.layers.{i}": away if i % 2 else case.device for i in layers}
+    with tempfile.TemporaryDirectory() as folder:
+        main = torch.device(case.device)
+        options = {"offload_dir": folder, "main_device": main, "force_hooks": True}
+        case.model = dispatch_model(case.model, {**places, "lm_head": case.device}, **options)
+        return case.generate(2)
 
 
 def _trained(case: Case) -> Tensor:
@@ -173,7 +192,8 @@ MODES: dict[str, Callable[[Case], Tensor]] = {
     "`torch.compile(model)`": _compiled,
     "`torch.compile(model, fullgraph=True)`, `max_cache_len`": _compiled_whole,
     "`graph_step`, or `enable(model, graph=True)`": _graphed,
-    "`cache.offload()`": _offloaded,
+    "`cache.offload()` between turns": _offloaded,
+    "`device_map`: every other layer's weights on the CPU or disk": _mapped,
     "training": _trained,
     "`output_attentions=True`": _weights,
     "`generate_batch`": _continuous,

@@ -129,3 +129,11 @@ def test_help_has_an_example_and_json(command: str, capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     assert f"Example: kvquant {command}" in printed
     assert "--json" in printed
+
+
+def test_the_package_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kvquant", "info"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "reference   works" in done.stdout

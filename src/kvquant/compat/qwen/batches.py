@@ -129,7 +129,7 @@ def batch_size_for(
         ValueError: A model whose cache cannot be sized from its config.
     """
     try:
-        shape = _shapes.get(model) or _shapes.setdefault(model, shape_of(model.config))
+        shape = _shape(model)
     except ValueError as error:
         raise ValueError(f"batch_size: cannot be worked out, pass a number ({error})") from error
     total = length + max_new_tokens
@@ -149,6 +149,15 @@ def batch_size_for(
     return max(1, min(_MOST, int(room * _SHARE) // (each * num_beams)))
 
 
+def _shape(model: Any) -> ModelShape:
+    """What a model's layers keep, worked out once.
+
+    Raises:
+        ValueError: That cannot be told from its config.
+    """
+    return _shapes.get(model) or _shapes.setdefault(model, shape_of(model.config))
+
+
 def _free(device: torch.device) -> int:
     """Bytes that a device has free, those that torch's allocator keeps among them."""
     if device.type != "cuda":
@@ -164,6 +173,14 @@ def _free(device: torch.device) -> int:
 def _reserves(shape: ModelShape) -> bool:
     """Whether to allocate a batch's memory at once: not where layers keep their window only."""
     return all(layer.window is None for layer, _ in shape.layers)
+
+
+def _can_reserve(model: Any) -> bool:
+    """Likewise, for a model that may be one whose layers cannot be told."""
+    try:
+        return _reserves(_shape(model))
+    except ValueError:
+        return False
 
 
 def _tokens(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
@@ -192,7 +209,7 @@ def _generate(
     options: dict[str, Any],
 ) -> list[Tensor]:
     """New tokens of one left-padded batch."""
-    from ...integrations.transformers import CACHE_ARGUMENT, KVQuantCache
+    from ...integrations.transformers import CACHE_ARGUMENT, KVQuantCache, graph_step
 
     device, longest = model.device, max(map(len, rows))
     pad = _first(tokenizer.pad_token_id, tokenizer.eos_token_id)
@@ -201,15 +218,13 @@ def _generate(
         row[longest - len(tokens) :] = torch.tensor(tokens)
     lengths = torch.tensor([len(tokens) for tokens in rows])
     mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
+    step = None
     if uses_kvquant(model):
-        shape = _shapes.get(model)
-        whole = longest + max_new_tokens if shape is not None and _reserves(shape) else None
-        options = {
-            **options,
-            CACHE_ARGUMENT: KVQuantCache(
-                model, max_cache_len=whole, format=format, exact_prompt=exact_prompt
-            ),
-        }
+        whole = longest + max_new_tokens if _can_reserve(model) else None
+        cache = KVQuantCache(model, max_cache_len=whole, format=format, exact_prompt=exact_prompt)
+        options = {**options, CACHE_ARGUMENT: cache}
+        if device.type == "cuda" and whole is not None:
+            step = graph_step(model, cache)
     steps = 0
 
     def count(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -219,14 +234,18 @@ def _generate(
         return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
 
     criteria = [*options.pop("stopping_criteria", ()), count]
-    out = model.generate(
-        ids.to(device),
-        attention_mask=mask.to(device),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-        stopping_criteria=criteria,
-        **options,
-    )
+    try:
+        out = model.generate(
+            ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            stopping_criteria=criteria,
+            **options,
+        )
+    finally:
+        if step is not None:
+            step.close()
     advance(len(rows) * (max_new_tokens - steps))
     ends = _ends(model, options)
     return [_until(row, ends) for row in out[:, longest:].cpu()]

@@ -78,8 +78,8 @@ class KVQuantCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers' storage as allocated."""
-        return sum(layer.storage.nbytes for layer in self.layers if layer.storage is not None)
+        """Bytes of all layers' storage as allocated, but of those in host memory."""
+        return sum(layer.nbytes for layer in self.layers)
 
     @property
     def is_compileable(self) -> bool:
@@ -94,6 +94,20 @@ class KVQuantCache(Cache):
         for layer in self.layers:
             layer.flush()
         return deepcopy(self)
+
+    def offload(self, layer_idx: int | None = None, only_non_sliding: bool = True) -> None:
+        """Move the rows of all layers (or one) to host memory: of a chat that waits, say.
+
+        A layer's next use brings it back, and so does `prefetch`. Layers that keep their sliding
+        window only stay where they are.
+        """
+        for layer in self.layers if layer_idx is None else [self.layers[layer_idx]]:
+            layer.offload()
+
+    def prefetch(self, layer_idx: int | None = None, only_non_sliding: bool = True) -> None:
+        """Have all layers (or one) back on their devices."""
+        for layer in self.layers if layer_idx is None else [self.layers[layer_idx]]:
+            layer.prefetch()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to a safetensors file, which `kvquant.QuantizedKVCache.load` reads, too.

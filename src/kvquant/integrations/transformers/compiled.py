@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import CacheFullError, CacheView, QuantizedKVCache, Sequences, attention
+from ... import CacheFullError, CacheView, Sequences, attention
 from .batch import Batch
+from .hosted import HostedLayer
 from .support import NAME
 
 __all__ = ["HANDOFF", "CompiledLayer", "Handoff"]
@@ -57,7 +58,7 @@ class Handoff:
 HANDOFF = Handoff()
 
 
-class CompiledLayer:
+class CompiledLayer(HostedLayer):
     """Part of `KVQuantLayer`: what compiled code does with a layer, and what the host knows then.
 
     Compiled code reads no number that changes from step to step, or it would be compiled anew. It
@@ -69,12 +70,12 @@ class CompiledLayer:
     is_narrow: bool
     max_cache_len: int | None
     sliding_window: int | None
-    storage: QuantizedKVCache | None
     _length: int
     _is_behind: bool
     _asked: int
     _counted: int
     _memory: _Memory | None
+    _pending: tuple[Tensor, Tensor] | None
 
     def _rows(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -135,9 +136,9 @@ class CompiledLayer:
     def refresh(self) -> None:
         """Look where the storage is now."""
         self.batch.is_settled = False
-        if self.storage is None or not self.is_compileable:
+        if self._storage is None or not self.is_compileable:
             return
-        view, seqs = self.storage.layer(0)
+        view, seqs = self._storage.layer(0)
         if self._memory is None or self._memory.view is not view or self._memory.seqs is not seqs:
             self._memory = _Memory(view, seqs)
             for x in (*view.tensors.values(), seqs.block_table, seqs.seq_lens, seqs.seq_starts):
@@ -146,14 +147,22 @@ class CompiledLayer:
 
     # -------------------------------------------------------------------------- in compiled code
 
-    def can_compile(self) -> bool:
-        """Whether traced code may take the layer's rows as they come."""
+    def is_traced(self) -> bool:
+        """Whether traced code goes on from the layer's memory as it is.
+
+        Not while rows wait that `KVQuantLayer.update` brought and no attention took: the host has
+        to store them first.
+        """
         return (
-            self.is_compileable
+            torch.compiler.is_compiling()
+            and self.is_compileable
             and self._memory is not None
-            and self.batch.masked
-            and self.batch.is_plain
+            and self._pending is None
         )
+
+    def takes_traced(self) -> bool:
+        """Whether traced code may take the layer's rows as they come."""
+        return self.is_traced() and self.batch.masked and self.batch.is_plain
 
     def length_traced(self) -> Tensor:
         """The length on the device, int64 ()."""

@@ -58,7 +58,7 @@ class KVQuantLayer(CompiledLayer, LayerSequences, CacheLayerMixin):
         self.max_cache_len = max_cache_len
         self.exact_prompt = exact_prompt
         self.length = 0
-        self.storage: QuantizedKVCache | None = None
+        self.storage = None
         self.slides = sliding_window is not None and max_cache_len is None
         self._slid = 0  # the length when memory was given back last
         self._options: dict[str, Any] = {
@@ -128,7 +128,7 @@ class KVQuantLayer(CompiledLayer, LayerSequences, CacheLayerMixin):
             ValueError: Another batch, number of heads or channels, or device than the stored rows.
             CacheFullError: More tokens than ``max_cache_len``.
         """
-        if torch.compiler.is_compiling() and self.can_compile():
+        if self.takes_traced():
             return self.take_traced(key_states, value_states)
         found: tuple[Tensor, Tensor] = self.take(key_states, value_states)
         return found
@@ -347,7 +347,7 @@ class KVQuantLayer(CompiledLayer, LayerSequences, CacheLayerMixin):
         Known on the host, but in compiled code, in a step that is being captured, and after steps
         of compiled code: int64 () on the device.
         """
-        if torch.compiler.is_compiling() and self.is_compileable and self._memory is not None:
+        if self.is_traced():
             return self.length_traced()
         length: int | Tensor = self._seq_length()
         return length
@@ -363,7 +363,7 @@ class KVQuantLayer(CompiledLayer, LayerSequences, CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Length and offset of the keys that a mask must cover."""
-        if torch.compiler.is_compiling() and self.is_compileable and self._memory is not None:
+        if self.is_traced():
             assert self.max_cache_len is not None
             self.batch.masked = False  # until our mask function is asked
             HANDOFF.batch = self.batch

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import CacheFullError, CacheView, QuantizedKVCache, Sequences
+from ... import CacheFullError, CacheView, Sequences
 from .batch import Batch
+from .hosted import HostedLayer
 
 __all__ = ["LayerSequences"]
 
 
-class LayerSequences:
+class LayerSequences(HostedLayer):
     """Part of `KVQuantLayer`."""
 
     @property
@@ -29,15 +30,9 @@ class LayerSequences:
     batch: Batch
     device: torch.device
     max_cache_len: int | None
-    storage: QuantizedKVCache | None
     _pending: tuple[Tensor, Tensor] | None
-    _shape: tuple[int, int, int, int, torch.device] | None
     _slid: int
     _starts: Tensor | None
-
-    def flush(self) -> None:
-        """Store rows that no attention has taken."""
-        raise NotImplementedError
 
     def refresh(self) -> None:
         """Look where the storage is now."""
@@ -138,9 +133,3 @@ class LayerSequences:
         assert self._shape is not None
         self._shape = (self.storage.batch_size, *self._shape[1:])
         self.refresh()
-
-    def offload(self) -> None:
-        """Not supported."""
-        raise NotImplementedError("KVQuantCache does not offload: its rows stay on their device")
-
-    prefetch = offload
