@@ -312,9 +312,9 @@ struct RowScale {
 
 // Rotates, scales and rounds this warp's rows, of `count`. Scores of rows that are none are zero
 // or a NaN, and belong to nobody.
-template <class Traits>
+template <class Traits, class Shared>
 __device__ __forceinline__ void prepare_query(const AttentionCall& p, const RawQuery<Traits>& raw,
-                                              int warp, int count, QueryShared<Traits>& shared,
+                                              int warp, int count, Shared& shared,
                                               RowScale* scales) {
   using Row = WarpRow<Traits::kDim>;
   constexpr int kPerWarp = Traits::kRowsPerWarp;
