@@ -73,7 +73,8 @@ void fields(Problem& x, V&& v) {
   v("num_kv_heads", x.num_kv_heads), v("head_dim", x.head_dim), v("v_head_dim", x.v_head_dim);
   v("capacity", x.capacity), v("split_size", x.split_size);
   v("k_format", x.k_format), v("v_format", x.v_format), v("float32", x.float32);
-  v("packed", x.packed), v("appends", x.appends), v("multiprocessors", x.multiprocessors);
+  v("mean_group", x.mean_group), v("packed", x.packed), v("appends", x.appends);
+  v("multiprocessors", x.multiprocessors), v("capability", x.capability);
 }
 template <class V>
 void derived(Problem&, V&&) {}

@@ -185,6 +185,15 @@ struct RowTile {
   }
 };
 
+// Whether a lane's four channels of every row can be one access.
+template <class T>
+bool is_aligned(const Rows& rows) {
+  const uint64_t any = reinterpret_cast<uintptr_t>(rows.data) / sizeof(T) |
+                       uint64_t(rows.batch_stride) | uint64_t(rows.token_stride) |
+                       uint64_t(rows.head_stride);
+  return any % 4 == 0;
+}
+
 // The compile-time choices of one instance. A plain call has none of the rarer features and rows
 // that fill the instance; its code is half as long, which a short call waits for.
 template <class Formats, int kHeadDim, int kRowCount, class T, bool kIsPlainCall,
@@ -213,22 +222,16 @@ struct AttentionTraits {
 
   static constexpr int kRotation = kDim & -kDim;  // the longest that fits rows
   static bool serves(const AttentionCall& call) {
-    return !kPlainCall || (is_aligned(call.query) && is_aligned(call.out) && is_aligned(call.key) &&
-                           is_aligned(call.value) && call.cache.k.head_dim == kDim &&
-                           call.cache.v.head_dim == kDim && is_rotation(call.cache.k.rotation) &&
-                           is_rotation(call.cache.v.rotation) && !call.seqs.seq_starts &&
-                           !call.seqs.cu_seqlens_q && !call.sliding_window && call.softcap == 0.f &&
-                           !call.alibi_slopes && !call.sinks && !call.lse);
+    return !kPlainCall ||
+           (is_aligned<T>(call.query) && is_aligned<T>(call.out) && is_aligned<T>(call.key) &&
+            is_aligned<T>(call.value) && call.cache.k.head_dim == kDim &&
+            call.cache.v.head_dim == kDim && is_rotation(call.cache.k.rotation) &&
+            is_rotation(call.cache.v.rotation) && !call.seqs.seq_starts &&
+            !call.seqs.cu_seqlens_q && !call.sliding_window && call.softcap == 0.f &&
+            !call.alibi_slopes && !call.sinks && !call.lse);
   }
   // None, or the longest.
   static bool is_rotation(int length) { return length <= 1 || length == kRotation; }
-  // Whether a lane's four channels of every row can be one access.
-  static bool is_aligned(const Rows& rows) {
-    const uint64_t any = reinterpret_cast<uintptr_t>(rows.data) / sizeof(T) |
-                         uint64_t(rows.batch_stride) | uint64_t(rows.token_stride) |
-                         uint64_t(rows.head_stride);
-    return any % 4 == 0;
-  }
   // The call, with what is known of it as constants.
   static __device__ __forceinline__ AttentionCall known(AttentionCall call) {
     if constexpr (kPlainCall) {

@@ -17,12 +17,15 @@ struct Problem {
   int64_t capacity;    // of the block table, in tokens
   int32_t split_size;  // 0: as the sizes ask for
   RowFormat k_format, v_format;
+  int32_t mean_group;
   bool float32, packed, appends;
   int32_t multiprocessors;  // 0: a CPU
+  int32_t capability;       // of a CUDA device: 90 is 9.0
 };
 
 // What a launch needs beside its parameters; explain prints it.
 struct Schedule {
+  AttentionKernel kernel = AttentionKernel::kSplitKv;
   int32_t splits = 1;    // most of a sequence
   bool appends = false;  // the launch quantizes the call's new rows; else an append goes before it
   int64_t partial_floats = 0, counters = 0;                                 // of the workspace

@@ -10,8 +10,8 @@ constexpr int kRowsBlocks = 3;     // of a multiprocessor
 constexpr int kFewestRows = 32;    // query tokens x heads of a KV head that it is for
 
 // A block has 32 rows, whose two bytes fill the tensor core's 64, or 64 rows in two passes.
-inline AttentionShape shape_rows(int batch, int tokens, int q_heads, int kv_heads, int head_dim,
-                                 int multiprocessors) {
+inline AttentionShape shape_many_rows(int batch, int tokens, int q_heads, int kv_heads,
+                                      int head_dim, int multiprocessors) {
   AttentionShape shape{};
   const int64_t query_rows = std::max<int64_t>(1, int64_t(tokens) * (q_heads / kv_heads));
   shape.head_dim = head_dim;

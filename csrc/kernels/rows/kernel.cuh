@@ -23,12 +23,12 @@
 
 namespace kvquant::cuda {
 
-template <class Formats, int kHeadDim, int kRowCount, class T>
+template <class Formats, int kHeadDim, int kRowCount, class T, bool kAligned>
 struct RowsTraits {
   using Key = typename Formats::Key;
   using Value = typename Formats::Value;
   using Element = T;
-  static constexpr bool kPlainCall = true;
+  static constexpr bool kPlainCall = kAligned;
   static constexpr int kQueryLimbs = 2;
   static constexpr int kDim = kHeadDim, kRows = kRowCount;
   static constexpr int kWarps = 4, kThreads = 128;

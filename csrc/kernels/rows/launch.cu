@@ -9,7 +9,7 @@ namespace kvquant::cuda {
 namespace {
 
 template <class Traits>
-cudaError_t launch_rows(AttentionCall call, cudaStream_t stream) {
+cudaError_t launch_traits(AttentionCall call, cudaStream_t stream) {
   constexpr size_t kBytes = sizeof(RowsShared<Traits>);
   cudaError_t error = cudaFuncSetAttribute(
       rows_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kBytes));
@@ -31,26 +31,30 @@ cudaError_t launch_rows(AttentionCall call, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, rows_kernel<Traits>, call);
 }
 
-template <int kDim, int kRows>
+// Rows that are aligned go in accesses of four channels.
+template <int kDim, int kRows, class T>
 cudaError_t launch_type(const AttentionCall& call, cudaStream_t stream) {
   using Formats = FormatPair<Int8, Int8>;
-  return call.dtype == Dtype::kFloat16
-             ? launch_rows<RowsTraits<Formats, kDim, kRows, __half>>(call, stream)
-             : launch_rows<RowsTraits<Formats, kDim, kRows, __nv_bfloat16>>(call, stream);
+  return is_aligned<T>(call.query) && is_aligned<T>(call.out)
+             ? launch_traits<RowsTraits<Formats, kDim, kRows, T, true>>(call, stream)
+             : launch_traits<RowsTraits<Formats, kDim, kRows, T, false>>(call, stream);
+}
+template <int kDim>
+cudaError_t launch_dim(const AttentionCall& call, int rows, cudaStream_t stream) {
+  const auto launch = [&](auto type) {
+    using T = decltype(type);
+    return rows == 32 ? launch_type<kDim, 32, T>(call, stream)
+                      : launch_type<kDim, 64, T>(call, stream);
+  };
+  return call.dtype == Dtype::kFloat16 ? launch(__half{}) : launch(__nv_bfloat16{});
 }
 
 }  // namespace
 
-cudaError_t launch_rows(const AttentionCall& call, const AttentionShape& shape,
-                        cudaStream_t stream) {
-#ifdef KVQ_ONLY128
-  return shape.rows == 32 ? launch_type<128, 32>(call, stream) : launch_type<128, 64>(call, stream);
-#else
-  if (shape.head_dim == 64) {
-    return shape.rows == 32 ? launch_type<64, 32>(call, stream) : launch_type<64, 64>(call, stream);
-  }
-  return shape.rows == 32 ? launch_type<128, 32>(call, stream) : launch_type<128, 64>(call, stream);
-#endif
+cudaError_t launch_many_rows(const AttentionCall& call, const AttentionShape& shape,
+                             cudaStream_t stream) {
+  return shape.head_dim == 64 ? launch_dim<64>(call, shape.rows, stream)
+                              : launch_dim<128>(call, shape.rows, stream);
 }
 
 }  // namespace kvquant::cuda
