@@ -8,10 +8,11 @@ namespace kvquant {
 namespace {
 
 constexpr int kMostDim = 256, kMostBlocks = 65535;
-#ifdef KVQUANT_WITH_SM90A
-constexpr bool kHasSm90a = true;
-#else
+// A build without CUDA answers as one for all GPUs would.
+#if defined(KVQUANT_WITH_CUDA) && !defined(KVQUANT_WITH_SM90A)
 constexpr bool kHasSm90a = false;
+#else
+constexpr bool kHasSm90a = true;
 #endif
 
 Refusal refuse_view(const Problem& p) {
@@ -75,8 +76,8 @@ cuda::AttentionShape many_rows_shape_of(const Problem& p) {
 
 // Many query rows on Hopper: chunks, and steps of several query tokens.
 Refusal refuse_many_rows(const Problem& p) {
-  if (!kHasSm90a) return {"this build has no code for sm_90a"};
   if (Refusal refusal = refuse_split_kv(p); !refusal.why.empty()) return refusal;
+  if (!kHasSm90a) return {"this build has no code for sm_90a"};
   if (p.capability != 90) {
     const std::string minor = std::to_string(p.capability % 10);
     return {"compute capability " + std::to_string(p.capability / 10) + "." + minor + ", not 9.0"};
@@ -141,7 +142,8 @@ Choice choose(const Problem& problem, const std::vector<Regime>& rows) {
       choice.schedule = row.schedule(problem);
       return choice;
     }
-    choice.refusals.push_back(std::move(refusal));
+    const bool is_known = !choice.refusals.empty() && choice.refusals.back().why == refusal.why;
+    if (!is_known) choice.refusals.push_back(std::move(refusal));
   }
   return choice;
 }

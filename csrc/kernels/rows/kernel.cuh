@@ -95,8 +95,92 @@ struct RowsShared {
   RowScale scale[Traits::kRows];
   RowView views[Traits::kRows];
   RowTile rows;
+  alignas(8) uint64_t full[Traits::kStages];
 };
 
+#ifdef KVQ_TMA
+// Tokens on their way: copies by the copy engine, of the tile as a whole where a block holds it, or
+// of its four pieces of 16 tokens. A warp asks for its piece, or for its part of all.
+template <class Traits>
+struct RowsPipeline {
+  static constexpr int kDim = Traits::kDim;
+  using Shared = RowsShared<Traits>;
+
+  const AttentionCall& p;
+  const Paging& paging;
+  Shared& shared;
+  const CUtensorMap* keys;
+  const int32_t* table;
+  int head, end;
+  int entry;          // of the block table, for the tile that is asked for next: piece lane % 4
+  uint32_t lost = 0;  // pieces that have no block, four bits a tile, the latest lowest
+  bool whole;
+
+  __device__ __forceinline__ RowsPipeline(const AttentionCall& p, const CUtensorMap* keys,
+                                          const Paging& paging, Shared& shared,
+                                          const RowTile& rows, int end, int first)
+      : p(p), paging(paging), shared(shared), keys(keys), head(rows.head), end(end) {
+    table = p.seqs.block_table + rows.sequence * p.seqs.block_table_stride;
+    whole = paging.shift >= 6;
+    ask_entry(first);
+  }
+  __device__ __forceinline__ void ask_entry(int token) {
+    const int at = token + (threadIdx.x & 3) * 16;
+    entry = load_early(table + min(at >> paging.shift, p.seqs.max_blocks - 1));
+  }
+  __device__ __forceinline__ void load(int token, int stage, int slot) {
+    if (token < end) {
+      const int block = checked_block(p.cache, entry);
+      lost = lost << 4 | (__ballot_sync(kFullWarp, block < 0) & 15u);
+      const int warp = threadIdx.x / 32;
+      const int mine = __shfl_sync(kFullWarp, max(block, 0), whole ? 0 : warp);
+      if ((threadIdx.x & 31) == 0) {
+        const uint32_t bar = shared_at(&shared.full[stage]);
+        const int at = whole ? token : token + 16 * warp, first = whole ? 0 : 16 * warp;
+        const int row = at & paging.mask;
+        const bool there = at < end;
+        const int rows = whole ? min(64, p.cache.block_size - row) : 16;
+        const int k_bytes = whole ? 64 * kDim : 16 * kDim;
+        const auto k_copy = [&] {
+          copy_tensor(shared_at(shared.k[stage]) + first * kDim, keys, bar, row, head, mine);
+        };
+        const auto v_copy = [&] {
+          copy_bulk(shared_at(shared.v[stage]) + first * kDim,
+                    rows_of<uint8_t>(p.cache.v.codes, mine, head) + int64_t(row) * kDim,
+                    rows * kDim, bar);
+        };
+        const auto k_params = [&] {
+          copy_bulk(shared_at(shared.k_params[slot] + first),
+                    rows_of<uint32_t>(p.cache.k.params, mine, head) + row, rows * 4, bar);
+        };
+        const auto v_params = [&] {
+          copy_bulk(shared_at(shared.v_params[slot] + first),
+                    rows_of<uint32_t>(p.cache.v.params, mine, head) + row, rows * 4, bar);
+        };
+        if (whole) {
+          if (warp == 0) expect_bytes(bar, k_bytes), k_copy();
+          if (warp == 1) expect_bytes(bar, rows * kDim), v_copy();
+          if (warp == 2) expect_bytes(bar, rows * 4), k_params();
+          if (warp == 3) expect_bytes(bar, rows * 4), v_params();
+        } else if (there) {
+          expect_bytes(bar, k_bytes + rows * (kDim + 8));
+          k_copy(), v_copy(), k_params(), v_params();
+        } else {
+          arrive(bar);
+        }
+      }
+      __syncwarp();
+      ask_entry(token + kRowsTile);
+    } else {
+      lost <<= 4;
+    }
+  }
+  // Of the oldest tile of those that are asked for.
+  __device__ __forceinline__ uint32_t lost_pieces() const {
+    return lost >> 4 * (Traits::kStages - 1) & 15u;
+  }
+};
+#else
 // Tokens on their way: the tile's four pieces of 16, which lie in one block each.
 template <class Traits>
 struct RowsPipeline {
@@ -175,6 +259,7 @@ struct RowsPipeline {
     return lost >> 4 * (Traits::kStages - 1) & 15u;
   }
 };
+#endif
 
 // Values of a tile, to fp16: column n of row (token) j is channel channel(n). A thread has 16
 // neighbouring channels: eight go to each half, so that threads that write at once meet different
@@ -333,7 +418,11 @@ __device__ __forceinline__ void mask_rows(const AttentionCall& p, const RowsShar
 // grid: (row tiles x KV heads, sequences, splits), as attention_kernel's.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
-    rows_kernel(const __grid_constant__ AttentionCall p) {
+    rows_kernel(const __grid_constant__ AttentionCall p
+#ifdef KVQ_TMA
+                , const __grid_constant__ CUtensorMap keys
+#endif
+    ) {
   constexpr int kDim = Traits::kDim, kOwn = Traits::kOwn, kStages = Traits::kStages;
   constexpr int kSteps = kDim / 32;
   extern __shared__ __align__(1024) unsigned char memory[];
@@ -367,12 +456,25 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
     return;
   }
   const int begin = rows.begin + split * length, end = min(rows.end, begin + length);
+#ifdef KVQ_TMA
+  if (tid == 0) {
+    for (int i = 0; i < kStages; ++i) init_barrier(shared_at(&shared.full[i]), 4);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  RowsPipeline<Traits> pipeline(p, &keys, paging, shared, rows, end, begin);
+#else
   RowsPipeline<Traits> pipeline(p, paging, shared, rows, end, begin);
+#endif
 #pragma unroll
   for (int i = 0; i < kStages; ++i) pipeline.load(begin + i * kRowsTile, i, i);
   if (tid == 0) shared.rows = rows;
   if (tid < Traits::kRows) shared.views[tid] = rows.view(p, tid);
+#ifdef KVQ_TMA
+  wait_copies<0>(0);
+#else
   wait_copies<kStages>(kStages);
+#endif
   prepare_query(p, shared.raw, warp, rows.count, shared.query, shared.scale);
   fence_for_products();
   __syncthreads();
@@ -403,10 +505,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
                  v_at = Swizzle<128>::descriptor(shared_at(shared.values),
                                                  RowsValues<Traits>::kHalfBytes);
   int stage = 0, slot = 0;
+  uint32_t phase = 0;
 #pragma unroll 1
   for (int token = begin; token < end; token += kRowsTile) {
+#ifdef KVQ_TMA
+    wait_barrier(shared_at(&shared.full[stage]), phase);
+#else
     wait_copies<kStages - 1>(kStages - 1);
     fence_for_products();
+#endif
     __syncthreads();
     const uint32_t lost = pipeline.lost_pieces();
     const bool clean = token >= clean_begin && token <= clean_end && !lost;
@@ -538,6 +645,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
     close_products();
     wait_products<0>();
     keep(out);
+    if (stage + 1 == kStages) phase ^= 1;
     stage = stage + 1 == kStages ? 0 : stage + 1;
     slot = slot + 1 == Traits::kParamStages ? 0 : slot + 1;
   }

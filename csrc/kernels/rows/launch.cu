@@ -8,6 +8,36 @@
 namespace kvquant::cuda {
 namespace {
 
+#ifdef KVQ_TMA
+cudaError_t map_keys(const CacheView& cache, int max_blocks, CUtensorMap& map) {
+  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
+                              const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
+                              const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+  static const Encode encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
+                                                               12000, cudaEnableDefault, &result);
+    return error == cudaSuccess ? reinterpret_cast<Encode>(found) : nullptr;
+  }();
+  if (!encode) return cudaErrorNotSupported;
+  const int dim = cache.k.head_dim;
+  const bool whole = max_blocks == 1 || cache.block_size >= 64;
+  const cuuint64_t sizes[4] = {cuuint64_t(dim), cuuint64_t(cache.block_size),
+                               cuuint64_t(cache.num_kv_heads), cuuint64_t(cache.num_blocks)};
+  const cuuint64_t strides[3] = {cuuint64_t(dim), cuuint64_t(cache.k.codes.head_stride),
+                                 cuuint64_t(cache.k.codes.block_stride)};
+  const cuuint32_t box[4] = {cuuint32_t(dim), whole ? 64u : 16u, 1, 1}, steps[4] = {1, 1, 1, 1};
+  const CUresult result =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 4, cache.k.codes.data, sizes, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE,
+             dim == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+#endif
+
 template <class Traits>
 cudaError_t launch_traits(AttentionCall call, cudaStream_t stream) {
   constexpr size_t kBytes = sizeof(RowsShared<Traits>);
@@ -28,13 +58,22 @@ cudaError_t launch_traits(AttentionCall call, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;
+#ifdef KVQ_TMA
+  CUtensorMap keys;
+  error = map_keys(call.cache, call.seqs.max_blocks, keys);
+  return error == cudaSuccess ? cudaLaunchKernelEx(&config, rows_kernel<Traits>, call, keys) : error;
+#else
   return cudaLaunchKernelEx(&config, rows_kernel<Traits>, call);
+#endif
 }
 
 // Rows that are aligned go in accesses of four channels.
 template <int kDim, int kRows, class T>
 cudaError_t launch_type(const AttentionCall& call, cudaStream_t stream) {
   using Formats = FormatPair<Int8, Int8>;
+#ifdef KVQ_ONLY128
+  return launch_traits<RowsTraits<Formats, 128, kRows, __half, true>>(call, stream);
+#endif
   return is_aligned<T>(call.query) && is_aligned<T>(call.out)
              ? launch_traits<RowsTraits<Formats, kDim, kRows, T, true>>(call, stream)
              : launch_traits<RowsTraits<Formats, kDim, kRows, T, false>>(call, stream);

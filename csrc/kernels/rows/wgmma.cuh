@@ -1,6 +1,8 @@
 // The matrix products of a warpgroup on Hopper (sm_90a), which read shared memory by descriptors.
 #pragma once
 
+#include <cuda.h>
+
 #include <cstdint>
 
 namespace kvquant::cuda {
@@ -22,6 +24,45 @@ __device__ __forceinline__ void close_products() {
 template <int kLeft>
 __device__ __forceinline__ void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
+}
+
+// A barrier in shared memory that counts arrivals and the bytes of bulk copies.
+__device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Arrives, and has the barrier wait for these bytes too.
+__device__ __forceinline__ void expect_bytes(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+               "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t phase) {
+  asm volatile(
+      "{.reg .pred p;\n"
+      "WAIT: mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%0], %1;\n"
+      "@p bra DONE;\nbra WAIT;\nDONE:}" ::"r"(barrier),
+      "r"(phase)
+      : "memory");
+}
+// Copies by the copy engine: of bytes that lie one after the other, and of a box of rows.
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, int bytes,
+                                          uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void copy_tensor(uint32_t to, const CUtensorMap* map, uint32_t barrier,
+                                            int row, int head, int block) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(0), "r"(row), "r"(head), "r"(block)
+      : "memory");
 }
 
 // How rows of kRowBytes (64 or 128) lie in shared memory: each 16-byte piece at the place that the
