@@ -98,7 +98,6 @@ struct RowsShared {
   alignas(8) uint64_t full[Traits::kStages];
 };
 
-#ifdef KVQ_TMA
 // Tokens on their way: copies by the copy engine, of the tile as a whole where a block holds it, or
 // of its four pieces of 16 tokens. A warp asks for its piece, or for its part of all.
 template <class Traits>
@@ -180,86 +179,6 @@ struct RowsPipeline {
     return lost >> 4 * (Traits::kStages - 1) & 15u;
   }
 };
-#else
-// Tokens on their way: the tile's four pieces of 16, which lie in one block each.
-template <class Traits>
-struct RowsPipeline {
-  static constexpr int kDim = Traits::kDim;
-  static constexpr int kRowThreads = kDim / 16;             // that copy a row
-  static constexpr int kPassRows = 128 / kRowThreads;       // rows of a pass
-  static constexpr int kPasses = kRowsTile / kPassRows;
-  using Shared = RowsShared<Traits>;
-
-  const AttentionCall& p;
-  const Paging& paging;
-  Shared& shared;
-  const int32_t* table;
-  const uint8_t *k, *v, *params;  // this thread's parts of block 0
-  uint32_t params_block16;
-  int end;
-  int entry;          // of the block table, for the tile that is asked for next: piece lane % 4
-  uint32_t lost = 0;  // pieces that have no block, four bits a tile, the latest lowest
-  int row;            // of this thread, in a pass
-
-  __device__ __forceinline__ RowsPipeline(const AttentionCall& p, const Paging& paging,
-                                          Shared& shared, const RowTile& rows, int end, int first)
-      : p(p), paging(paging), shared(shared), end(end) {
-    table = p.seqs.block_table + rows.sequence * p.seqs.block_table_stride;
-    const int lane = threadIdx.x & 31, piece = threadIdx.x % kRowThreads;
-    row = threadIdx.x / kRowThreads;
-    k = rows_of<uint8_t>(p.cache.k.codes, 0, rows.head) + row % 16 * kDim + piece * 16;
-    v = rows_of<uint8_t>(p.cache.v.codes, 0, rows.head) + row % 16 * kDim + piece * 16;
-    const Slab& slab = lane < 4 ? p.cache.k.params : p.cache.v.params;
-    params = rows_of<uint8_t>(slab, 0, rows.head) + (lane & 3) * 16;
-    params_block16 = uint32_t(slab.block_stride >> 4);
-    ask_entry(first);
-  }
-  __device__ __forceinline__ void ask_entry(int token) {
-    const int at = token + (threadIdx.x & 3) * 16;
-    entry = load_early(table + min(at >> paging.shift, p.seqs.max_blocks - 1));
-  }
-  // Asks for the tile at `token`, which the stage takes; slot: of the params.
-  __device__ __forceinline__ void load(int token, int stage, int slot) {
-    if (token < end) {
-      const int block = checked_block(p.cache, entry);
-      lost = lost << 4 | (__ballot_sync(kFullWarp, block < 0) & 15u);
-      const int usable = max(block, 0);
-      const uint32_t k16 = uint32_t(p.cache.k.codes.block_stride >> 4),
-                     v16 = uint32_t(p.cache.v.codes.block_stride >> 4);
-      const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-#pragma unroll
-      for (int i = 0; i < kPasses; ++i) {
-        const int piece = i * kPassRows / 16 + (kPassRows > 16 ? row / 16 : 0);
-        const int at = token + piece * 16;
-        const uint32_t from = uint32_t(__shfl_sync(kFullWarp, usable, piece)) * 16u;
-        if (at >= end) continue;
-        const uint32_t offset = uint32_t(at & paging.mask);
-        const int to = i * kPassRows + row;
-        copy_async<16>(shared.k[stage] + Swizzle<kDim>::place(to, threadIdx.x % kRowThreads),
-                       offset_by(offset_by(k, from, k16), offset, kDim));
-        copy_async<16>(shared.v[stage] + to * kDim + threadIdx.x % kRowThreads * 16,
-                       offset_by(offset_by(v, from, v16), offset, kDim));
-      }
-      // A warp copies the params of a piece.
-      const int at = token + warp * 16;
-      const uint32_t from = uint32_t(__shfl_sync(kFullWarp, usable, warp)) * 16u;
-      if (lane < 8 && at < end) {
-        uint32_t* const to = lane < 4 ? shared.k_params[slot] : shared.v_params[slot];
-        copy_async<16>(to + warp * 16 + (lane & 3) * 4,
-                       offset_by(offset_by(params, from, params_block16), at & paging.mask, 4));
-      }
-      ask_entry(token + kRowsTile);
-    } else {
-      lost <<= 4;
-    }
-    close_copies();
-  }
-  // Of the oldest tile of those that are asked for.
-  __device__ __forceinline__ uint32_t lost_pieces() const {
-    return lost >> 4 * (Traits::kStages - 1) & 15u;
-  }
-};
-#endif
 
 // Values of a tile, to fp16: column n of row (token) j is channel channel(n). A thread has 16
 // neighbouring channels: eight go to each half, so that threads that write at once meet different
@@ -415,14 +334,67 @@ __device__ __forceinline__ void mask_rows(const AttentionCall& p, const RowsShar
   }
 }
 
-// grid: (row tiles x KV heads, sequences, splits), as attention_kernel's.
+// A block's part of a unit's tokens. Blocks of a cluster have neighbouring splits and add up what
+// they have; the last cluster of the grid adds what the others left, and so takes a sequence's last
+// splits, however many it has.
+struct Share {
+  int rank, size;         // of this block in its cluster; of this one
+  int cluster, others;    // of the unit; those before the last that have tokens
+  int split;
+  bool combines, has_tokens, is_none;
+
+  __device__ __forceinline__ Share(const AttentionCall& p, int span, int length) {
+    size = p.cluster;
+    cluster = blockIdx.z / size, rank = blockIdx.z - cluster * size;
+    const int splits = (span + length - 1) / length, before = max(0, splits - size);
+    others = (before + size - 1) / size;
+    combines = int(blockIdx.z) >= int(gridDim.z) - size;
+    is_none = !combines && cluster >= others;
+    split = (combines ? before : cluster * size) + rank;
+    has_tokens = split < (combines ? splits : before);
+  }
+};
+
+// A row's sum over the blocks of the cluster, in their order.
+template <class Traits>
+__device__ __forceinline__ RowResult<Traits> combine_cluster(const RowsShared<Traits>& shared,
+                                                             int row, int size) {
+  using Row = WarpRow<Traits::kDim>;
+  const uint32_t at = shared_at(shared.merge[row]);
+  const int lane = threadIdx.x & 31;
+  float y[kMostCluster][Row::kCount], own[2] = {kNoScore, 0.f};
+#pragma unroll
+  for (int s = 0; s < kMostCluster; ++s) {
+    Row::pieces([&](auto width, int i, int c) {
+      if (s < size) {
+        load_of_block<width()>(at + 4 * c, s, &y[s][i]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < width(); ++j) y[s][i + j] = 0.f;
+      }
+    });
+  }
+  if (lane < size) load_of_block<2>(at + 4 * Traits::kDim, lane, own);
+  RowResult<Traits> all{};
+  all.max = warp_max(own[0]);
+  const float weighs = exp2_approx(own[0] - all.max);
+  float sum = __fmul_rn(weighs, own[1]);
+#pragma unroll
+  for (int step = 1; step < kMostCluster; step <<= 1) sum += __shfl_xor_sync(kFullWarp, sum, step);
+  all.sum = __shfl_sync(kFullWarp, sum, 0);
+#pragma unroll
+  for (int s = 0; s < kMostCluster; ++s) {
+    const float weight = __shfl_sync(kFullWarp, weighs, s);
+#pragma unroll
+    for (int i = 0; i < Row::kCount; ++i) all.x[i] = fmaf(weight, y[s][i], all.x[i]);
+  }
+  return all;
+}
+
+// grid: (row tiles x KV heads, sequences, splits), as attention_kernel's; clusters of splits.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
-    rows_kernel(const __grid_constant__ AttentionCall p
-#ifdef KVQ_TMA
-                , const __grid_constant__ CUtensorMap keys
-#endif
-    ) {
+    rows_kernel(const __grid_constant__ AttentionCall p, const __grid_constant__ CUtensorMap keys) {
   constexpr int kDim = Traits::kDim, kOwn = Traits::kOwn, kStages = Traits::kStages;
   constexpr int kSteps = kDim / 32;
   extern __shared__ __align__(1024) unsigned char memory[];
@@ -447,35 +419,27 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   const int span = rows.end - rows.begin;
   int length = p.divided_by.divide(span + p.splits - 1);
   length = max(p.min_split, (length + kRowsTile - 1) / kRowsTile * kRowsTile);
-  const bool combines = blockIdx.z == gridDim.z - 1;
-  int split = blockIdx.z;
-  if (combines) {
-    split = gridDim.z > 1 && span > 0 ? (span - 1) / length : 0;
-  } else if ((split + 1) * length >= span) {
+  const Share share(p, span, length);
+  if (share.is_none) {  // and so is its cluster's
     wait_copies<0>(0);
     return;
   }
-  const int begin = rows.begin + split * length, end = min(rows.end, begin + length);
-#ifdef KVQ_TMA
+  const int begin = rows.begin + share.split * length;
+  const int end = share.has_tokens ? min(rows.end, begin + length) : begin;
   if (tid == 0) {
-    for (int i = 0; i < kStages; ++i) init_barrier(shared_at(&shared.full[i]), 4);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (int i = 0; i < kStages; ++i) init_barrier(shared_at(&shared.full[i]), Traits::kWarps);
+    fence_barriers();
   }
   __syncthreads();
   RowsPipeline<Traits> pipeline(p, &keys, paging, shared, rows, end, begin);
-#else
-  RowsPipeline<Traits> pipeline(p, paging, shared, rows, end, begin);
-#endif
 #pragma unroll
   for (int i = 0; i < kStages; ++i) pipeline.load(begin + i * kRowsTile, i, i);
   if (tid == 0) shared.rows = rows;
   if (tid < Traits::kRows) shared.views[tid] = rows.view(p, tid);
-#ifdef KVQ_TMA
   wait_copies<0>(0);
-#else
-  wait_copies<kStages>(kStages);
-#endif
-  prepare_query(p, shared.raw, warp, rows.count, shared.query, shared.scale);
+  if (begin < end) {
+    prepare_query(p, shared.raw, warp, rows.count, shared.query, shared.scale);
+  }
   fence_for_products();
   __syncthreads();
 
@@ -508,12 +472,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   uint32_t phase = 0;
 #pragma unroll 1
   for (int token = begin; token < end; token += kRowsTile) {
-#ifdef KVQ_TMA
     wait_barrier(shared_at(&shared.full[stage]), phase);
-#else
-    wait_copies<kStages - 1>(kStages - 1);
-    fence_for_products();
-#endif
     __syncthreads();
     const uint32_t lost = pipeline.lost_pieces();
     const bool clean = token >= clean_begin && token <= clean_end && !lost;
@@ -597,6 +556,55 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
 #pragma unroll
       for (int r = 0; r < kOwn; ++r) by[r] = 1.f;
     }
+#ifdef KVQ_SUM
+    // Weights, with bases that follow larger scores only where halves would not hold them: the sum
+    // of a thread's, which is needed anyway, tells.
+    constexpr float kRaise = 7.f, kMostSum = 32768.f;
+    uint32_t weight[kRowsTile / 8][kOwn];  // halves of pieces of 8 tokens
+    float sum[kOwn];
+    const auto weigh = [&] {
+#pragma unroll
+      for (int r = 0; r < kOwn; ++r) {
+        float part[2] = {};
+#pragma unroll
+        for (int i = 0; i < kRowsTile / 8; ++i) {
+          const float p0 = exp2_approx(fmaf(y[r][2 * i], by[r], -base[r])),
+                      p1 = exp2_approx(fmaf(y[r][2 * i + 1], by[r], -base[r]));
+          part[0] += p0, part[1] += p1;
+          weight[i][r] = half2_bits(__floats2half2_rn(p0, p1));
+        }
+        sum[r] = part[0] + part[1];
+      }
+    };
+    weigh();
+    bool grows = sum[0] > kMostSum;
+    if constexpr (kOwn > 1) grows |= sum[kOwn - 1] > kMostSum;
+    if (__any_sync(kFullWarp, grows)) {
+      float best[kOwn];
+#pragma unroll
+      for (int r = 0; r < kOwn; ++r) {
+        best[r] = y[r][0];
+#pragma unroll
+        for (int i = 1; i < kRowsTile / 4; ++i) best[r] = fmaxf(best[r], y[r][i]);
+        best[r] *= by[r];
+      }
+      reduce_rows(best);
+#pragma unroll
+      for (int r = 0; r < kOwn; ++r) {
+        const float now = fmaxf(base[r], best[r] - kRaise), shrink = exp2_approx(base[r] - now);
+        base[r] = now;
+        total[r] *= shrink;
+#pragma unroll
+        for (int i = 0; i < kDim / 8; ++i) {
+          out[4 * i + 2 * r] *= shrink;
+          out[4 * i + 2 * r + 1] *= shrink;
+        }
+      }
+      weigh();
+    }
+#pragma unroll
+    for (int r = 0; r < kOwn; ++r) total[r] += sum[r];
+#else
     // p carries 2^7; bases follow larger scores only beyond another 2^4: p is at most 2^11.
     constexpr float kRaise = 7.f, kLazy = 4.f;
     float best[kOwn];
@@ -623,7 +631,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
         }
       }
     }
-    uint32_t weight[kRowsTile / 4][kOwn];  // halves of pieces of 8 tokens
+    uint32_t weight[kRowsTile / 8][kOwn];  // halves of pieces of 8 tokens
 #pragma unroll
     for (int i = 0; i < kRowsTile / 8; ++i) {
 #pragma unroll
@@ -634,6 +642,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
         weight[i][r] = half2_bits(__floats2half2_rn(p0, p1));
       }
     }
+#endif
     keep(out);
     begin_products();
 #pragma unroll
@@ -649,9 +658,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
     stage = stage + 1 == kStages ? 0 : stage + 1;
     slot = slot + 1 == Traits::kParamStages ? 0 : slot + 1;
   }
-  wait_copies<0>(0);
   __syncthreads();
-  // Each warp leaves its rows where it takes them from again, a row a turn.
+  // Each warp leaves its rows, and the cluster's blocks share all of them out.
 #pragma unroll
   for (int r = 0; r < kOwn; ++r) {
     float sum = total[r];
@@ -663,32 +671,23 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
       *reinterpret_cast<float2*>(to + RowsValues<Traits>::column_channel(8 * i) + 2 * t) =
           make_float2(out[4 * i + 2 * r], out[4 * i + 2 * r + 1]);
     }
-    if (t == 0) {
-      to[kDim] = base[r], to[kDim + 1] = sum;
-    }
+    if (t == 0) *reinterpret_cast<float2*>(to + kDim) = make_float2(base[r], sum);
   }
-  __syncwarp();
+  wait_for_cluster();
   const int64_t unit = int64_t(sequence) * gridDim.x + head * p.row_tiles + row_tile;
   const Partial<Traits> partial{p.partial + unit * p.splits * Traits::kPartialFloats};
-  const int first_row = warp * Traits::kRowsPerWarp,
-            rows_here = min(Traits::kRowsPerWarp, shared.rows.count - first_row);
 #pragma unroll 1
-  for (int i = 0; i < rows_here; ++i) {
-    const int row = first_row + i;
-    const float* const from = shared.merge[row];
-    RowResult<Traits> result;
-    WarpRow<kDim>::pieces([&](auto width, int j, int c) {
-#pragma unroll
-      for (int k = 0; k < width(); ++k) result.x[j + k] = from[c + k];
-    });
-    result.max = from[kDim], result.sum = from[kDim + 1];
-    if (!combines) {
-      store_partial(partial, split, row, result);
-    } else {
-      combine_splits(partial, split, row, result);
+  for (int row = share.rank * Traits::kWarps + warp; row < shared.rows.count;
+       row += share.size * Traits::kWarps) {
+    RowResult<Traits> result = combine_cluster(shared, row, share.size);
+    if (share.combines) {
+      combine_splits(partial, share.others, row, result);
       write_result(p, shared.rows, row, result);
+    } else {
+      store_partial(partial, share.cluster, row, result);
     }
   }
+  wait_for_cluster();  // others may read this block's rows
 }
 
 }  // namespace kvquant::cuda

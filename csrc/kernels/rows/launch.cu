@@ -8,7 +8,7 @@
 namespace kvquant::cuda {
 namespace {
 
-#ifdef KVQ_TMA
+// Keys as the copy engine takes them: whole tiles, or pieces of 16 tokens.
 cudaError_t map_keys(const CacheView& cache, int max_blocks, CUtensorMap& map) {
   using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
                               const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
@@ -36,7 +36,6 @@ cudaError_t map_keys(const CacheView& cache, int max_blocks, CUtensorMap& map) {
              CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
-#endif
 
 template <class Traits>
 cudaError_t launch_traits(AttentionCall call, cudaStream_t stream) {
@@ -47,33 +46,31 @@ cudaError_t launch_traits(AttentionCall call, cudaStream_t stream) {
   error = cudaFuncSetAttribute(rows_kernel<Traits>, cudaFuncAttributePreferredSharedMemoryCarveout,
                                cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  CUtensorMap keys;
+  error = map_keys(call.cache, call.seqs.max_blocks, keys);
+  if (error != cudaSuccess) return error;
+  call.cluster = cluster_of(call.splits, call.split_size);
+  const int layers = (call.splits + call.cluster - 1) / call.cluster * call.cluster;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {1, 1, unsigned(call.cluster)};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(call.row_tiles * call.cache.num_kv_heads),
-                        unsigned(call.seqs.batch), unsigned(call.splits));
+                        unsigned(call.seqs.batch), unsigned(layers));
   config.blockDim = Traits::kThreads;
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-#ifdef KVQ_TMA
-  CUtensorMap keys;
-  error = map_keys(call.cache, call.seqs.max_blocks, keys);
-  return error == cudaSuccess ? cudaLaunchKernelEx(&config, rows_kernel<Traits>, call, keys) : error;
-#else
-  return cudaLaunchKernelEx(&config, rows_kernel<Traits>, call);
-#endif
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return cudaLaunchKernelEx(&config, rows_kernel<Traits>, call, keys);
 }
 
 // Rows that are aligned go in accesses of four channels.
 template <int kDim, int kRows, class T>
 cudaError_t launch_type(const AttentionCall& call, cudaStream_t stream) {
   using Formats = FormatPair<Int8, Int8>;
-#ifdef KVQ_ONLY128
-  return launch_traits<RowsTraits<Formats, 128, kRows, __half, true>>(call, stream);
-#endif
   return is_aligned<T>(call.query) && is_aligned<T>(call.out)
              ? launch_traits<RowsTraits<Formats, kDim, kRows, T, true>>(call, stream)
              : launch_traits<RowsTraits<Formats, kDim, kRows, T, false>>(call, stream);
@@ -92,8 +89,12 @@ cudaError_t launch_dim(const AttentionCall& call, int rows, cudaStream_t stream)
 
 cudaError_t launch_many_rows(const AttentionCall& call, const AttentionShape& shape,
                              cudaStream_t stream) {
+#ifdef KVQ_ONLY128
+  return shape.rows == 32 ? launch_traits<RowsTraits<FormatPair<Int8, Int8>, 128, 32, __half, true>>(call, stream) : launch_traits<RowsTraits<FormatPair<Int8, Int8>, 128, 64, __half, true>>(call, stream);
+#else
   return shape.head_dim == 64 ? launch_dim<64>(call, shape.rows, stream)
                               : launch_dim<128>(call, shape.rows, stream);
+#endif
 }
 
 }  // namespace kvquant::cuda

@@ -30,6 +30,10 @@ __device__ __forceinline__ void wait_products() {
 __device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
+// Makes new barriers known to the copy engine.
+__device__ __forceinline__ void fence_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 __device__ __forceinline__ void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
@@ -63,6 +67,30 @@ __device__ __forceinline__ void copy_tensor(uint32_t to, const CUtensorMap* map,
       "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
       "l"(map), "r"(barrier), "r"(0), "r"(row), "r"(head), "r"(block)
       : "memory");
+}
+
+// Until all blocks of the cluster are here; they see what each has written to shared memory.
+__device__ __forceinline__ void wait_for_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// 2 or 4 floats at this block's address, of another block of the cluster.
+template <int kCount>
+__device__ __forceinline__ void load_of_block(uint32_t at, int rank, float* x) {
+  static_assert(kCount == 2 || kCount == 4);
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
+  if constexpr (kCount == 4) {
+    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+                 : "r"(there)
+                 : "memory");
+  } else {
+    asm volatile("ld.shared::cluster.v2.f32 {%0,%1}, [%2];"
+                 : "=f"(x[0]), "=f"(x[1])
+                 : "r"(there)
+                 : "memory");
+  }
 }
 
 // How rows of kRowBytes (64 or 128) lie in shared memory: each 16-byte piece at the place that the
