@@ -517,13 +517,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
       wait_products<0>();
       keep(c);
     }
-    fence_for_products();
-    __syncthreads();
-    {
-      int to = slot + kStages;
-      if (to >= Traits::kParamStages) to -= Traits::kParamStages;
-      pipeline.load(token + kStages * kRowsTile, stage, to);
-    }
     // y: scores / gain, of the thread's own rows, tokens 8 i + 2 t + e.
     float y[kOwn][kRowsTile / 4];
     {
@@ -643,6 +636,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
       }
     }
 #endif
+    fence_for_products();
+    __syncthreads();
     keep(out);
     begin_products();
 #pragma unroll
@@ -652,6 +647,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
                       v_at + i * 128);
     }
     close_products();
+    {
+      int to = slot + kStages;
+      if (to >= Traits::kParamStages) to -= Traits::kParamStages;
+      pipeline.load(token + kStages * kRowsTile, stage, to);
+    }
     wait_products<0>();
     keep(out);
     if (stage + 1 == kStages) phase ^= 1;

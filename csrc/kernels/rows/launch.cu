@@ -50,6 +50,9 @@ cudaError_t launch_traits(AttentionCall call, cudaStream_t stream) {
   error = map_keys(call.cache, call.seqs.max_blocks, keys);
   if (error != cudaSuccess) return error;
   call.cluster = cluster_of(call.splits, call.split_size);
+#ifdef KVQ_ONLY128
+  if (const char* c = getenv("KVQ_CLUSTER")) call.cluster = std::min(call.splits, atoi(c));
+#endif
   const int layers = (call.splits + call.cluster - 1) / call.cluster * call.cluster;
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
