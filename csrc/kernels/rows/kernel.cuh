@@ -40,7 +40,7 @@ struct RowsTraits {
   static constexpr bool kPaired = kRows == 32;  // both bytes of a row are rows of one operand
   static constexpr bool kHeld = KVQ_HELD;       // registers hold the query's high bytes (or both)
   static constexpr int kOwn = kPaired ? 1 : 2;  // rows of a thread
-  static constexpr int kStages = KVQ_STAGES, kParamStages = kStages + 1;
+  static constexpr int kStages = KVQ_STAGES;
 };
 
 // The query as operands: rows of bytes. kPaired: of each 16 rows, first the high bytes of eight,
@@ -90,8 +90,8 @@ struct RowsShared {
     };
     float merge[Traits::kRows][kMergeStride];
   };
-  alignas(16) uint32_t k_params[Traits::kParamStages][kRowsTile];
-  alignas(16) uint32_t v_params[Traits::kParamStages][kRowsTile];
+  alignas(16) uint32_t k_params[Traits::kStages][kRowsTile];
+  alignas(16) uint32_t v_params[Traits::kStages][kRowsTile];
   RowScale scale[Traits::kRows];
   RowView views[Traits::kRows];
   RowTile rows;
@@ -127,7 +127,7 @@ struct RowsPipeline {
     const int at = token + (threadIdx.x & 3) * 16;
     entry = load_early(table + min(at >> paging.shift, p.seqs.max_blocks - 1));
   }
-  __device__ __forceinline__ void load(int token, int stage, int slot) {
+  __device__ __forceinline__ void load(int token, int stage) {
     if (token < end) {
       const int block = checked_block(p.cache, entry);
       lost = lost << 4 | (__ballot_sync(kFullWarp, block < 0) & 15u);
@@ -145,16 +145,16 @@ struct RowsPipeline {
         };
         const auto v_copy = [&] {
           copy_bulk(shared_at(shared.v[stage]) + first * kDim,
-                    rows_of<uint8_t>(p.cache.v.codes, mine, head) + int64_t(row) * kDim,
+                    p.v_codes.at(mine, head, row, kDim),
                     rows * kDim, bar);
         };
         const auto k_params = [&] {
-          copy_bulk(shared_at(shared.k_params[slot] + first),
-                    rows_of<uint32_t>(p.cache.k.params, mine, head) + row, rows * 4, bar);
+          copy_bulk(shared_at(shared.k_params[stage] + first),
+                    p.k_params.at(mine, head, row, 4), rows * 4, bar);
         };
         const auto v_params = [&] {
-          copy_bulk(shared_at(shared.v_params[slot] + first),
-                    rows_of<uint32_t>(p.cache.v.params, mine, head) + row, rows * 4, bar);
+          copy_bulk(shared_at(shared.v_params[stage] + first),
+                    p.v_params.at(mine, head, row, 4), rows * 4, bar);
         };
         if (whole) {
           if (warp == 0) expect_bytes(bar, k_bytes), k_copy();
@@ -195,8 +195,7 @@ struct RowsValues {
   // kChecked: tokens outside [begin, end) and those without a block count as zero, and so do rows
   // that are not finite.
   template <bool kChecked>
-  static __device__ __forceinline__ void convert(RowsShared<Traits>& shared, int stage, int slot,
-                                                 int part, int token, int begin, int end,
+  static __device__ __forceinline__ void convert(RowsShared<Traits>& shared, int stage, int part, int token, int begin, int end,
                                                  uint32_t lost) {
     const int tid = threadIdx.x;
     int row, piece;
@@ -206,11 +205,13 @@ struct RowsValues {
       row = (tid >> 5) * 8 + (tid >> 3 & 3) + (tid & 4), piece = tid & 3;
     }
     constexpr int kSteps = kRowsTile / kRowsAtOnce / 2;
+    uint32_t out[kSteps][8];
+    bool large = false;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       const int j = (part * kSteps + i) * kRowsAtOnce + row;
       const uint4 codes = *reinterpret_cast<const uint4*>(shared.v[stage] + j * kDim + piece * 16);
-      uint32_t params = shared.v_params[slot][j];
+      uint32_t params = shared.v_params[stage][j];
       if constexpr (kChecked) {
         const bool seen = token + j >= begin && token + j < end && !(lost >> j / 16 & 1);
         if (!seen || !(half2_floats(params).x <= kMaxAbs)) params = 0;
@@ -219,30 +220,37 @@ struct RowsValues {
                     offset = bits_half2(__byte_perm(params, 0, 0x3232)),
                     middle = __hfma2(scale, __float2half2_rn(128.f), offset);
       // Codes may reach beyond the rows they came from, and those to the end of fp16.
-      const bool large = __hisinf(__low2half(
-          __hfma2(scale, __float2half2_rn(128.f), __habs2(middle))));
+      const __half2 most = __hfma2(scale, __float2half2_rn(128.f), __habs2(middle));
+      large |= (half2_bits(most) & 0x7fffu) == 0x7c00u;
       const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
-      uint32_t out[8];
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
-        out[2 * w] = half2_bits(__hfma2(bits_half2(centered(codes_low(words[w]))), scale, middle));
-        out[2 * w + 1] =
-            half2_bits(__hfma2(bits_half2(centered(codes_high(words[w]))), scale, middle));
+        const uint32_t low = centered(codes_low(words[w])), high = centered(codes_high(words[w]));
+        out[i][2 * w] = half2_bits(__hfma2(bits_half2(low), scale, middle));
+        out[i][2 * w + 1] = half2_bits(__hfma2(bits_half2(high), scale, middle));
       }
-      if (large) {
-        const __half2 most = __float2half2_rn(kMaxAbs);
+    }
+    if (large) {
+      const __half2 most = __float2half2_rn(kMaxAbs);
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
 #pragma unroll
         for (int w = 0; w < 8; ++w) {
-          out[w] = half2_bits(__hmax2_nan(__hmin2_nan(bits_half2(out[w]), most), __hneg2(most)));
+          const __half2 x = bits_half2(out[i][w]);
+          out[i][w] = half2_bits(__hmax2_nan(__hmin2_nan(x, most), __hneg2(most)));
         }
       }
-      uint8_t* const to = reinterpret_cast<uint8_t*>(shared.values);
-      constexpr int kOther = kDim == 128 ? 0 : 4;  // piece of the second eight, or half
+    }
+    uint8_t* const to = reinterpret_cast<uint8_t*>(shared.values);
+    constexpr int kOther = kDim == 128 ? 0 : 4;  // piece of the second eight, or half
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int j = (part * kSteps + i) * kRowsAtOnce + row;
       *reinterpret_cast<uint4*>(to + Swizzle<128>::place(j, piece)) =
-          make_uint4(out[0], out[1], out[2], out[3]);
+          make_uint4(out[i][0], out[i][1], out[i][2], out[i][3]);
       *reinterpret_cast<uint4*>(to + (kDim == 128 ? kHalfBytes : 0) +
                                 Swizzle<128>::place(j, piece + kOther)) =
-          make_uint4(out[4], out[5], out[6], out[7]);
+          make_uint4(out[i][4], out[i][5], out[i][6], out[i][7]);
     }
   }
   static __device__ __forceinline__ __half2 bits_half2(uint32_t u) {
@@ -310,7 +318,7 @@ struct RowsMeans {
 // rows that see a token whose value is not finite become NaN.
 template <class Traits>
 __device__ __forceinline__ void mask_rows(const AttentionCall& p, const RowsShared<Traits>& shared,
-                                          int token, int slot, uint32_t lost, int row, int t,
+                                          int token, int stage, uint32_t lost, int row, int t,
                                           const float (&gain)[Traits::kOwn],
                                           float (&y)[Traits::kOwn][kRowsTile / 4]) {
   const float cap = p.softcap * kLog2e;
@@ -320,7 +328,7 @@ __device__ __forceinline__ void mask_rows(const AttentionCall& p, const RowsShar
 #pragma unroll
   for (int i = 0; i < kRowsTile / 4; ++i) {
     const int at = i / 2 * 8 + 2 * t + i % 2, j = token + at;
-    const bool usable = half2_floats(shared.v_params[slot][at]).x <= kMaxAbs;
+    const bool usable = half2_floats(shared.v_params[stage][at]).x <= kMaxAbs;
     const bool there = !(lost >> at / 16 & 1);
 #pragma unroll
     for (int r = 0; r < Traits::kOwn; ++r) {
@@ -433,7 +441,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   __syncthreads();
   RowsPipeline<Traits> pipeline(p, &keys, paging, shared, rows, end, begin);
 #pragma unroll
-  for (int i = 0; i < kStages; ++i) pipeline.load(begin + i * kRowsTile, i, i);
+  for (int i = 0; i < kStages; ++i) pipeline.load(begin + i * kRowsTile, i);
   if (tid == 0) shared.rows = rows;
   if (tid < Traits::kRows) shared.views[tid] = rows.view(p, tid);
   wait_copies<0>(0);
@@ -468,7 +476,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
                  k_at = Swizzle<kDim>::descriptor(shared_at(shared.k[0])),
                  v_at = Swizzle<128>::descriptor(shared_at(shared.values),
                                                  RowsValues<Traits>::kHalfBytes);
-  int stage = 0, slot = 0;
+  int stage = 0;
   uint32_t phase = 0;
 #pragma unroll 1
   for (int token = begin; token < end; token += kRowsTile) {
@@ -490,9 +498,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
     close_products();
     const auto convert = [&](int part) {
       if (clean) {
-        RowsValues<Traits>::template convert<false>(shared, stage, slot, part, 0, 0, 0, 0);
+        RowsValues<Traits>::template convert<false>(shared, stage, part, 0, 0, 0, 0);
       } else {
-        RowsValues<Traits>::template convert<true>(shared, stage, slot, part, token, first_stored,
+        RowsValues<Traits>::template convert<true>(shared, stage, part, token, first_stored,
                                                    end, lost);
       }
     };
@@ -525,7 +533,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
       for (int r = 0; r < kOwn; ++r) {
         dot[r] = paging.group_shift < 31 ? means.of(r, token >> paging.group_shift) : 0.f;
       }
-      const uint32_t* const params = shared.k_params[slot] + 2 * t;
+      const uint32_t* const params = shared.k_params[stage] + 2 * t;
 #pragma unroll
       for (int i = 0; i < kRowsTile / 8; ++i) {
         const uint2 words = *reinterpret_cast<const uint2*>(params + 8 * i);
@@ -545,11 +553,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
 #pragma unroll
     for (int r = 0; r < kOwn; ++r) by[r] = gain[r];
     if (!clean) {
-      mask_rows(p, shared, token, slot, lost, own_row, t, gain, y);
+      mask_rows(p, shared, token, stage, lost, own_row, t, gain, y);
 #pragma unroll
       for (int r = 0; r < kOwn; ++r) by[r] = 1.f;
     }
-#ifdef KVQ_SUM
     // Weights, with bases that follow larger scores only where halves would not hold them: the sum
     // of a thread's, which is needed anyway, tells.
     constexpr float kRaise = 7.f, kMostSum = 32768.f;
@@ -597,45 +604,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
     }
 #pragma unroll
     for (int r = 0; r < kOwn; ++r) total[r] += sum[r];
-#else
-    // p carries 2^7; bases follow larger scores only beyond another 2^4: p is at most 2^11.
-    constexpr float kRaise = 7.f, kLazy = 4.f;
-    float best[kOwn];
-    bool grows = false;
-#pragma unroll
-    for (int r = 0; r < kOwn; ++r) {
-      best[r] = y[r][0];
-#pragma unroll
-      for (int i = 1; i < kRowsTile / 4; ++i) best[r] = fmaxf(best[r], y[r][i]);
-      best[r] *= by[r];
-      grows |= best[r] > base[r] + (kRaise + kLazy);
-    }
-    if (__any_sync(kFullWarp, grows)) {
-      reduce_rows(best);
-#pragma unroll
-      for (int r = 0; r < kOwn; ++r) {
-        const float now = fmaxf(base[r], best[r] - kRaise), shrink = exp2_approx(base[r] - now);
-        base[r] = now;
-        total[r] *= shrink;
-#pragma unroll
-        for (int i = 0; i < kDim / 8; ++i) {
-          out[4 * i + 2 * r] *= shrink;
-          out[4 * i + 2 * r + 1] *= shrink;
-        }
-      }
-    }
-    uint32_t weight[kRowsTile / 8][kOwn];  // halves of pieces of 8 tokens
-#pragma unroll
-    for (int i = 0; i < kRowsTile / 8; ++i) {
-#pragma unroll
-      for (int r = 0; r < kOwn; ++r) {
-        const float p0 = exp2_approx(fmaf(y[r][2 * i], by[r], -base[r])),
-                    p1 = exp2_approx(fmaf(y[r][2 * i + 1], by[r], -base[r]));
-        total[r] += p0 + p1;
-        weight[i][r] = half2_bits(__floats2half2_rn(p0, p1));
-      }
-    }
-#endif
     fence_for_products();
     __syncthreads();
     keep(out);
@@ -647,16 +615,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
                       v_at + i * 128);
     }
     close_products();
-    {
-      int to = slot + kStages;
-      if (to >= Traits::kParamStages) to -= Traits::kParamStages;
-      pipeline.load(token + kStages * kRowsTile, stage, to);
-    }
+    pipeline.load(token + kStages * kRowsTile, stage);
     wait_products<0>();
     keep(out);
     if (stage + 1 == kStages) phase ^= 1;
     stage = stage + 1 == kStages ? 0 : stage + 1;
-    slot = slot + 1 == Traits::kParamStages ? 0 : slot + 1;
   }
   __syncthreads();
   // Each warp leaves its rows, and the cluster's blocks share all of them out.
