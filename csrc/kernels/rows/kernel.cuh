@@ -478,50 +478,53 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
                                                  RowsValues<Traits>::kHalfBytes);
   int stage = 0;
   uint32_t phase = 0;
-#pragma unroll 1
-  for (int token = begin; token < end; token += kRowsTile) {
-    wait_barrier(shared_at(&shared.full[stage]), phase);
-    __syncthreads();
-    const uint32_t lost = pipeline.lost_pieces();
-    const bool clean = token >= clean_begin && token <= clean_end && !lost;
-    int c[32];
-    const uint64_t k_stage = k_at + ((stage * kRowsTile * kDim) >> 4);
+  int c[32];
+  const auto k_stage = [&](int stage) { return k_at + ((stage * kRowsTile * kDim) >> 4); };
+  const auto multiply_high = [&](uint64_t keys) {
     begin_products();
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       if constexpr (Traits::kHeld) {
-        multiply_bytes(c, held[s], k_stage + 2 * s, s > 0);
+        multiply_bytes(c, held[s], keys + 2 * s, s > 0);
       } else {
-        multiply_bytes(c, q_at + 2 * s, k_stage + 2 * s, s > 0);
+        multiply_bytes(c, q_at + 2 * s, keys + 2 * s, s > 0);
       }
     }
     close_products();
-    const auto convert = [&](int part) {
-      if (clean) {
-        RowsValues<Traits>::template convert<false>(shared, stage, part, 0, 0, 0, 0);
-      } else {
-        RowsValues<Traits>::template convert<true>(shared, stage, part, token, first_stored,
-                                                   end, lost);
-      }
-    };
-    convert(0);
-    if constexpr (Traits::kPaired) convert(1);
-    if (paging.group_shift < 31 && (token >> paging.group_shift) - means.first >= 8) {
-      means.find(p, rows, paging, shared.query, token >> paging.group_shift, last_group, warp, g,
-                 t);
-    }
-    wait_products<0>();
-    keep(c);
+  };
+  if (begin < end) wait_barrier(shared_at(&shared.full[0]), 0);
+  multiply_high(k_stage(0));
+  wait_products<0>();
+  keep(c);
+#pragma unroll 1
+  for (int token = begin; token < end; token += kRowsTile) {
+    __syncthreads();  // nobody reads the last tile's values any more
+    const uint32_t lost = pipeline.lost_pieces();
+    const bool clean = token >= clean_begin && token <= clean_end && !lost;
     if constexpr (!Traits::kPaired) {
 #pragma unroll
       for (int i = 0; i < 32; ++i) c[i] *= 256;
       begin_products();
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
-        multiply_bytes(c, q_at + ((64 * kDim) >> 4) + 2 * s, k_stage + 2 * s, 1);
+        multiply_bytes(c, q_at + ((64 * kDim) >> 4) + 2 * s, k_stage(stage) + 2 * s, 1);
       }
       close_products();
-      convert(1);
+    }
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      if (clean) {
+        RowsValues<Traits>::template convert<false>(shared, stage, part, 0, 0, 0, 0);
+      } else {
+        RowsValues<Traits>::template convert<true>(shared, stage, part, token, first_stored, end,
+                                                   lost);
+      }
+    }
+    if (paging.group_shift < 31 && (token >> paging.group_shift) - means.first >= 8) {
+      means.find(p, rows, paging, shared.query, token >> paging.group_shift, last_group, warp, g,
+                 t);
+    }
+    if constexpr (!Traits::kPaired) {
       wait_products<0>();
       keep(c);
     }
@@ -615,11 +618,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
                       v_at + i * 128);
     }
     close_products();
-    pipeline.load(token + kStages * kRowsTile, stage);
-    wait_products<0>();
-    keep(out);
+    const int used = stage;
     if (stage + 1 == kStages) phase ^= 1;
     stage = stage + 1 == kStages ? 0 : stage + 1;
+    if (token + kRowsTile < end) wait_barrier(shared_at(&shared.full[stage]), phase);
+    multiply_high(k_stage(stage));  // of the next tile; the last one's are not used
+    pipeline.load(token + kStages * kRowsTile, used);
+    wait_products<0>();
+    keep(out);
+    keep(c);
   }
   __syncthreads();
   // Each warp leaves its rows, and the cluster's blocks share all of them out.
