@@ -11,7 +11,7 @@ namespace kvquant::cuda {
 
 template <class Formats, int kDim>
 cudaError_t launch_dim(const AttentionCall&, int rows, Occupancy, cudaStream_t);
-cudaError_t launch_many_rows(const AttentionCall&, const AttentionShape&, cudaStream_t);
+cudaError_t launch_many_rows(const AttentionCall&, cudaStream_t);
 
 namespace {
 
@@ -65,7 +65,7 @@ Status launch_shape(AttentionCall call, const AttentionShape& shape, Launch laun
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   if (call.kernel == AttentionKernel::kManyRows) {
 #ifdef KVQUANT_WITH_SM90A
-    return to_status(launch_many_rows(call, shape, stream));
+    return to_status(launch_many_rows(call, stream));
 #else
     return Status::unsupported("this build has no code for sm_90a");
 #endif
@@ -94,8 +94,7 @@ Status launch_shape(AttentionCall call, const AttentionShape& shape, Launch laun
 Status attention(const AttentionParams& p, Launch launch) {
   if (p.seqs.batch == 0 || p.seqs.max_seqlen_q == 0) return Status::ok();
   const bool many_rows = p.kernel == AttentionKernel::kManyRows;
-  const auto shape =
-      many_rows ? many_rows_shape_of(p, launch.device) : shape_of(p, launch.device);
+  const auto shape = many_rows ? many_rows_shape_of(p, launch.device) : shape_of(p, launch.device);
   return launch_shape({p}, shape, launch);
 }
 

@@ -177,6 +177,11 @@ struct RowTile {
     all_begin = first_seen(p, high);
     all_end = seen_end(p, low);
   }
+  // Tokens of a split, in whole steps.
+  __device__ __forceinline__ int split_length(const AttentionCall& p, int step) const {
+    const int even = p.divided_by.divide(end - begin + p.splits - 1);
+    return max(p.min_split, (even + step - 1) / step * step);
+  }
   __device__ __forceinline__ RowView view(const AttentionCall& p, int row) const {
     if (row >= count) return {};
     const int at = position_of(row);

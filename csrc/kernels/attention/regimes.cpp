@@ -62,8 +62,8 @@ Schedule schedule_of(const cuda::AttentionShape& shape, const cuda::AttentionPla
 
 Schedule schedule_split_kv(const Problem& p) {
   const auto shape = shape_of(p);
-  Schedule schedule = schedule_of(
-      shape, cuda::plan_attention(shape, p.batch, capacity_of(p), p.split_size));
+  Schedule schedule =
+      schedule_of(shape, cuda::plan_attention(shape, p.batch, capacity_of(p), p.split_size));
   // Blocks of one row tile do not wait for another's rows.
   schedule.appends = p.appends && !p.packed && shape.row_tiles == 1;
   return schedule;

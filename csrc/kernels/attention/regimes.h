@@ -49,7 +49,8 @@ struct Regime {
   Schedule (*schedule)(const Problem&);
 };
 
-// The first row that serves the problem, -1: none; and why those before it do not, each reason once.
+// The first row that serves the problem, -1: none; and why those before it do not, each reason
+// once.
 struct Choice {
   int row = -1;
   const char* name = nullptr;

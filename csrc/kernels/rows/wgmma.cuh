@@ -5,13 +5,15 @@
 
 #include <cstdint>
 
+#include "common/cuda/ptx.cuh"
+
 namespace kvquant::cuda {
 
-__device__ __forceinline__ uint32_t shared_at(const void* p) {
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
   return uint32_t(__cvta_generic_to_shared(p));
 }
 // What this thread has written to shared memory is there for products and bulk copies.
-__device__ __forceinline__ void fence_for_products() {
+__device__ __forceinline__ void publish_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 // Registers that products take are written; after it come the products.
@@ -31,7 +33,7 @@ __device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 // Makes new barriers known to the copy engine.
-__device__ __forceinline__ void fence_barriers() {
+__device__ __forceinline__ void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 __device__ __forceinline__ void arrive(uint32_t barrier) {
@@ -51,46 +53,22 @@ __device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t phase) {
       "r"(phase)
       : "memory");
 }
-// Copies by the copy engine: of bytes that lie one after the other, and of a box of rows.
-__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, int bytes,
-                                          uint32_t barrier) {
+// Copies by the copy engine: of bytes that lie one after the other, and of a box of one block's
+// and head's rows.
+__device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes, uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          to),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(to)),
       "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
-__device__ __forceinline__ void copy_tensor(uint32_t to, const CUtensorMap* map, uint32_t barrier,
-                                            int row, int head, int block) {
+__device__ __forceinline__ void copy_box(void* to, const CUtensorMap& map, int row, int head,
+                                         int block, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(0), "r"(row), "r"(head), "r"(block)
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address(to)),
+      "l"(&map), "r"(barrier), "r"(0), "r"(row), "r"(head), "r"(block)
       : "memory");
-}
-
-// Until all blocks of the cluster are here; they see what each has written to shared memory.
-__device__ __forceinline__ void wait_for_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// 2 or 4 floats at this block's address, of another block of the cluster.
-template <int kCount>
-__device__ __forceinline__ void load_of_block(uint32_t at, int rank, float* x) {
-  static_assert(kCount == 2 || kCount == 4);
-  uint32_t there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
-  if constexpr (kCount == 4) {
-    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
-                 : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
-                 : "r"(there)
-                 : "memory");
-  } else {
-    asm volatile("ld.shared::cluster.v2.f32 {%0,%1}, [%2];"
-                 : "=f"(x[0]), "=f"(x[1])
-                 : "r"(there)
-                 : "memory");
-  }
 }
 
 // How rows of kRowBytes (64 or 128) lie in shared memory: each 16-byte piece at the place that the
@@ -110,11 +88,11 @@ struct Swizzle {
   }
 };
 
-#define KVQUANT_REGISTERS_32                                                                  \
+#define KVQUANT_REGISTERS_32                                                                \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23," \
   "%24,%25,%26,%27,%28,%29,%30,%31}"
-#define KVQUANT_REGISTERS_64                                                                  \
-  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23," \
+#define KVQUANT_REGISTERS_64                                                                 \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"  \
   "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45," \
   "%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}"
 #define KVQUANT_8(c, x, i) \
@@ -133,37 +111,33 @@ __device__ __forceinline__ void keep(float (&x)[64]) {
   asm volatile("" : KVQUANT_32("+f", x, 0), KVQUANT_32("+f", x, 32)::"memory");
 }
 
-// c (64 x 64) += or = a (64 x 32, signed bytes) b (64 x 32, unsigned bytes)^T: a from shared memory
-// or from registers.
-__device__ __forceinline__ void multiply_bytes(int (&c)[32], uint64_t a, uint64_t b, int adds) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.u8 " KVQUANT_REGISTERS_32 ", %32, %33, p;}"
-      : KVQUANT_32("+r", c, 0)
-      : "l"(a), "l"(b), "r"(adds));
-}
-__device__ __forceinline__ void multiply_bytes(int (&c)[32], const uint4& a, uint64_t b, int adds) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.u8 " KVQUANT_REGISTERS_32
-      ", {%32,%33,%34,%35}, %36, p;}"
-      : KVQUANT_32("+r", c, 0)
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(adds));
+// c (64 x 64) = or, kAdds, += a (64 x kDim, signed bytes) b (64 x kDim, unsigned bytes)^T; begins
+// and closes the products.
+template <int kDim, bool kAdds>
+__device__ __forceinline__ void multiply_query(int (&c)[32], uint64_t a, uint64_t b) {
+  begin_products();
+#pragma unroll
+  for (int i = 0; i < kDim / 32; ++i) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.u8 " KVQUANT_REGISTERS_32 ", %32, %33, p;}"
+        : KVQUANT_32("+r", c, 0)
+        : "l"(a + 2 * i), "l"(b + 2 * i), "r"(int(kAdds || i > 0)));
+  }
+  close_products();
 }
 // c (64 x 64 or 128) += a (64 x 16, fp16, registers) b (16 rows of fp16).
 __device__ __forceinline__ void multiply_halves(float (&c)[32], const uint4& a, uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " KVQUANT_REGISTERS_32
-      ", {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
-      : KVQUANT_32("+f", c, 0)
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b));
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " KVQUANT_REGISTERS_32
+               ", {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
+               : KVQUANT_32("+f", c, 0)
+               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b));
 }
 __device__ __forceinline__ void multiply_halves(float (&c)[64], const uint4& a, uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " KVQUANT_REGISTERS_64
-      ", {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
-      : KVQUANT_32("+f", c, 0), KVQUANT_32("+f", c, 32)
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b));
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " KVQUANT_REGISTERS_64
+               ", {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
+               : KVQUANT_32("+f", c, 0), KVQUANT_32("+f", c, 32)
+               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b));
 }
 
 #undef KVQUANT_REGISTERS_32
