@@ -97,7 +97,7 @@ struct AttentionParams {
   // CUDA: room for the splits' partial results, see kernels/attention/config.h; bytes of 255, left
   // so
   float* partial;
-  int32_t* counters;   // zeros, left zero: one a sequence
+  int32_t* counters;  // zeros, left zero: one a sequence
   AttentionKernel kernel;
   int32_t splits;      // most splits of a sequence
   int32_t split_size;  // tokens of every split, whatever the call's sizes; 0: as these ask for
