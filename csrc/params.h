@@ -77,6 +77,9 @@ struct AppendParams {
   float* partial;
 };
 
+// CUDA: which kernel a call is planned for, a row of kernels/attention/regimes.h.
+enum class AttentionKernel : int32_t { kSplitKv = 0, kManyRows = 1 };
+
 // Query token i of n stands at position seq_len - n + i. Packed rows and dense rows as above.
 struct AttentionParams {
   CacheView cache;
@@ -94,7 +97,8 @@ struct AttentionParams {
   // CUDA: room for the splits' partial results, see kernels/attention/config.h; bytes of 255, left
   // so
   float* partial;
-  int32_t* counters;   // zeros, left zero: one a sequence
+  int32_t* counters;  // zeros, left zero: one a sequence
+  AttentionKernel kernel;
   int32_t splits;      // most splits of a sequence
   int32_t split_size;  // tokens of every split, whatever the call's sizes; 0: as these ask for
 };

@@ -124,7 +124,14 @@ def cache_cases(device: str) -> Iterator[None]:
         ((128, 128), (4, 2), tokens, torch.float16, 512, kvquant.CacheFormat(), {}, 8)
         for tokens in (1, 4)
     ]
-    for arguments in cases + many + wide:
+    rows = [  # many query rows: tiles of tokens as a whole, and in pieces
+        ((dim, dim), (4, 2), 40, dtype, block, kvquant.CacheFormat(), extra)
+        for dim, dtype, block, extra in (
+            (128, torch.float16, 512, {}), (128, torch.bfloat16, 32, {}),
+            (64, torch.bfloat16, 64, {"sliding_window": 100, "softcap": 20.0}),
+        )
+    ]  # fmt: skip
+    for arguments in cases + many + wide + rows:
         dims, heads, tokens, dtype, block, *_ = arguments
         name = f"attention {dims} {heads} heads {tokens} tokens {dtype} {block}"
         both(lambda move, a=arguments: cache_case(move, *a), device, name, TOLERANCE[dtype])

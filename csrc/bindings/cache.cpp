@@ -127,6 +127,7 @@ class Call {
     attention_.sliding_window = numbers.sliding_window;
     attention_.softcap = numbers.softcap;
     attention_.split_size = numbers.split_size;
+    attention_.kernel = choice_.schedule.kernel;
     attention_.splits = choice_.schedule.splits;
   }
 

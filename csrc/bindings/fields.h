@@ -72,9 +72,10 @@ void fields(Problem& x, V&& v) {
   v("batch", x.batch), v("max_seqlen_q", x.max_seqlen_q), v("num_q_heads", x.num_q_heads);
   v("num_kv_heads", x.num_kv_heads), v("head_dim", x.head_dim), v("v_head_dim", x.v_head_dim);
   v("capacity", x.capacity), v("split_size", x.split_size);
-  v("k_format", x.k_format), v("v_format", x.v_format), v("age_group", x.age_group);
-  v("float32", x.float32);
-  v("packed", x.packed), v("appends", x.appends), v("multiprocessors", x.multiprocessors);
+  v("k_format", x.k_format), v("v_format", x.v_format), v("float32", x.float32);
+  v("mean_group", x.mean_group), v("age_group", x.age_group);
+  v("packed", x.packed), v("appends", x.appends);
+  v("multiprocessors", x.multiprocessors), v("capability", x.capability);
 }
 template <class V>
 void derived(Problem&, V&&) {}

@@ -17,12 +17,14 @@ def choose():
         "float32", "capacity", "multiprocessors",
     )  # fmt: skip
 
-    def of(*sizes, split_size=0, packed=False, appends=False, age_group=0):
+    def of(*sizes, **rest):
         problem = dict(zip(names, sizes, strict=True))
-        values = "int4" if age_group else "int8"
-        formats = {"k_format": "int8", "v_format": values, "age_group": age_group}
-        rest = {"split_size": split_size, "packed": packed, "appends": appends}
-        return _C.choose({**problem, **formats, **rest})
+        usual = {
+            "k_format": "int8", "v_format": "int4" if rest.get("age_group") else "int8",
+            "mean_group": 256, "age_group": 0, "capability": 80, "split_size": 0,
+            "packed": False, "appends": False,
+        }  # fmt: skip
+        return _C.choose({**usual, **problem, **rest})
 
     return of
 
@@ -183,6 +185,43 @@ def test_a_row_refuses_by_name(choose):
             assert name in why
     ((argument, why),) = choose(70_000, *sizes[1:], SMS)["refusals"]
     assert "65535" in why
+
+
+MANY = {"capability": 90}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dim", "expected"),
+    [  # query rows of a block, warps, blocks of a multiprocessor
+        (8, 128, (32, 4, 3)),
+        (9, 128, (64, 4, 3)),
+        (64, 64, (64, 4, 3)),
+        (2000, 128, (64, 4, 3)),
+    ],
+)
+def test_many_query_rows_on_hopper(choose, tokens, dim, expected):
+    found = choose(8, tokens, 32, 8, dim, dim, False, 8192, SMS, **MANY)
+    assert found["regime"] == "many_rows"
+    assert (found["query_rows"], found["warps"], found["blocks"]) == expected
+    assert not choose(8, tokens, 32, 8, dim, dim, False, 8192, SMS, **MANY, appends=True)["appends"]
+
+
+def test_what_many_rows_refuses_by_name(choose):
+    def why(dims=(128, 128), tokens=8, float32=False, **rest):
+        found = choose(8, tokens, 32, 8, *dims, float32, 8192, SMS, **{**MANY, **rest})
+        assert found["regime"] == "split_kv"
+        ((argument, reason),) = found["refusals"]
+        assert argument is None
+        return reason
+
+    assert choose(8, 8, 32, 8, 128, 128, False, 8192, SMS, **MANY)["regime"] == "many_rows"
+    assert why(capability=89) == "compute capability 8.9, not 9.0"
+    assert why(capability=100) == "compute capability 10.0, not 9.0"
+    assert why(tokens=7) == "28 query rows of a KV head, fewer than 32"
+    assert why(dims=(128, 64)) == why(dims=(80, 80)) == "head_dims other than 64 and 128"
+    assert why(float32=True) == "float32"
+    assert why(k_format="int8", v_format="int4") == "rows that are not int8"
+    assert why(mean_group=32) == "key means of fewer than 64 tokens"
 
 
 def test_formats_are_refused_by_name():

@@ -167,7 +167,8 @@ def choose():
     sizes = {
         "batch": 1, "max_seqlen_q": 1, "num_q_heads": 8, "num_kv_heads": 2, "head_dim": 64,
         "v_head_dim": 64, "float32": False, "packed": False, "appends": False,
-        "multiprocessors": 132, "k_format": "int8", "v_format": "int8", "age_group": 0,
+        "multiprocessors": 132, "capability": 90, "mean_group": 0, "age_group": 0,
+        "k_format": "int8", "v_format": "int8",
     }  # fmt: skip
     return lambda capacity, split: _C.choose(sizes | {"capacity": capacity, "split_size": split})
 
@@ -179,8 +180,9 @@ def merging_few(monkeypatch):
     prepare = CPU.prepare
 
     def bounded(problem):
-        for argument, why in _C.choose(numbers_of(problem, 132))["refusals"]:
-            raise ValueError(f"{argument}: {why}")
+        for argument, why in _C.choose(numbers_of(problem, 132, 90))["refusals"]:
+            if argument:
+                raise ValueError(f"{argument}: {why}")
         return prepare(problem)
 
     monkeypatch.setattr(CPU, "prepare", bounded)

@@ -255,9 +255,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   rows.find_tokens(p, uniform(asked_length));
   const int first_block = checked_block(p.cache, uniform(asked_block));
   new_tokens.ask_mean(rows.stored, p.seqs.max_blocks == 1 ? first_block : -1);
-  const int span = rows.end - rows.begin;
-  int length = p.divided_by.divide(span + p.splits - 1);
-  length = max(p.min_split, (length + Traits::kStep - 1) / Traits::kStep * Traits::kStep);
+  const int span = rows.end - rows.begin, length = rows.split_length(p, Traits::kStep);
   // The last block of a sequence that has read its length adds the call's tokens to it.
   const auto readers = [&] { return p.counters + sequence; };
   const auto advance = [&](int read) {

@@ -5,11 +5,13 @@
 #include "kernels/attention/call.h"
 #include "kernels/attention/config.h"
 #include "kernels/device.cuh"
+#include "kernels/rows/config.h"
 
 namespace kvquant::cuda {
 
 template <class Formats, int kDim>
 cudaError_t launch_dim(const AttentionCall&, int rows, Occupancy, cudaStream_t);
+cudaError_t launch_many_rows(const AttentionCall&, cudaStream_t);
 
 namespace {
 
@@ -57,6 +59,11 @@ Status launch_pair(const AttentionCall& call, const AttentionShape& shape, cudaS
   return Status::unsupported("head_dim over 256");
 }
 
+AttentionShape many_rows_shape_of(const AttentionParams& p, int device) {
+  return shape_many_rows(p.seqs.batch, p.seqs.max_seqlen_q, p.num_q_heads, p.cache.num_kv_heads,
+                         p.cache.k.head_dim, multiprocessors(device));
+}
+
 Status launch_shape(AttentionCall call, const AttentionShape& shape, Launch launch) {
   if (call.cache.num_kv_heads > 65535 || call.seqs.batch > 65535) {
     return Status::unsupported("batch or heads over 65535");
@@ -77,6 +84,13 @@ Status launch_shape(AttentionCall call, const AttentionShape& shape, Launch laun
                    : shape.fills       ? std::max(kMinSplit, even)
                                        : kMinSplit;
   const auto stream = static_cast<cudaStream_t>(launch.stream);
+  if (call.kernel == AttentionKernel::kManyRows) {
+#ifdef KVQUANT_WITH_SM90A
+    return to_status(launch_many_rows(call, stream));
+#else
+    return Status::unsupported("this build has no code for sm_90a");
+#endif
+  }
   return with_pair(call.cache.k.format, call.cache.v.format, [&](auto formats) {
     using Formats = decltype(formats);
     if constexpr (can_age(formats)) {
@@ -90,7 +104,9 @@ Status launch_shape(AttentionCall call, const AttentionShape& shape, Launch laun
 
 Status attention(const AttentionParams& p, Launch launch) {
   if (p.seqs.batch == 0 || p.seqs.max_seqlen_q == 0) return Status::ok();
-  return launch_shape({p}, shape_of(p, launch.device), launch);
+  const bool many_rows = p.kernel == AttentionKernel::kManyRows;
+  const auto shape = many_rows ? many_rows_shape_of(p, launch.device) : shape_of(p, launch.device);
+  return launch_shape({p}, shape, launch);
 }
 
 Status attend(const AppendParams& append, const AttentionParams& p, Launch launch) {

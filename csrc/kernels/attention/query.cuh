@@ -177,6 +177,11 @@ struct RowTile {
     all_begin = first_seen(p, high);
     all_end = seen_end(p, low);
   }
+  // Tokens of a split, in whole steps.
+  __device__ __forceinline__ int split_length(const AttentionCall& p, int step) const {
+    const int even = p.divided_by.divide(end - begin + p.splits - 1);
+    return max(p.min_split, (even + step - 1) / step * step);
+  }
   __device__ __forceinline__ RowView view(const AttentionCall& p, int row) const {
     if (row >= count) return {};
     const int at = position_of(row);
@@ -184,6 +189,15 @@ struct RowTile {
     return {first_seen(p, at), seen_end(p, at), at, slope};
   }
 };
+
+// Whether a lane's four channels of every row can be one access.
+template <class T>
+bool is_aligned(const Rows& rows) {
+  const uint64_t any = reinterpret_cast<uintptr_t>(rows.data) / sizeof(T) |
+                       uint64_t(rows.batch_stride) | uint64_t(rows.token_stride) |
+                       uint64_t(rows.head_stride);
+  return any % 4 == 0;
+}
 
 template <class Traits>
 struct YoungTraits;
@@ -220,22 +234,16 @@ struct AttentionTraits {
 
   static constexpr int kRotation = kDim & -kDim;  // the longest that fits rows
   static bool serves(const AttentionCall& call) {
-    return !kPlainCall || (is_aligned(call.query) && is_aligned(call.out) && is_aligned(call.key) &&
-                           is_aligned(call.value) && call.cache.k.head_dim == kDim &&
-                           call.cache.v.head_dim == kDim && is_rotation(call.cache.k.rotation) &&
-                           is_rotation(call.cache.v.rotation) && !call.seqs.seq_starts &&
-                           !call.seqs.cu_seqlens_q && !call.sliding_window && call.softcap == 0.f &&
-                           !call.alibi_slopes && !call.sinks && !call.lse);
+    return !kPlainCall ||
+           (is_aligned<T>(call.query) && is_aligned<T>(call.out) && is_aligned<T>(call.key) &&
+            is_aligned<T>(call.value) && call.cache.k.head_dim == kDim &&
+            call.cache.v.head_dim == kDim && is_rotation(call.cache.k.rotation) &&
+            is_rotation(call.cache.v.rotation) && !call.seqs.seq_starts &&
+            !call.seqs.cu_seqlens_q && !call.sliding_window && call.softcap == 0.f &&
+            !call.alibi_slopes && !call.sinks && !call.lse);
   }
   // None, or the longest.
   static bool is_rotation(int length) { return length <= 1 || length == kRotation; }
-  // Whether a lane's four channels of every row can be one access.
-  static bool is_aligned(const Rows& rows) {
-    const uint64_t any = reinterpret_cast<uintptr_t>(rows.data) / sizeof(T) |
-                         uint64_t(rows.batch_stride) | uint64_t(rows.token_stride) |
-                         uint64_t(rows.head_stride);
-    return any % 4 == 0;
-  }
   // The call, with what is known of it as constants.
   static __device__ __forceinline__ AttentionCall known(AttentionCall call) {
     if constexpr (kPlainCall) {
@@ -331,9 +339,9 @@ struct RowScale {
 
 // Rotates, scales and rounds this warp's rows, of `count`. Scores of rows that are none are zero
 // or a NaN, and belong to nobody.
-template <class Traits>
+template <class Traits, class Shared>
 __device__ __forceinline__ void prepare_query(const AttentionCall& p, const RawQuery<Traits>& raw,
-                                              int warp, int count, QueryShared<Traits>& shared,
+                                              int warp, int count, Shared& shared,
                                               RowScale* scales) {
   using Row = WarpRow<Traits::kDim>;
   constexpr int kPerWarp = Traits::kRowsPerWarp;

@@ -3,11 +3,18 @@
 #include "common/age.h"
 #include "formats/formats.h"
 #include "kernels/attention/config.h"
+#include "kernels/rows/config.h"
 
 namespace kvquant {
 namespace {
 
 constexpr int kMostDim = 256, kMostBlocks = 65535;
+// A build without CUDA answers as one for all GPUs would.
+#if defined(KVQUANT_WITH_CUDA) && !defined(KVQUANT_WITH_SM90A)
+constexpr bool kHasSm90a = false;
+#else
+constexpr bool kHasSm90a = true;
+#endif
 
 Refusal refuse_view(const Problem& p) {
   return {refuse_rows(name_of(p.k_format), name_of(p.v_format), p.head_dim, p.v_head_dim)};
@@ -41,15 +48,9 @@ Refusal refuse_split_kv(const Problem& p) {
   return {};
 }
 
-Schedule schedule_split_kv(const Problem& p) {
-  const auto shape = shape_of(p);
-  const auto plan = cuda::plan_attention(shape, p.batch, capacity_of(p), p.split_size);
+Schedule schedule_of(const cuda::AttentionShape& shape, const cuda::AttentionPlan& plan) {
   Schedule schedule;
   schedule.splits = plan.splits;
-  // Blocks of one row tile do not wait for another's rows. By age, rows of a group that begins in
-  // the call are not old when it is over, if groups are long enough.
-  schedule.appends = p.appends && !p.packed && shape.row_tiles == 1 &&
-                     (!p.age_group || p.age_group >= kSpareTokens);
   schedule.partial_floats = plan.partial_floats;
   schedule.counters = plan.counters;
   schedule.query_rows = shape.rows;
@@ -57,6 +58,56 @@ Schedule schedule_split_kv(const Problem& p) {
   schedule.blocks = shape.instance.blocks;
   schedule.stages = shape.instance.stages;
   schedule.head_dim = shape.head_dim;
+  return schedule;
+}
+
+Schedule schedule_split_kv(const Problem& p) {
+  const auto shape = shape_of(p);
+  Schedule schedule =
+      schedule_of(shape, cuda::plan_attention(shape, p.batch, capacity_of(p), p.split_size));
+  // Blocks of one row tile do not wait for another's rows. By age, rows of a group that begins in
+  // the call are not old when it is over, if groups are long enough.
+  schedule.appends = p.appends && !p.packed && shape.row_tiles == 1 &&
+                     (!p.age_group || p.age_group >= kSpareTokens);
+  return schedule;
+}
+
+cuda::AttentionShape many_rows_shape_of(const Problem& p) {
+  return cuda::shape_many_rows(p.batch, p.max_seqlen_q, p.num_q_heads, p.num_kv_heads, p.head_dim,
+                               p.multiprocessors);
+}
+
+// Many query rows on Hopper: chunks, and steps of several query tokens.
+Refusal refuse_many_rows(const Problem& p) {
+  if (Refusal refusal = refuse_split_kv(p); !refusal.why.empty()) return refusal;
+  if (!kHasSm90a) return {"this build has no code for sm_90a"};
+  if (p.capability != 90) {
+    const std::string minor = std::to_string(p.capability % 10);
+    return {"compute capability " + std::to_string(p.capability / 10) + "." + minor + ", not 9.0"};
+  }
+  if (p.k_format != RowFormat::kInt8 || p.v_format != RowFormat::kInt8) {
+    return {"rows that are not int8"};
+  }
+  if (p.head_dim != p.v_head_dim || (p.head_dim != 64 && p.head_dim != 128)) {
+    return {"head_dims other than 64 and 128"};
+  }
+  if (p.float32) return {"float32"};
+  if (p.mean_group && p.mean_group < cuda::kRowsTile) {
+    return {"key means of fewer than " + std::to_string(cuda::kRowsTile) + " tokens"};
+  }
+  const int64_t rows = int64_t(p.max_seqlen_q) * (p.num_q_heads / p.num_kv_heads);
+  if (rows < cuda::kFewestRows) {
+    return {std::to_string(rows) + " query rows of a KV head, fewer than " +
+            std::to_string(cuda::kFewestRows)};
+  }
+  return {};
+}
+
+Schedule schedule_many_rows(const Problem& p) {
+  const auto shape = many_rows_shape_of(p);
+  const auto plan = cuda::plan_attention(shape, p.batch, capacity_of(p), p.split_size);
+  Schedule schedule = schedule_of(shape, plan);
+  schedule.kernel = AttentionKernel::kManyRows;
   return schedule;
 }
 
@@ -94,13 +145,15 @@ Choice choose(const Problem& problem, const std::vector<Regime>& rows) {
       choice.schedule = row.schedule(problem);
       return choice;
     }
-    choice.refusals.push_back(std::move(refusal));
+    const bool is_known = !choice.refusals.empty() && choice.refusals.back().why == refusal.why;
+    if (!is_known) choice.refusals.push_back(std::move(refusal));
   }
   return choice;
 }
 
 const std::vector<Regime>& cuda_regimes() {
-  static const std::vector<Regime> rows{{"split_kv", refuse_split_kv, schedule_split_kv}};
+  static const std::vector<Regime> rows{{"many_rows", refuse_many_rows, schedule_many_rows},
+                                        {"split_kv", refuse_split_kv, schedule_split_kv}};
   return rows;
 }
 

@@ -17,13 +17,16 @@ struct Problem {
   int64_t capacity;    // of the block table, in tokens
   int32_t split_size;  // 0: as the sizes ask for
   RowFormat k_format, v_format;
+  int32_t mean_group;
   int32_t age_group;  // tokens of a group, of rows by age (common/age.h); 0: not by age
   bool float32, packed, appends;
   int32_t multiprocessors;  // 0: a CPU
+  int32_t capability;       // of a CUDA device: 90 is 9.0
 };
 
 // What a launch needs beside its parameters; explain prints it.
 struct Schedule {
+  AttentionKernel kernel = AttentionKernel::kSplitKv;
   int32_t splits = 1;    // most of a sequence
   bool appends = false;  // the launch quantizes the call's new rows; else an append goes before it
   int64_t partial_floats = 0, counters = 0;                                 // of the workspace
@@ -47,7 +50,8 @@ struct Regime {
   Schedule (*schedule)(const Problem&);
 };
 
-// The first row that serves the problem, -1: none; and why those before it do not.
+// The first row that serves the problem, -1: none; and why those before it do not, each reason
+// once.
 struct Choice {
   int row = -1;
   const char* name = nullptr;

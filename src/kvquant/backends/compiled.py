@@ -81,7 +81,7 @@ def called_rows(query: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return ((row >= cu_seqlens[:-1]) & (row < cu_seqlens[1:])).any(-1)
 
 
-def numbers_of(problem: Problem, multiprocessors: int) -> dict[str, Any]:
+def numbers_of(problem: Problem, multiprocessors: int, capability: int) -> dict[str, Any]:
     """A problem as the extension's choice of kernels takes it."""
     query, key, _, view, seqs = problem[:5]
     alike = key is not None and key.dtype == query.dtype and key.shape[:-2] == query.shape[:-2]
@@ -96,11 +96,13 @@ def numbers_of(problem: Problem, multiprocessors: int) -> dict[str, Any]:
         "split_size": problem.options.split_size,
         "k_format": view.k_format.name,
         "v_format": view.v_format.name,
+        "mean_group": view.mean_group,
         "age_group": (view.mean_group or GROUP_TOKENS) if seqs.by_age else 0,
         "float32": query.dtype == torch.float32,
         "packed": seqs.is_packed,
         "appends": alike,
         "multiprocessors": multiprocessors,
+        "capability": capability,
     }
 
 
@@ -117,7 +119,7 @@ class CompiledCall(Prepared):
         query, key, value, view, seqs = problem[:5]
         self.backend, self._backend = backend.name, backend
         self._new_tokens = 0 if key is None or seqs.is_packed else key.shape[1]
-        numbers = numbers_of(problem, backend.multiprocessors(query.device))
+        numbers = numbers_of(problem, *backend.device_numbers(query.device))
         options = dict(zip(names_of(type(problem.options)), flatten(problem.options), strict=True))
         lead = [(0, *x.strides) if len(x.strides) == 3 else x.strides
                 for x in (query, key, value) if x is not None]  # fmt: skip
@@ -247,9 +249,9 @@ class Compiled(AffineBackend):
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot run on ``device``, or None."""
 
-    def multiprocessors(self, device: torch.device) -> int:
-        """Of a CUDA device; 0: a CPU."""
-        return 0
+    def device_numbers(self, device: torch.device) -> tuple[int, int]:
+        """Multiprocessors and compute capability (90: 9.0) of a CUDA device; zeros: a CPU."""
+        return 0, 0
 
     def is_capturing(self, queue: tuple[int, int]) -> bool:
         """Whether launches are being captured in a graph."""

@@ -107,8 +107,8 @@ class _Cuda(Compiled):
     def unavailable(self, device: torch.device) -> str | None:
         return _unavailable(_index(device))
 
-    def multiprocessors(self, device: torch.device) -> int:
-        return _multiprocessors(_index(device))
+    def device_numbers(self, device: torch.device) -> tuple[int, int]:
+        return _device_numbers(_index(device))
 
     def is_capturing(self, queue: tuple[int, int]) -> bool:
         return bool(native.module.capture_id(queue[1]))
@@ -185,8 +185,9 @@ def _unavailable(device: int) -> str | None:
 
 
 @cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _device_numbers(device: int) -> tuple[int, int]:
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, 10 * found.major + found.minor
 
 
 CUDA = _Cuda()

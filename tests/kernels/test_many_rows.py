@@ -1,0 +1,187 @@
+"""The kernel for many query rows (Hopper): against the oracle, and the same bits every time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import kvquant
+from attending import attend, check_attention, expected
+from support import (
+    BF16,
+    DTYPES,
+    FORMATS,
+    FP16,
+    LAYOUTS,
+    Cache,
+    empty_cache,
+    filled_cache,
+    foreign,
+    index,
+)
+
+pytestmark = pytest.mark.gpu
+
+HEADS = (8, 2)
+TOKENS = 9  # of four heads each: more than 32 rows
+
+
+@pytest.fixture(autouse=True)
+def hopper(cuda):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for compute capability 9.0")
+
+
+def regime_of(query: torch.Tensor, cache: Cache) -> str:
+    return kvquant.plan(query, cache.view, kvquant.Sequences(cache.table, cache.lens)).regime
+
+
+def dense(cache: Cache, query: torch.Tensor, **options: Any) -> Any:
+    assert regime_of(query, cache) == "many_rows"
+    where = {"block_table": cache.table, "seq_lens": cache.lens, "seq_starts": cache.starts}
+    return kvquant.attention(query, cache.view, **where, **options)
+
+
+def make(lens=(1000, 64, 129, 2049), dim=128, dtype="fp16", kv_heads=2, **options: Any) -> Cache:
+    return filled_cache(
+        lens, dtype=DTYPES[dtype], kv_heads=kv_heads, k_dim=dim, device="cuda",
+        block=LAYOUTS[options.pop("layout", "contiguous")],
+        fmt=FORMATS[options.pop("fmt", "default")], **options,
+    )  # fmt: skip
+
+
+def queries(cache: Cache, count: int, heads: int, dtype: str = "fp16") -> list[torch.Tensor]:
+    dim = cache.view.k.head_dim
+    return [
+        torch.randn(min(count, n), heads, dim, device="cuda").to(DTYPES[dtype])
+        for n in cache.lengths
+    ]
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    ("layout", "fmt", "dtype"),
+    [
+        ("contiguous", "default", "fp16"),
+        ("paged16", "default", "bf16"),
+        ("paged32", "rotated", "fp16"),
+        ("paged64", "plain", "fp16"),
+        ("paged256", "mean64", "bf16"),
+    ],
+)
+@pytest.mark.parametrize(("count", "heads"), [(TOKENS, HEADS), (16, HEADS), (100, (7, 1))])
+def test_shapes(dim, layout, fmt, dtype, count, heads):
+    cache = make(dim=dim, dtype=dtype, kv_heads=heads[1], layout=layout, fmt=fmt)
+    check_attention(cache, queries(cache, count, heads[0], dtype))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sliding_window": 100},
+        {"softcap": 30.0},
+        {"sinks": 3.0},
+        {"alibi_slopes": 0.1},
+        {"causal": False},
+        {"split_size": 256},
+        {"softmax_scale": 0.3, "sliding_window": 300, "softcap": 20.0, "sinks": 3.0},
+    ],
+    ids=lambda options: "-".join(options),
+)
+@pytest.mark.parametrize("starts", [None, (9, 0, 64, 290)])
+def test_features(options, starts):
+    cache = make(dtype="bf16", layout="paged16", starts=starts)
+    vectors = {
+        name: torch.rand(HEADS[0], device="cuda") * options[name]
+        for name in ("sinks", "alibi_slopes")
+        if name in options
+    }
+    check_attention(cache, queries(cache, 40, HEADS[0], "bf16"), **{**options, **vectors})
+
+
+def test_scores_that_jump():
+    """Nearly one-hot weights, and keys whose lengths jump: bases must follow."""
+    cache = make((3000,), room=(4000,))
+    key, value = torch.randn(2, 1000, 2, 128, device="cuda", dtype=FP16)
+    key *= 2.0 ** torch.randint(-3, 5, (1000, 1, 1), device="cuda")
+    cache.append([key], [value])
+    for scale in (1, 4, 40):
+        check_attention(cache, [scale * torch.randn(40, 8, 128, device="cuda").to(FP16)])
+
+
+def test_the_largest_values():
+    """Codes of such rows stand for numbers beyond fp16, which count as the largest."""
+    cache = empty_cache((640,), k_dim=128, device="cuda")
+    key, value = torch.randn(2, 640, 2, 128, device="cuda", dtype=FP16)
+    value[::3] = 65504 * torch.sign(value[::3])
+    cache.append([key], [value])
+    given = [torch.randn(40, 8, 128, device="cuda", dtype=FP16)]
+    out, ref = attend(cache, given), expected(cache, given)[0]
+    assert (out - ref).norm() <= 1e-2 * ref.norm()
+
+
+@pytest.mark.parametrize("part", ["k", "v"])
+def test_who_sees_a_row_that_is_not_finite(part):
+    """NaN for the rows that see it, and for no one else."""
+    cache = make((500,), layout="paged64")
+    query = torch.randn(1, 32, 8, 128, device="cuda", dtype=FP16)
+    before = dense(cache, query)
+    position, head = 490, 1
+    block = int(cache.table[0, position // 64])
+    getattr(cache.view, part).params[block, head, position % 64] = 0xFF
+    out = dense(cache, query)
+    sees = torch.arange(500 - 32, 500, device="cuda") >= position
+    assert out[0, sees, 4:].isnan().all()
+    torch.testing.assert_close(out[0, ~sees], before[0, ~sees], rtol=2e-3, atol=2e-3)
+    assert torch.equal(out[0, :, :4], before[0, :, :4])
+
+
+def test_tokens_whose_block_is_lost_are_left_out():
+    cache = make((500,), layout="paged16", fmt="plain")
+    lost = range(10, 14)
+    left = [i for i in range(-(-500 // 16)) if i not in lost]
+    shorter = Cache(cache.view, cache.table[:, left].contiguous(), cache.lens - 16 * len(lost))
+    query = torch.randn(1, 16, 8, 128, device="cuda", dtype=FP16)
+    wanted = dense(shorter, query)
+    cache.table[0, 10:14] = index([-1, 2**30, -1, 2**30], "cuda")
+    torch.testing.assert_close(dense(cache, query), wanted, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("count", [TOKENS, 16, 100])
+def test_the_same_bits(count):
+    """Every run, in every layout, of rows at any address."""
+    cache = make((9000, 300, 4000), kv_heads=4, layout="paged64")
+    query = torch.randn(3, count, 16, 128, device="cuda", dtype=FP16)
+    first = dense(cache, query)
+    for _ in range(50):
+        assert torch.equal(dense(cache, query), first)
+    slab = Cache(foreign(cache.view), cache.table, cache.lens)
+    assert torch.equal(dense(slab, query), first)
+    odd = torch.empty(query.numel() + 1, device="cuda", dtype=query.dtype)[1:].view_as(query)
+    assert torch.equal(dense(cache, odd.copy_(query)), first)
+
+
+@pytest.mark.parametrize("block", [16, 32, 64])
+def test_blocks_are_as_good_as_one(block):
+    lens = (1000, 257)
+    whole = make(lens)
+    paged = empty_cache(lens, k_dim=128, block=block, device="cuda")
+    paged.append(whole.keys, whole.values)
+    query = torch.randn(2, 40, 8, 128, device="cuda", dtype=FP16)
+    options = {"split_size": 256}  # splits do not depend on the capacity then
+    assert torch.equal(dense(whole, query, **options), dense(paged, query, **options))
+
+
+def test_a_captured_chunk_while_lengths_grow():
+    cache = make((700, 300), dtype="bf16", layout="paged16", room=(900, 500))
+    query = torch.randn(2, 40, 8, 128, device="cuda", dtype=BF16)
+    dense(cache, query)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = dense(cache, query)
+    for lens in ([700, 300], [650, 41], [40, 1]):
+        cache.lens.copy_(index(lens, "cuda"))
+        graph.replay()
+        assert torch.equal(out, dense(cache, query))
