@@ -193,7 +193,6 @@ MANY = {"capability": 90}
 @pytest.mark.parametrize(
     ("tokens", "dim", "expected"),
     [  # query rows of a block, warps, blocks of a multiprocessor
-        (8, 128, (32, 4, 3)),
         (9, 128, (64, 4, 3)),
         (64, 64, (64, 4, 3)),
         (2000, 128, (64, 4, 3)),
@@ -207,17 +206,16 @@ def test_many_query_rows_on_hopper(choose, tokens, dim, expected):
 
 
 def test_what_many_rows_refuses_by_name(choose):
-    def why(dims=(128, 128), tokens=8, float32=False, **rest):
+    def why(dims=(128, 128), tokens=9, float32=False, **rest):
         found = choose(8, tokens, 32, 8, *dims, float32, 8192, SMS, **{**MANY, **rest})
         assert found["regime"] == "split_kv"
         ((argument, reason),) = found["refusals"]
         assert argument is None
         return reason
 
-    assert choose(8, 8, 32, 8, 128, 128, False, 8192, SMS, **MANY)["regime"] == "many_rows"
     assert why(capability=89) == "compute capability 8.9, not 9.0"
     assert why(capability=100) == "compute capability 10.0, not 9.0"
-    assert why(tokens=7) == "28 query rows of a KV head, fewer than 32"
+    assert why(tokens=8) == "32 query rows of a KV head, fewer than 33"
     assert why(dims=(128, 64)) == why(dims=(80, 80)) == "head_dims other than 64 and 128"
     assert why(float32=True) == "float32"
     assert why(k_format="int8", v_format="int4") == "rows that are not int8"
