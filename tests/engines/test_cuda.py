@@ -39,7 +39,7 @@ class Engine:
         self.lens = torch.zeros(BATCH, dtype=torch.int32, device="cuda")
         self.dtype = dtype
 
-    def build(self, lengths: list[int], counts: list[int]) -> Any:
+    def common(self, lengths: list[int], counts: list[int]) -> CommonAttentionMetadata:
         """The step in which requests of such lengths get so many tokens; those with none pad."""
         starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
         real = torch.tensor(counts) > 0
@@ -48,13 +48,16 @@ class Engine:
         self.lens.copy_(torch.tensor(after))
         self.table.copy_(self.ids * real[:, None].cuda())
         total = BATCH * max(counts)
-        common = CommonAttentionMetadata(
+        return CommonAttentionMetadata(
             query_start_loc=self.starts, query_start_loc_cpu=starts, seq_lens=self.lens,
             num_reqs=BATCH, num_actual_tokens=total, max_query_len=max(counts),
             max_seq_len=WIDTH * BLOCK, block_table_tensor=self.table,
             slot_mapping=torch.zeros(total, dtype=torch.int64, device="cuda"),
+            seq_lens_cpu_upper_bound=torch.tensor(after, dtype=torch.int32),
         )  # fmt: skip
-        return self.builder.build(0, common)
+
+    def build(self, lengths: list[int], counts: list[int]) -> Any:
+        return self.builder.build(0, self.common(lengths, counts))
 
     def rows(self, total: int) -> list[Tensor]:
         return [
@@ -91,7 +94,7 @@ def test_a_captured_decode_grows_by_replay_as_eager_steps_do(
         engine.run(common, rows, torch.empty_like(rows[0]))
         engines.append(engine)
     eager, captured = engines
-    buffers, out = captured.rows(BATCH * tokens), None
+    buffers = captured.rows(BATCH * tokens)
     out = torch.empty_like(buffers[0])
     step = captured.build([0] * BATCH, [tokens] * BATCH)  # as at capture: no context
     kept = captured.pages.clone()
@@ -104,11 +107,7 @@ def test_a_captured_decode_grows_by_replay_as_eager_steps_do(
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured.run(step, buffers, out)
-    captured.pages.copy_(kept)
-    for engine in (captured,):  # the warm-up wrote at position 0
-        torch.manual_seed(0)
-        rows = engine.rows(sum(prompts))
-        engine.run(engine.build([0] * BATCH, prompts), rows, torch.empty_like(rows[0]))
+    captured.pages.copy_(kept)  # the warm-up wrote at position 0
     lengths = list(prompts)
     for turn in range(12):
         torch.manual_seed(100 + turn)
@@ -145,18 +144,13 @@ def test_uniform_decodes_and_packed_rows_agree(name: str) -> None:
     assert torch.equal(results[0][1], results[1][1])
 
 
-def test_nothing_waits_for_the_device() -> None:
+@pytest.mark.parametrize("counts", [[1] * BATCH, [2000, 1, 1, 1]], ids=str)
+def test_nothing_waits_for_the_device(counts: list[int]) -> None:
     engine = Engine("KVQUANT", 0, torch.float16)
-    rows = engine.rows(BATCH)
+    rows = engine.rows(sum(counts))
     out = torch.empty_like(rows[0])
-    engine.run(engine.build([9] * BATCH, [1] * BATCH), rows, out)
-    starts = torch.arange(BATCH + 1, dtype=torch.int32)
-    common = CommonAttentionMetadata(
-        query_start_loc=engine.starts, query_start_loc_cpu=starts, seq_lens=engine.lens,
-        num_reqs=BATCH, num_actual_tokens=BATCH, max_query_len=1, max_seq_len=WIDTH * BLOCK,
-        block_table_tensor=engine.table,
-        slot_mapping=torch.zeros(BATCH, dtype=torch.int64, device="cuda"),
-    )  # fmt: skip
+    engine.run(engine.build([1500, 9, 9, 9], counts), rows, out)
+    common = engine.common([1500, 9, 9, 9], counts)
     torch.cuda.set_sync_debug_mode("error")
     try:
         engine.run(engine.builder.build(0, common), rows, out)

@@ -5,6 +5,7 @@ length: each request's text is what it is alone.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.timeout(3600)
 ENGINE = {"block_size": 64, "num_gpu_blocks_override": 40}
 OWN, OWN16 = "the engine's own", "the engine's own, 16 bits"
 TOLERANCE = {"KVQUANT_PLAIN": 1e-2, "KVQUANT": 5e-2, OWN: 1e-2, OWN16: 1e-2}
-OURS = ["KVQUANT_PLAIN", "KVQUANT"]
+OURS = ["KVQUANT_PLAIN", "KVQUANT"] if LONG else ["KVQUANT"]
 MOST_DIVERGENCE = {"KVQUANT_PLAIN": 1e-3, "KVQUANT": 3e-4}  # plain rows know no rotation and mean
 
 
@@ -30,22 +31,30 @@ def scored(model: str, text: str) -> list[list[int]]:
     return [tokens[i * 600 : (i + 1) * 600] for i in range(3 if LONG else 1)]
 
 
-@pytest.fixture(scope="module")
-def reports(
-    model: str, prompts: list[str], scored: list[list[int]], scratch: Path
-) -> dict[str, Report]:
-    """Of each cache. vLLM's own has 16 bits only where the whole model has."""
-    found = {}
-    for name in TOLERANCE if LONG else OURS:
-        found[name] = run(
+class Reports(dict[str, Report]):
+    """Of each cache, when it is first asked for. vLLM's own has 16 bits only where the whole model
+    has.
+    """
+
+    def __init__(self, scratch: Path, **job: Any) -> None:
+        super().__init__()
+        self._scratch, self._job = scratch, job
+
+    def __missing__(self, name: str) -> Report:
+        self[name] = run(
             Job(
-                model=model, prompts=prompts, backend=name if name in OURS else None,
-                engine={**ENGINE, "dtype": "bfloat16" if name == OWN16 else "float32"}, again=4,
-                alone=len(prompts), logits=str(scratch / f"{name}.pt"), scored=scored,
+                backend=name if name in OURS else None, again=4, alone=len(self._job["prompts"]),
+                engine={**ENGINE, "dtype": "bfloat16" if name == OWN16 else "float32"},
+                logits=str(self._scratch / f"{name}.pt"), **self._job,
             )
         )  # fmt: skip
-        _tell(name, found[name])
-    return found
+        _tell(name, self[name])
+        return self[name]
+
+
+@pytest.fixture(scope="module")
+def reports(model: str, prompts: list[str], scored: list[list[int]], scratch: Path) -> Reports:
+    return Reports(scratch, model=model, prompts=prompts, scored=scored)
 
 
 def _tell(name: str, report: Report) -> None:
@@ -58,17 +67,19 @@ def _tell(name: str, report: Report) -> None:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_a_request_gets_the_text_that_it_gets_alone(name: str, reports: dict[str, Report]) -> None:
+def test_a_request_gets_the_text_that_it_gets_alone(name: str, reports: Reports) -> None:
     report = reports[name]
     ties, wrong = differences(report.batch, report.alone, TOLERANCE[name])
     assert not wrong
-    if LONG and name == "KVQUANT_PLAIN":
+    if LONG:  # differences at near-equal logits, as the engine has them with its own cache
         own = differences(reports[OWN16].batch, reports[OWN16].alone, TOLERANCE[name])
-        assert ties <= own[0] + len(own[1])
+        print(f"\n{name}: {ties}; the engine's own 16 bits: {own[0]}, and {len(own[1])} elsewhere")
+        if name == "KVQUANT_PLAIN":
+            assert ties <= own[0] + len(own[1])
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_requests_read_the_pages_of_others(name: str, reports: dict[str, Report]) -> None:
+def test_requests_read_the_pages_of_others(name: str, reports: Reports) -> None:
     report = reports[name]
     assert sum(answer.cached for answer in report.batch)
     assert sum(answer.cached for answer in report.again)
@@ -76,7 +87,7 @@ def test_requests_read_the_pages_of_others(name: str, reports: dict[str, Report]
     assert not wrong
 
 
-@pytest.mark.parametrize("name", OURS if LONG else ["KVQUANT"])
+@pytest.mark.parametrize("name", OURS)
 def test_preempted_requests_go_on(name: str, model: str, text: str) -> None:
     """Eight requests fill all blocks, and each needs one more before it ends."""
     prompts = [text[4000 + 900 * i :][:180] for i in range(8)]
@@ -93,8 +104,10 @@ def test_preempted_requests_go_on(name: str, model: str, text: str) -> None:
 @pytest.mark.skipif(not LONG, reason="needs the engine's own cache too: make test-vllm")
 @pytest.mark.parametrize("name", OURS)
 def test_prompt_logprobs_are_those_of_the_engine_s_own_cache(
-    name: str, reports: dict[str, Report], scratch: Path
+    name: str, reports: Reports, scratch: Path
 ) -> None:
+    for of in (OWN, name):
+        assert reports[of].batch  # which leaves its logits
     own, ours = (torch.load(scratch / f"{of}.pt") for of in (OWN, name))
     assert own.shape == ours.shape
     divergence = torch.nn.functional.kl_div(

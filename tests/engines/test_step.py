@@ -95,6 +95,8 @@ class Engine:
             num_reqs=3 + padding, num_actual_tokens=total, max_query_len=most,
             max_seq_len=WIDTH * self.block_size, block_table_tensor=table,
             slot_mapping=torch.zeros(total, dtype=torch.int64),
+            # Where rows pad a graph, vLLM's host may hold anything.
+            seq_lens_cpu_upper_bound=torch.tensor([*after, *[7] * padding], dtype=torch.int32),
         )  # fmt: skip
 
     def step(self, counts: list[int], padding: int = 0, **options: Any) -> tuple[Step, Any, Tensor]:
@@ -199,6 +201,20 @@ def test_what_a_graph_reads_stays_in_place() -> None:
     for name in ("block_table", "seq_lens"):
         assert getattr(first.seqs, name).data_ptr() == getattr(second.seqs, name).data_ptr()
     assert second.seqs.seq_lens.tolist() == [5, 6, 7]
+
+
+def test_a_step_with_prompts_says_what_the_host_knows() -> None:
+    engine = Engine()
+    engine.step([50, 3, 100])
+    made, _, _ = engine.step([20, 1, 1], padding=1)
+    assert made.seqs.on_host == kvquant.HostLengths((50, 3, 100, 0), rows=(20, 1, 1, 0))
+    assert made.seqs.seq_lens.tolist() == [50, 3, 100, 0]
+    assert made.stored.on_host == kvquant.HostLengths((70, 4, 101, 0), rows=(20, 1, 1, 0))
+    made, _, _ = engine.step([1, 1, 1])
+    assert made.seqs.on_host is made.stored.on_host is None
+    # With drafts, vLLM's host counts on all being accepted.
+    made, _, _ = Engine(drafts=2).step([20, 1, 1])
+    assert made.seqs.on_host is None
 
 
 def test_a_layer_that_shares_another_s_cache_appends_nothing() -> None:

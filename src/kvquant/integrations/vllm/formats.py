@@ -12,6 +12,8 @@ __all__ = ["BLOCK_SIZES", "FORMATS", "block_size_of", "content_bytes", "format_o
 FORMATS: dict[str, CacheFormat] = {
     "KVQUANT": CacheFormat(),
     "KVQUANT_PLAIN": CacheFormat.plain(),
+    "KVQUANT_K8V4": CacheFormat(value="int4"),
+    "KVQUANT_K4V4": CacheFormat(key="int4", value="int4"),
 }
 #: Tokens of a block that kernels run on, the preferred size first.
 BLOCK_SIZES = (256, 128, 64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import add
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from vllm.v1.attention.backend import (
     max_decode_query_len,
 )
 
-from ... import CacheView, Plan, Sequences, plan
+from ... import CacheView, HostLengths, Plan, Sequences, plan
 
 __all__ = ["Step", "StepBuilder"]
 
@@ -41,12 +42,15 @@ class Step(AttentionMetadata):
     @cached_property
     def stored(self) -> Sequences:
         """The sequences for a layer that appends nothing: another one has stored the tokens."""
-        seqs = self.seqs
+        seqs, known = self.seqs, self.seqs.on_host
+        if known is not None and known.rows is not None:
+            known = known._replace(seq_lens=tuple(map(add, known.seq_lens, known.rows)))
         return Sequences(
             seqs.block_table,
             self.seq_lens,
             cu_seqlens_q=seqs.cu_seqlens_q,
             max_seqlen_q=seqs.max_seqlen_q,
+            on_host=known,
         )
 
     def attend(
@@ -112,6 +116,8 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         # be when it is replayed, unless it has one token.
         mixed = vllm_config.compilation_config.cudagraph_mode.mixed_mode()
         self._most = 1 if mixed == CUDAGraphMode.FULL else max_decode_query_len(vllm_config)
+        # With drafts, vLLM's host may not know yet how many of them were accepted.
+        self._guesses = vllm_config.speculative_config is not None
         most = vllm_config.scheduler_config.max_num_seqs
         self._before = torch.zeros(most, dtype=torch.int32, device=device)
         self._table = torch.zeros(most, 0, dtype=torch.int32, device=device)
@@ -147,8 +153,18 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
             before,
             cu_seqlens_q=None if tokens else starts,
             max_seqlen_q=0 if tokens else common.max_query_len,
+            on_host=None if tokens else self._on_host(common),
         )
         return Step(seqs, after, tokens)
+
+    def _on_host(self, common: CommonAttentionMetadata) -> HostLengths | None:
+        """The lengths of a step with prompts, if vLLM knows them exactly."""
+        after, batch = common.seq_lens_cpu_upper_bound, common.num_reqs
+        if after is None or self._guesses:
+            return None
+        rows = common.query_start_loc_cpu[: batch + 1].diff()
+        before = ((after[:batch] - rows) * (rows > 0)).clamp_(min=0).tolist()
+        return HostLengths(tuple(before), rows=tuple(rows.tolist()))
 
     def _uniform(self, common: CommonAttentionMetadata) -> int:
         """Tokens of each sequence of a decode step, padding aside; 0: it is none."""
