@@ -43,10 +43,15 @@ def test_versions_agree() -> None:
     assert version("kvquant") == kvquant.__version__ == _C.build_info()["version"]
 
 
-@pytest.mark.parametrize("change", ["version", "fields"])
-def test_an_extension_of_another_version_is_not_used(
-    change: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("version", "it is of version 0.0.9, but this package of"),
+        ("functions", "it has no append_floats, but this package uses them"),
+        ("fields", "its Options has"),
+    ],
+)
+def test_an_extension_of_another_version_is_not_used(change: str, expected: str) -> None:
     class Other:
         def build_info(self) -> dict[str, str]:
             return {"version": "0.0.9" if change == "version" else kvquant.__version__}
@@ -54,6 +59,21 @@ def test_an_extension_of_another_version_is_not_used(
         def fields(self) -> dict[str, list[str]]:
             return {**_C.fields(), "Options": ["scale"]}
 
-    expected = "version 0.0.9, but this package of" if change == "version" else "its Options has"
+        def __getattr__(self, name: str) -> object:
+            if change == "functions" and name == "append_floats":
+                raise AttributeError(name)
+            return print
+
     with pytest.raises(ImportError, match=expected):
         native._check(Other())
+
+
+def test_every_name_that_is_used_is_checked() -> None:
+    folder = Path(native.__file__).parents[1]
+    used = {
+        name
+        for path in folder.rglob("*.py")
+        for name in re.findall(r"native\.module\.(\w+)", path.read_text())
+    }
+    assert used
+    assert used <= set(native._USED)

@@ -16,6 +16,13 @@ from ..view import CacheView, Options, Sequences
 __all__ = ["error", "module"]
 
 
+_USED = (
+    "CacheView", "Call", "MatmulParams", "Place", "Sequences", "append", "append_floats",
+    "build_info", "capture_id", "dequantize", "fields", "gather", "graph_workspace", "merge",
+    "pv_matmul", "qk_matmul", "quantize", "read_piece", "refuse_rows", "use_openmp",
+)  # fmt: skip
+
+
 def _openmp() -> int:
     """Address of GOMP_parallel in the OpenMP runtime of torch's own operations; 0: none."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
@@ -27,10 +34,12 @@ def _openmp() -> int:
 
 
 def _check(extension: Any) -> None:
-    """The extension is this package's: same version, same fields."""
+    """The extension is this package's: same version, names and fields."""
     found = extension.build_info()["version"]
     if found != __version__:
         raise ImportError(f"it is of version {found}, but this package of {__version__}")
+    if lacks := [name for name in _USED if not hasattr(extension, name)]:
+        raise ImportError(f"it has no {', '.join(lacks)}, but this package uses them")
     for cls in (CacheView, Sequences, Options):
         names = extension.fields()[cls.__name__]
         if names != (expected := names_of(cls)):
