@@ -42,7 +42,10 @@ def main(
     layers: int = 4,
     turns: int = 3,
 ) -> None:
-    """Print seconds of a prompt, of its last chunk, and peak memory above the weights, in GB."""
+    """Print seconds of a prompt, of its last chunk, and peak memory above the weights, in GB.
+
+    Example: python -m benchmarks prompt --json prompt.json
+    """
     from transformers import DynamicCache
 
     from kvquant.integrations.transformers import KVQuantCache

@@ -67,7 +67,10 @@ def main(
     ] = "bf16,fp8,int8_plain,kvquant,k8v4,k4v4",
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
-    """Print KL, loss and agreement of each cache."""
+    """Print KL, loss and agreement of each cache.
+
+    Example: python -m benchmarks quality --repeat --json quality.json
+    """
     tokenizer, loaded = load(gguf)
     text = assets.fetch(assets.TEXT, assets.cache_folder()).read_text(encoding="latin-1")
     ids = tokenizer(text[TEXT_BEGIN:], return_tensors="pt").input_ids[:, :context]
