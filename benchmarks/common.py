@@ -17,9 +17,9 @@ import kvquant
 from kvquant.bench.timing import (
     Call,
     Captured,
-    alternating_ms,
     buffers_for,
     graph_ms,
+    graphs_ms,
     read_ceiling,
     read_ms,
 )
@@ -28,9 +28,9 @@ __all__ = [
     "Call",
     "Captured",
     "Report",
-    "alternating_ms",
     "buffers_for",
     "graph_ms",
+    "graphs_ms",
     "host_us",
     "read_ceiling",
     "read_ms",

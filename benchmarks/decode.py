@@ -21,8 +21,8 @@ from benchmarks.caches import RandomCache
 from benchmarks.common import (
     Captured,
     Report,
-    alternating_ms,
     buffers_for,
+    graphs_ms,
     read_ceiling,
 )
 from benchmarks.peers import decode_peers
@@ -86,7 +86,7 @@ def measure(shape: tuple[int, ...], formats: list[str], ceiling: float) -> list[
             graphs[name] = Captured.of(make())
         except Exception as error:  # a peer that refuses the shape; said, and left out
             print(f"{name}: {str(error).splitlines()[0][:150]}", flush=True)
-    times = alternating_ms(graphs)
+    times = graphs_ms(graphs)
     nan = float("nan")
 
     def best(names: tuple[str, ...]) -> float:
@@ -153,7 +153,7 @@ def layouts(ceiling: float, formats: list[str]) -> Report:
                 graphs[name] = Captured.of(
                     [partial(cache.attend, query, **options) for cache in caches]
                 )
-            for name, (ms, spread) in alternating_ms(graphs).items():
+            for name, (ms, spread) in graphs_ms(graphs).items():
                 report.add(
                     batch=batch, tokens=group[name][0], layout=name, format=format, ms=ms,
                     spread=spread, percent=nbytes[name] / ms / 1e9 / ceiling * 100,
@@ -203,9 +203,9 @@ def draw(report: Report, path: Path) -> None:
         for name in dict.fromkeys(row["format"] for row in shown)
     }
     bars_of["FlashInfer, fp8"] = [row["ratio"] / row["ratio_fp8"] for row in rows]  # NaN: no bar
-    colors = ("#4477aa", "#66ccee", "#228833", "#ccbb44")
+    colors = ("#4477aa", "#66ccee", "#228833", "#99ddff", "#bbcc33", "#ccbb44")[-len(bars_of) :]
     width = 0.85 / len(bars_of)
-    for i, ((label, ratios), color) in enumerate(zip(bars_of.items(), colors, strict=False)):
+    for i, ((label, ratios), color) in enumerate(zip(bars_of.items(), colors, strict=True)):
         shift = (i - (len(bars_of) - 1) / 2) * width
         bars = axis.barh([j + shift for j in at], ratios, width, color=color, label=label)
         axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)

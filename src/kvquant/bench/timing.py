@@ -13,10 +13,10 @@ import torch
 __all__ = [
     "Call",
     "Captured",
-    "alternating_ms",
     "buffers_for",
     "cpu_bandwidth",
     "graph_ms",
+    "graphs_ms",
     "read_ceiling",
     "read_ms",
     "wall_ms",
@@ -75,7 +75,7 @@ def graph_ms(
     return Captured.of(calls, per_graph, before).ms(rounds)
 
 
-def alternating_ms(
+def graphs_ms(
     graphs: Mapping[str, Captured], repetitions: int = 5, rounds: int = 5
 ) -> dict[str, tuple[float, float]]:
     """Milliseconds of each graph's call and their spread, (largest - smallest) / median.
