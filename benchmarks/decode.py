@@ -194,7 +194,6 @@ def draw(report: Report, path: Path) -> None:
     """How many times faster than the best fp16 kernel, one query token, for each shape."""
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 4.6))
     shown = [row for row in report.rows if row["shape"].endswith(",1")]
     rows = [row for row in shown if row["format"] == shown[0]["format"]]
     at = range(len(rows))
@@ -205,17 +204,18 @@ def draw(report: Report, path: Path) -> None:
     bars_of["FlashInfer, fp8"] = [row["ratio"] / row["ratio_fp8"] for row in rows]  # NaN: no bar
     colors = ("#4477aa", "#66ccee", "#228833", "#99ddff", "#bbcc33", "#ccbb44")[-len(bars_of) :]
     width = 0.85 / len(bars_of)
+    figure, axis = plt.subplots(figsize=(8, 1.6 + 0.15 * len(bars_of) * len(rows)))
     for i, ((label, ratios), color) in enumerate(zip(bars_of.items(), colors, strict=True)):
         shift = (i - (len(bars_of) - 1) / 2) * width
         bars = axis.barh([j + shift for j in at], ratios, width, color=color, label=label)
-        axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+        axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=7)
     axis.set_yticks(list(at), [", ".join(row["shape"].split(",")[:5]) for row in rows])
     axis.axvline(1, color="black", linewidth=0.8)
     axis.invert_yaxis()
     axis.set_ylabel("batch, query heads, KV heads,\ntokens, head_dim")
     axis.set_xlabel("times faster than the fastest fp16 kernel (cuDNN, flash, FlashInfer)")
     figure.suptitle(f"Decode attention, {report.facts['device']}")
-    figure.legend(loc="upper right", frameon=False, fontsize=9)
+    figure.legend(loc="lower center", ncol=3, frameon=False, fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=110)
