@@ -135,6 +135,8 @@ __device__ __noinline__ void sum_stored(const StoredRows rows, MeanScratch& scra
   constexpr int kAsked = 8;
   using Codes = LaneCodes<Format>;
   using Params = typename Format::Params;
+  // Of the group, in whose block the mean is; padding may hide it.
+  const int start = rows.begin >> rows.paging.group_shift << rows.paging.group_shift;
 #pragma unroll 1
   for (int warp = threadIdx.x / 32; warp < kStoredWarps; warp += warps) {
     const RowSlot at(rows.dim, warp, kStoredWarps);
@@ -144,7 +146,7 @@ __device__ __noinline__ void sum_stored(const StoredRows rows, MeanScratch& scra
     int count = 0;
 #pragma unroll 1
     for (int first = rows.begin + at.slot; first < end; first += kAsked * at.slots) {
-      int block[kAsked], home = rows.block_of(rows.begin);
+      int block[kAsked], home = rows.block_of(start);
 #pragma unroll
       for (int i = 0; i < kAsked; ++i) {
         block[i] = rows.block_of(min(first + i * at.slots, end - 1));
@@ -163,7 +165,7 @@ __device__ __noinline__ void sum_stored(const StoredRows rows, MeanScratch& scra
                                                     from.block * rows.params_stride)[from.row];
       }
       if (there(home)) {
-        const int group = (rows.begin & rows.paging.mask) >> rows.paging.group_shift;
+        const int group = (start & rows.paging.mask) >> rows.paging.group_shift;
         mean = load_words16(reinterpret_cast<const __half*>(rows.means + home * rows.mean_stride) +
                             int64_t(group) * rows.dim + at.channel());
       }
