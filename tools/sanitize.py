@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ import kvquant
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-4}
 Move = Callable[[Any], Any]
+Case = tuple[str, float, Callable[[Move], list[Tensor]]]  # name, tolerance, and what runs it
 
 
-def both(run: Callable[[Move], list[Tensor]], device: str, what: str, tolerance: float) -> None:
+def both(case: Case, device: str) -> None:
     """Run a case on the device and on the CPU's reference; compare."""
+    what, tolerance, run = case
     torch.manual_seed(0)
     ours = run(lambda x: x.to(device) if isinstance(x, Tensor) else x)
     torch.manual_seed(0)
@@ -90,7 +93,7 @@ def take_step(
     return out
 
 
-def cache_cases(device: str) -> Iterator[None]:
+def cache_cases() -> Iterator[Case]:
     """Instances by head_dim, rows and dtype; layouts and features in turn."""
     formats = itertools.cycle(
         [
@@ -134,8 +137,7 @@ def cache_cases(device: str) -> Iterator[None]:
     for arguments in cases + many + wide + rows:
         dims, heads, tokens, dtype, block, *_ = arguments
         name = f"attention {dims} {heads} heads {tokens} tokens {dtype} {block}"
-        both(lambda move, a=arguments: cache_case(move, *a), device, name, TOLERANCE[dtype])
-        yield
+        yield name, TOLERANCE[dtype], partial(_run, cache_case, arguments)
 
 
 def age_case(
@@ -162,7 +164,7 @@ def age_case(
     return outs
 
 
-def age_cases(device: str) -> Iterator[None]:
+def age_cases() -> Iterator[Case]:
     """Pairs by age, in instances by head_dim, rows and dtype."""
     pairs = [{"value": "int4"}, {"key": "int4", "value": "int4"}]
     shapes = [((64, 64), torch.float16, 16), ((128, 128), torch.bfloat16, 512),
@@ -171,11 +173,8 @@ def age_cases(device: str) -> Iterator[None]:
         format = kvquant.CacheFormat(**pair, by_age=True, key_mean=64)
         name = f"by age {dims} {dtype} {block} {pair}"
         # A mean that is summed in another order moves a 4-bit code now and then.
-        both(
-            lambda move, a=(dims, dtype, block, format): age_case(move, *a),
-            device, name, max(2e-2, TOLERANCE[dtype]),
-        )  # fmt: skip
-        yield
+        arguments = dims, dtype, block, format
+        yield name, max(2e-2, TOLERANCE[dtype]), partial(_run, age_case, arguments)
 
 
 def plain_case(move: Move, dim: int, dtype: torch.dtype, granularity: str) -> list[Tensor]:
@@ -229,26 +228,28 @@ def piece_case(
     return [*rows, out, lse]
 
 
-def main(device: str = "cuda") -> None:
-    """Run all cases; exit with an error at the first that differs."""
-    for dim, dtype, granularity in itertools.product(
-        (128, 40), DTYPES, ("token", "head", "channel")
-    ):
-        name = f"plain {dim} {dtype} {granularity}"
-        both(
-            lambda move, a=(dim, dtype, granularity): plain_case(move, *a),
-            device, name, TOLERANCE[dtype],
-        )  # fmt: skip
-    for _ in itertools.chain(cache_cases(device), age_cases(device)):
-        pass
+def _run(case: Callable[..., list[Tensor]], arguments: tuple[Any, ...], move: Move) -> list[Tensor]:
+    return case(move, *arguments)
+
+
+def cases() -> Iterator[Case]:
+    """All of them."""
+    for plain in itertools.product((128, 40), DTYPES, ("token", "head", "channel")):
+        name = "plain {} {} {}".format(*plain)
+        yield name, TOLERANCE[plain[1]], partial(_run, plain_case, plain)
+    yield from cache_cases()
+    yield from age_cases()
     for dims, dtype, (block, backwards) in itertools.product(
         [(128, 128), (80, 64), (48, 256)], DTYPES[:2], [(16, False), (320, True)]
     ):
         name = f"pieces {dims} {dtype} {block}"
-        both(
-            lambda move, a=(dims, dtype, block, backwards): piece_case(move, *a),
-            device, name, TOLERANCE[dtype],
-        )  # fmt: skip
+        yield name, TOLERANCE[dtype], partial(_run, piece_case, (dims, dtype, block, backwards))
+
+
+def main(device: str = "cuda", part: int = 0, parts: int = 1) -> None:
+    """Run all cases, or one part of them; exit with an error at the first that differs."""
+    for case in itertools.islice(cases(), part, None, parts):
+        both(case, device)
     print("all cases agree")
 
 

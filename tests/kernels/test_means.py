@@ -75,9 +75,9 @@ def test_skipped_slots_are_not_written_and_not_in_the_mean(backend, device):
 
 @pytest.mark.parametrize("fmt", ["default", "mean16"])
 def test_padding_is_left_out_of_means(backend, device, fmt):
-    room = (600, 600, 300, 20)
-    cache = empty_cache(room, block=64, fmt=FORMATS[fmt], device=device, starts=(10, 280, 0, 17))
-    for counts in ((270, 290, 300, 19), (330, 310, 0, 1)):
+    room = (600, 600, 900, 20)  # the third's padding ends in another block than its group begins in
+    cache = empty_cache(room, block=64, fmt=FORMATS[fmt], device=device, starts=(10, 280, 400, 17))
+    for counts in ((270, 290, 512, 19), (330, 310, 300, 1)):
         keys, values = new_rows(cache, counts)
         append_and_check(cache, keys, values)
 
