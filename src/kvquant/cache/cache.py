@@ -63,7 +63,8 @@ class QuantizedKVCache(CacheSequences):
         max_seq_len: Most tokens of a sequence, rounded up to a multiple of 16 or ``block_size``.
         block_size: Tokens of a block, a power of two from 16; None: contiguous.
         num_blocks: Blocks of the pool; by default enough for every sequence's ``max_seq_len``.
-        format: What is stored; ``CacheFormat()`` by default.
+        format: How rows are stored: a `CacheFormat` or its name (`CacheFormat.named`), or a
+            sequence of them, one per layer; ``CacheFormat()`` by default.
         dtype: What `dequantize` gives by default.
         device: Where; torch's default device by default. On "meta", as with torch's own tensors,
             nothing is stored or computed; what the cache would allocate (`nbytes`) is exact.
@@ -200,15 +201,15 @@ class QuantizedKVCache(CacheSequences):
             CacheFullError: No room; nothing was written.
         """
         state = self._state
+        is_layer = type(layer) is int and 0 <= layer < len(state.room)
         asked = (
-            key is None, softmax_scale, sliding_window, type(sliding_window), softcap, split_size,
-            return_lse, sinks is None, alibi_slopes is None, backends.forced(),
+            state.kinds[layer] if is_layer else None, key is None, softmax_scale, sliding_window,
+            type(sliding_window), softcap, split_size, return_lse, sinks is None,
+            alibi_slopes is None, backends.forced(),
         )  # fmt: skip
-        plan = self._known_plan(asked)
+        plan = self._known_plan(asked) if is_layer else None
         if (
             plan is not None
-            and type(layer) is int
-            and 0 <= layer < len(state.room)
             and cu_seqlens_q is out is sinks is alibi_slopes is None
             and max_seqlen_q is None
             and causal is plan.options.causal
@@ -223,7 +224,7 @@ class QuantizedKVCache(CacheSequences):
                         return plan.launch(query, view, seqs, None, None)
                 elif (
                     state.room[layer] >= (tokens := key.shape[1])
-                    and tokens <= state.most_at_once
+                    and tokens <= state.most_at_once[layer]
                     and not (exact_prompt and tokens > 1 and not state.lengths.high[layer])
                     and ops.is_plain(query)
                 ):
@@ -263,7 +264,7 @@ class QuantizedKVCache(CacheSequences):
             check_index(name, x, query.shape[-2], self.device, torch.float32)
         check_out(out, None, query, state.config.v_head_dim)
         if key is not None and cu_seqlens_q is None and plan.backend != "torch":
-            fed = pieces(state.config.format, state.lengths.high[layer], counts[0])
+            fed = pieces(state.config.formats[layer], state.lengths.high[layer], counts[0])
             if len(fed) > 1 and value is not None:
                 self._with_room(layer, seqs, counts)
                 numbers = {
@@ -290,7 +291,7 @@ class QuantizedKVCache(CacheSequences):
                 self._recover()
                 raise
             state.lengths.stale = was_stale
-        if cu_seqlens_q is None and plan.backend != "torch":
+        if is_layer and cu_seqlens_q is None and plan.backend != "torch":
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
             self._known[asked] = plan
@@ -311,10 +312,10 @@ class QuantizedKVCache(CacheSequences):
 
         If a piece fails, none is stored: what lies in blocks is behind the lengths.
         """
-        state = self._state
-        assert state.young is not None
+        state, young = self._state, self._state.young[layer]
+        assert young is not None
         try:
-            with restored(state.young[layer], state.lengths.lens[layer]):
+            with restored(young, state.lengths.lens[layer]):
                 found = [
                     self.attend(
                         layer, *(x[:, begin:end] for x in (query, key, value)),
