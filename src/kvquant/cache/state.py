@@ -289,6 +289,17 @@ class CacheState:
         held = zip(self.blocks.ids, lengths, strict=True)
         return tuple(blocks[: -(-n // size)] for blocks, n in held)
 
+    def _picked(
+        self, indices: list[int]
+    ) -> tuple[list[list[int]], Tensor, Tensor | None, list[Tensor | None]]:
+        """Bounds, and copies of the lengths, padding and slabs, of the sequences ``indices``."""
+        bounds = [[of[i] for i in indices] for of in map(self.lengths.bounds, self._layers)]
+        at = index_tensor(indices, self.config.device)
+        starts = None if self.seq_starts is None else self.seq_starts.index_select(0, at)
+        return (
+            bounds, self.lengths.seq_lens.index_select(1, at), starts, selected(self.young, at)
+        )  # fmt: skip
+
     @property
     def _layers(self) -> range:
         return range(self.config.num_layers)
@@ -329,13 +340,7 @@ class CacheState:
     def _fork(self, indices: list[int]) -> CacheState:
         self.settle()
         config = replace(self.config, batch_size=len(indices))
-        at = index_tensor(indices, config.device)
-        seq_lens = self.lengths.seq_lens.index_select(1, at)
-        starts = None if self.seq_starts is None else self.seq_starts.index_select(0, at)
-        young = selected(self.young, at)
-        bounds = [
-            [of_layer[i] for i in indices] for of_layer in map(self.lengths.bounds, self._layers)
-        ]
+        bounds, seq_lens, starts, young = self._picked(indices)
         live = self._live(self.lengths.longest())
         ids: BlockIds = tuple(live[i] for i in indices)
         if config.block_size is None:
@@ -357,15 +362,9 @@ class CacheState:
     def reorder(self, indices: list[int]) -> None:
         """Let sequence ``b`` be what ``indices[b]`` was, in place; as many sequences as before."""
         self.settle()
-        bounds = [
-            [of_layer[i] for i in indices] for of_layer in map(self.lengths.bounds, self._layers)
-        ]
+        bounds, seq_lens, starts, young = self._picked(indices)
         live = self._live(self.lengths.longest())
         ids, before = [list(live[i]) for i in indices], self.blocks.ids
-        at = index_tensor(indices, self.config.device)
-        seq_lens = self.lengths.seq_lens.index_select(1, at)
-        starts = None if self.seq_starts is None else self.seq_starts.index_select(0, at)
-        young = selected(self.young, at)
         pairs, taken = [], set()
         if self.config.block_size is None:
             spare = [blocks[0] for i, blocks in enumerate(before) if i not in indices]
