@@ -17,7 +17,8 @@ import typer
 from torch import Tensor
 
 from benchmarks.common import Report
-from benchmarks.generate import Clock
+from benchmarks.generate import Clock, greedy
+from benchmarks.step import flash_only
 from kvquant.compat.qwen import apply_switches, generate_batch
 
 TIE = 0.05  # logits this near may change places: 8 bits of a batch's rows round alike, sums do not
@@ -50,23 +51,15 @@ class Run:
 
 def one_by_one(model: Any, tokenizer: Any, prompts: list[str], tokens: int) -> Run:
     """Prompt after prompt, each with an 8-bit cache of its own."""
-    from kvquant.demo.model import cache_argument
     from kvquant.integrations.transformers import KVQuantCache
 
     answers, margins, steps, begin = [], [], [], time.perf_counter()
     for prompt in prompts:
         ids, clock = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device), Clock()
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            **cache_argument(KVQuantCache(model, exact_prompt=False)),
-            do_sample=False,
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-            stopping_criteria=[clock],
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
+        out = greedy(
+            model, ids, KVQuantCache(model, exact_prompt=False), tokens, clock,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
         top = torch.stack(out.logits)[:, 0].float().topk(2).values
         answers.append(out.sequences[0, ids.shape[1] :].cpu())
         margins.append((top[:, 0] - top[:, 1]).cpu())
@@ -184,7 +177,7 @@ def main(
     wide = batched(loaded, tokenizer, prompts, tokens, exact_prompt=on_gpu)
     add("generate_batch, DynamicCache", wide)
     if on_gpu:  # cuDNN makes a plan for each length
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        wide = batched(loaded, tokenizer, prompts, tokens, exact_prompt=on_gpu)
+        with flash_only():
+            wide = batched(loaded, tokenizer, prompts, tokens, exact_prompt=on_gpu)
         add("generate_batch, DynamicCache without cuDNN", wide)
     report.finish(json)

@@ -43,6 +43,16 @@ class Clock:
         return [(after - before) * 1e3 for before, after in pairs]
 
 
+def greedy(
+    model: Any, prompt: Tensor, cache: Any, tokens: int, clock: Clock, **options: Any
+) -> Any:
+    """What the model's ``generate`` gives, exactly ``tokens`` tokens, each noted by ``clock``."""
+    return model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=tokens,
+        min_new_tokens=tokens, stopping_criteria=[clock], **cache_argument(cache), **options,
+    )  # fmt: skip
+
+
 def fill(model: Any, ids: Tensor, context: int) -> dict[str, Any]:
     """Both caches with ``context`` rows, by name."""
     from transformers import DynamicCache
@@ -68,15 +78,7 @@ def generate(model: Any, cache: Any, attention: str, prompt: Tensor, tokens: int
     """Milliseconds of each generated token but the first; the cache is left as it was."""
     clock, length = Clock(), cache.get_seq_length()
     model.set_attn_implementation(attention)
-    model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        stopping_criteria=[clock],
-        **cache_argument(cache),
-    )
+    greedy(model, prompt, cache, tokens, clock)
     cache.crop(length - cache.get_seq_length())
     return clock.steps
 
@@ -101,10 +103,7 @@ def beside_hqq(models: dict[str, Any], ids: Tensor, tokens: int) -> dict[str, fl
         ):  # fmt: skip
             clock = Clock()
             model.set_attn_implementation(attention)
-            model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens,
-                min_new_tokens=tokens, stopping_criteria=[clock], **cache_argument(cache),
-            )  # fmt: skip
+            greedy(model, ids, cache, tokens, clock)
             found[f"{name}_{dtype}"] = 1e3 * len(clock.steps) / sum(clock.steps)
     for name in ("KVQuantCache", "QuantizedCache"):
         found[name] = max(speed for key, speed in found.items() if key.startswith(f"{name}_"))

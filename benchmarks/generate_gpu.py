@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.common import Report
-from benchmarks.generate import Clock
-from benchmarks.step import SPARE, filled, make_model, measure
-from kvquant.demo.model import cache_argument
+from benchmarks.generate import Clock, greedy
+from benchmarks.step import SPARE, filled, flash_only, make_model, measure
 
 SHAPES = ((1, 4096), (1, 32768), (32, 8192))  # batch, tokens of context
 TOKENS, WARM, PROFILED = 24, 4, 4
@@ -75,16 +73,6 @@ def quanto(model: Any, batch: int, context: int) -> Any:
     return quantized(model, "quanto", nbits=4)
 
 
-@contextmanager
-def flash_only() -> Iterator[None]:
-    """torch's flash attention, without cuDNN, which makes a plan for every length."""
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(True)
-
-
 WAYS: dict[str, Build] = {
     "KVQuantCache, graph_step": graphed,
     "KVQuantCache": ours,
@@ -109,11 +97,7 @@ def generated(model: Any, build: Build, batch: int, context: int) -> dict[str, f
 
     def run(tokens: int, on: Clock) -> None:
         nonlocal prompt
-        ids = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-            max_new_tokens=tokens, min_new_tokens=tokens, stopping_criteria=[on],
-            **cache_argument(cache),
-        )  # fmt: skip
+        ids = greedy(model, prompt, cache, tokens, on)
         prompt = ids[:, : cache.get_seq_length() + 1]
 
     begin = time.perf_counter()

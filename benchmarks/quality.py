@@ -39,16 +39,27 @@ def load(gguf: Path | None) -> tuple[Any, Any]:
     return tokenizer, loaded.eval()
 
 
-def caches(config: Any, tokens: int, names: list[str]) -> dict[str, Any]:
-    """Empty caches, "fp32" first. "k8v4 uniform" has all rows in the old formats."""
+def caches(config: Any, tokens: int, names: list[str], edges: int = 1) -> dict[str, Any]:
+    """Empty caches, "fp32" first.
+
+    "k8v4 uniform" has all rows in 4 bits, "k8v4 edges" the first and the last ``edges`` layers in
+    8.
+    """
     from kvquant.integrations.transformers import KVQuantCache
 
     known = quality.caches(config, tokens)
+    inner = config.num_hidden_layers - 2 * edges
     for name in ("k8v4", "k4v4"):
-        uniform = replace(kvquant.CacheFormat.named(name), by_age=False)
-        known[f"{name} uniform"] = KVQuantCache(
-            config, max_cache_len=tokens, format=uniform, exact_prompt=False
-        )
+        by_age = kvquant.CacheFormat.named(name)
+        outer = [kvquant.CacheFormat()] * edges
+        formats: dict[str, kvquant.LayerFormats] = {
+            f"{name} uniform": replace(by_age, by_age=False),
+            f"{name} edges": [*outer, *[by_age] * inner, *outer],
+        }
+        for label, format in formats.items():
+            known[label] = KVQuantCache(
+                config, max_cache_len=tokens, format=format, exact_prompt=False
+            )
     return {name: known[name] for name in ("fp32", *names)}
 
 
@@ -65,6 +76,7 @@ def main(
     only: Annotated[
         str, typer.Option(help="Caches, by comma.")
     ] = "bf16,fp8,int8_plain,kvquant,k8v4,k4v4",
+    edges: Annotated[int, typer.Option(help="Int8 layers at both ends, in the 'edges'.")] = 1,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
     """Print KL, loss and agreement of each cache.
@@ -81,14 +93,14 @@ def main(
     report = Report(
         "Quality", model=name, tokens=ids.shape[1], compared_from=first, key_bias=key_bias
     )
+    by_name = caches(loaded.config, ids.shape[1], only.split(","), edges)
     with quality.key_bias(loaded) if key_bias else nullcontext():
-        scores = quality.measure(
-            loaded, ids, caches(loaded.config, ids.shape[1], only.split(",")), first=first
-        )
+        scores = quality.measure(loaded, ids, by_name, first=first)
     for cache, score in scores.items():
         report.add(
-            cache=cache, kl_1e4=score.kl * 1e4, loss=log(score.ppl), ppl=score.ppl, top1=score.top1
-        )
+            cache=cache, kl_1e4=score.kl * 1e4, loss=log(score.ppl), ppl=score.ppl, top1=score.top1,
+            nbytes=getattr(by_name[cache], "nbytes", None),
+        )  # fmt: skip
         report.save(json)
     report.finish(json)
 

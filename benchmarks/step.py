@@ -12,7 +12,8 @@ import json as json_module
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ import typer
 from torch import Tensor
 
 from benchmarks.common import Report, read_ceiling
-from benchmarks.generate import Clock
+from benchmarks.generate import Clock, greedy
 from kvquant.demo.model import cache_argument
 
 SHAPES = ((1, 4096), (1, 32768), (32, 8192), (128, 8192))  # batch, tokens of context
@@ -67,6 +68,16 @@ def ours(model: Any, batch: int, context: int) -> Any:
     model.set_attn_implementation("kvquant")
     cache = KVQuantCache(model, max_cache_len=context + SPARE)
     return filled(model, cache, batch, context)
+
+
+@contextmanager
+def flash_only() -> Iterator[None]:
+    """torch's flash attention, without cuDNN, which makes a plan for every length."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 class Step:
@@ -140,10 +151,7 @@ def generated(model: Any, batch: int, context: int) -> dict[str, float]:
     found = graph_step(model, cache)
     prompt = torch.randint(0, 32000, (batch, context + 1), device=DEVICE)
     tokens = 2 * STEPS
-    model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=tokens,
-        min_new_tokens=tokens, stopping_criteria=[clock], **cache_argument(cache),
-    )  # fmt: skip
+    greedy(model, prompt, cache, tokens, clock)
     if found.calls["replay"] < tokens - 4:
         raise RuntimeError(f"not replayed: {found!r}")
     return {"ms": statistics.median(clock.steps[WARM:])}
@@ -186,11 +194,8 @@ def dynamic(model: Any, batch: int, context: int) -> dict[str, float]:
     model.set_attn_implementation("sdpa")
     cache = filled(model, DynamicCache(config=model.config), batch, context)
     nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
+    with flash_only():
         return {**Step(model, cache, batch, context).timed(), "cache_bytes": nbytes}
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 WAYS: dict[str, Way] = {

@@ -97,10 +97,11 @@ class Rows:
         for layer, sequences in enumerate(self.layers):
             assert cache.seq_lens_of(layer).tolist() == [len(key) for key, _ in sequences]
             key, value = (x.cpu() for x in cache.dequantize(layer, torch.float32))
+            k_rows, v_rows = cache.formats[layer].rows
             for b, (true_key, true_value) in enumerate(sequences):
                 n = len(true_key)
-                assert_rows(key[b, :n], true_key, cache.format.rows[0].bits)
-                assert_rows(value[b, :n], true_value, cache.format.rows[1].bits)
+                assert_rows(key[b, :n], true_key, k_rows.bits)
+                assert_rows(value[b, :n], true_value, v_rows.bits)
                 assert not key[b, n:].any()
                 assert not value[b, n:].any()
 

@@ -4,7 +4,7 @@ from .backends import use_backend
 from .cache.cache import QuantizedKVCache
 from .errors import CacheFullError
 from .explain import Explanation, explain
-from .formats import CacheFormat
+from .formats import CacheFormat, LayerFormats
 from .functional import append_, attention, gather
 from .plain import (
     dequantize_cache_torch,
@@ -22,6 +22,7 @@ __all__ = [
     "CacheView",
     "Explanation",
     "HostLengths",
+    "LayerFormats",
     "Plan",
     "QuantizedKVCache",
     "RowsView",

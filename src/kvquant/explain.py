@@ -12,10 +12,11 @@ from .arguments import (
     check_device,
     check_float_dtype,
     check_head_dim,
+    check_integer,
     require,
 )
 from .cache.cache import QuantizedKVCache
-from .formats import CacheFormat, check_format
+from .formats import CacheFormat
 from .ops import OPS
 from .plan import plan
 from .view import CacheView, Sequences
@@ -56,7 +57,8 @@ def explain(
     head_dim: int = 128,
     v_head_dim: int | None = None,
     dtype: torch.dtype = torch.float16,
-    format: CacheFormat | None = None,
+    format: CacheFormat | str | None = None,
+    layer: int = 0,
 ) -> Explanation:
     """Say which implementation would serve an operation, on a cache or on tensors of this kind.
 
@@ -67,7 +69,8 @@ def explain(
         head_dim: Channels of a key.
         v_head_dim: Channels of a value; ``head_dim`` by default.
         dtype: Of the caller's tensors.
-        format: Of the cached rows.
+        format: Of the cached rows, or its name.
+        layer: Of the cache, whose layers may differ in format.
 
     Raises:
         ValueError: An operation that there is not, a head_dim that no cache has.
@@ -83,11 +86,12 @@ def explain(
         TypeError,
     )
     if cache is not None:
-        device, format = cache.device, cache.format
+        formats = cache.formats
+        device, format = cache.device, formats[check_integer("layer", layer, 0, len(formats) - 1)]
         head_dim, v_head_dim = cache.head_dim, cache.v_head_dim
     head_dim = check_head_dim("head_dim", head_dim)
     v_dim = head_dim if v_head_dim is None else check_head_dim("v_head_dim", v_head_dim)
-    fmt = CacheFormat() if format is None else check_format(format)
+    fmt = CacheFormat.of_layers(format, 1)[0]
     target = check_device("device", device)
     view = None
     if op in _ON_CACHE:

@@ -175,7 +175,7 @@ def attention(
     block_table: Tensor, seq_lens: Tensor, seq_starts: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None,
     sinks: Tensor | None = None, alibi_slopes: Tensor | None = None, advance: bool = False,
-    out: Tensor | None = None, return_lse: Literal[False] = False,
+    young: Tensor | None = None, out: Tensor | None = None, return_lse: Literal[False] = False,
     **options: Unpack[AttentionOptions],
 ) -> Tensor: ...  # fmt: skip
 
@@ -186,7 +186,8 @@ def attention(
     block_table: Tensor, seq_lens: Tensor, seq_starts: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None,
     sinks: Tensor | None = None, alibi_slopes: Tensor | None = None, advance: bool = False,
-    out: Tensor | None = None, return_lse: Literal[True], **options: Unpack[AttentionOptions],
+    young: Tensor | None = None, out: Tensor | None = None, return_lse: Literal[True],
+    **options: Unpack[AttentionOptions],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -196,7 +197,8 @@ def attention(
     block_table: Tensor, seq_lens: Tensor, seq_starts: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None,
     sinks: Tensor | None = None, alibi_slopes: Tensor | None = None, advance: bool = False,
-    out: Tensor | None = None, return_lse: bool, **options: Unpack[AttentionOptions],
+    young: Tensor | None = None, out: Tensor | None = None, return_lse: bool,
+    **options: Unpack[AttentionOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     query: Tensor,
@@ -212,6 +214,7 @@ def attention(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     advance: bool = False,
+    young: Tensor | None = None,
     out: Tensor | None = None,
     return_lse: bool = False,
     **options: Unpack[AttentionOptions],
@@ -242,6 +245,7 @@ def attention(
             (GPT-OSS).
         alibi_slopes: float32 ``(q_heads,)``: scores lose ``slope * |i - j|``.
         advance: Add the new tokens to ``seq_lens``, for the next call.
+        young: With a format by age, the first and the newest tokens: see `Sequences`.
         out: Where the output goes; by default a new tensor.
         return_lse: Also return the log-sum-exp of the scores (and sinks).
         **options: ``softmax_scale`` (``head_dim**-0.5`` by default); ``causal`` (True): a query
@@ -273,7 +277,7 @@ def attention(
         check_flag(name, flag)
     seqs = _batch(
         query, block_table, seq_lens, seq_starts, "cu_seqlens_q", cu_seqlens_q, max_seqlen_q,
-        advance,
+        advance, young,
     )  # fmt: skip
     numbers = options_of(query.shape[-1] if query.dim() else 1, options)
     heads = query.shape[-2] if query.dim() > 1 else 0
@@ -304,6 +308,7 @@ def _batch(
     cu_seqlens: Tensor | None,
     most: int | None,
     advance: bool,
+    young: Tensor | None = None,
 ) -> Sequences:
     """A call's sequences; on the host, packed rows are checked to be among the rows there are."""
     batch = check_table(block_table)
@@ -314,7 +319,7 @@ def _batch(
     bound = 0
     if cu_seqlens is not None:
         bound = max(1, total) if most is None else most
-    return Sequences(block_table, seq_lens, seq_starts, cu_seqlens, bound, advance)
+    return Sequences(block_table, seq_lens, seq_starts, cu_seqlens, bound, advance, young)
 
 
 def _on_host(device: torch.device) -> bool:

@@ -152,7 +152,7 @@ def test_the_first_prompt_sees_exact_rows(kind, device):
     torch.testing.assert_close(out, exact, atol=1e-5, rtol=1e-5)
     quantized = cache.attend(1, query, key, value, exact_prompt=False)
     assert not torch.allclose(quantized, exact, atol=1e-5)
-    fewest = min(rows_of.bits for rows_of in cache.format.rows)
+    fewest = min(rows_of.bits for rows_of in cache.formats[1].rows)
     assert (quantized - exact).norm() <= row_error(fewest) * exact.norm()
     assert cache.seq_lens_of(0).tolist() == cache.seq_lens_of(1).tolist() == [50] * 3
     later = cache.attend(0, query, key, value)  # not empty any more
@@ -168,7 +168,7 @@ def test_dtypes_and_strides(dtype, device):
     assert out.dtype == dtype
     assert out.shape == (3, 20, 2 * HEADS, V_DIM)
     assert cache.dequantize(0)[0].dtype == dtype
-    assert_rows(cache.dequantize(0)[0], key.transpose(1, 2), cache.format.rows[0].bits)
+    assert_rows(cache.dequantize(0)[0], key.transpose(1, 2), cache.formats[0].rows[0].bits)
 
 
 def test_tokens_that_come_one_by_one(device):

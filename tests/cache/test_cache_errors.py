@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvquant import CacheFullError, CacheView, QuantizedKVCache, use_backend
+from kvquant import CacheFormat, CacheFullError, CacheView, QuantizedKVCache, use_backend
 from kvquant.backends import reference
 from modelled import (
     DIM,
@@ -184,7 +184,7 @@ def test_growth_is_layer_by_layer_and_bounded():
 BAD_CACHES = [
     ({"head_dim": 40}, "head_dim: 40 is not a multiple of 16"),
     ({"v_head_dim": 8}, "v_head_dim: 8"),
-    ({"num_layers": 0}, "num_layers: expected a positive"),
+    ({"num_layers": 0}, "num_layers: expected 1 to 65536"),
     ({"batch_size": 0}, "batch_size: expected a positive"),
     ({"max_seq_len": 0}, "max_seq_len: expected a positive"),
     ({"block_size": 24}, "block_size: expected None or a power of two"),
@@ -200,8 +200,44 @@ def test_bad_caches(options, message):
         QuantizedKVCache(**arguments)
     with pytest.raises(TypeError, match="dtype: expected"):
         QuantizedKVCache(1, 1, 1, 64, dtype=torch.int8)
-    with pytest.raises(TypeError, match="format: expected a CacheFormat, got 'plain'"):
-        QuantizedKVCache(1, 1, 1, 64, format="plain")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("format", "error", "message"),
+    [
+        (8, TypeError, "format: expected a CacheFormat, the name of one, or a sequence"),
+        ("int3", ValueError, "format: expected one of int8, plain, k8v4, k4v4, got 'int3'"),
+        (["int8"], ValueError, "format: expected one for each of 2 layers, got 1"),
+        ([], ValueError, "format: expected one for each of 2 layers, got 0"),
+        (["int8", "k8"], ValueError, r"format\[1\]: expected one of int8, plain, k8v4, k4v4"),
+        ([None, "int8"], TypeError, r"format\[0\]: expected a CacheFormat or the name of one"),
+    ],
+    ids=str,
+)
+def test_bad_formats(format, error, message):
+    with pytest.raises(error, match=message):
+        QuantizedKVCache(2, 1, 1, 64, format=format)
+
+
+def test_formats_of_a_cache():
+    cache = QuantizedKVCache(2, 1, 1, 64, format="k4v4")
+    assert cache.format == CacheFormat.named("k4v4")
+    cache = QuantizedKVCache(2, 1, 1, 64, format=("int8", CacheFormat.named("k4v4")))
+    assert cache.formats == (CacheFormat(), CacheFormat.named("k4v4"))
+    with pytest.raises(ValueError, match="format: the layers are of several"):
+        cache.format  # noqa: B018
+
+
+@pytest.mark.parametrize("block_size", [None, 16])
+def test_bytes_by_layer_are_those_of_each_layers_format(block_size):
+    def nbytes(layers, format):
+        cache = QuantizedKVCache(
+            layers, 2, 2, 64, max_seq_len=1000, block_size=block_size, format=format
+        )
+        return cache.nbytes - cache.block_table.nbytes
+
+    several = nbytes(4, ["int8", "k8v4", "k4v4", "k4v4"])
+    assert several == nbytes(1, "int8") + nbytes(1, "k8v4") + 2 * nbytes(1, "k4v4")
 
 
 def test_crop_beyond_int32_is_all_or_nothing() -> None:

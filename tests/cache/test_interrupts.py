@@ -112,7 +112,7 @@ def check_call(kind: str, name: str, line: int, *, forked: bool, repeated: bool)
     ids=["contiguous", "paged", "growing", "forked"],
 )
 def test_an_interrupt_at_any_line(kind, name, forked):
-    is_long = name == "growth in attend" and make(kind).format.by_age  # fed group by group
+    is_long = name == "growth in attend" and make(kind).formats[-1].by_age  # fed group by group
     for repeated in (False, True) if name == "attend" else (False,):
         line = 1
         while check_call(kind, name, line, forked=forked, repeated=repeated):

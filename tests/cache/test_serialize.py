@@ -34,6 +34,7 @@ FORMATS = {
     "plain": CacheFormat.plain(),
     "k8v4": CacheFormat.named("k8v4"),
     "k4v4": CacheFormat.named("k4v4"),
+    "by-layer": (CacheFormat(), CacheFormat(value="int4", key_mean=32, by_age=True)),
 }
 
 
@@ -49,9 +50,10 @@ def filled(kind: str, device: str = "cpu", **options) -> tuple[QuantizedKVCache,
 
 def test_the_first_version_that_can_say_a_format_is_written():
     """So packages that know int8 alone read its caches."""
-    versions = {name: int(filled("growing", format=fmt)[0].state_dict()["format"][0])
+    versions = {name: int(filled("growing", format=fmt)[0].state_dict()["format"].view(-1)[0])
                 for name, fmt in FORMATS.items()}  # fmt: skip
-    assert versions == {"default": 1, "means": 1, "plain": 1, "k8v4": 2, "k4v4": 2}
+    assert versions == {"default": 1, "means": 1, "plain": 1, "k8v4": 2, "k4v4": 2,
+                        "by-layer": 3}  # fmt: skip
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -76,7 +78,12 @@ def test_state_dict_is_the_same_in_every_layout(source, target, fmt, device):
 def test_rows_that_are_nowhere_are_zero():
     cache, _ = filled("paged16")
     state = cache.state_dict()
-    assert state["layers.0.k_data"].shape == (3, HEADS, 101, cache.format.rows[0].code_bytes(DIM))
+    assert state["layers.0.k_data"].shape == (
+        3,
+        HEADS,
+        101,
+        cache.formats[0].rows[0].code_bytes(DIM),
+    )
     assert not state["layers.0.k_data"][1, :, 70:].any()
     assert not state["layers.1.v_params"][0, :, 80:].any()
 
@@ -130,7 +137,7 @@ def test_save_and_load(kind, fmt, device, tmp_path):
     cache.save(tmp_path / "cache.safetensors")
     loaded = QuantizedKVCache.load(tmp_path / "cache.safetensors", device=device)
     assert_same(loaded, cache)
-    assert loaded.format == FORMATS[fmt]
+    assert loaded.formats == cache.formats == CacheFormat.of_layers(FORMATS[fmt], 2)
     assert loaded.device == cache.device
     assert loaded.capacity == cache.capacity
     assert loaded.block_size == cache.block_size
@@ -173,7 +180,9 @@ def rewrite(path, header=None, tensors=None, metadata=None) -> None:
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"version": 3}, "file version 3, but this kvquant reads 1, 2"),
+        ({"version": 4}, "file version 4, but this kvquant reads 1, 2, 3"),
+        ({"version": 3}, "format: expected a list"),
+        ({"format": [{"bits": 8}]}, "format: expected an object"),
         ({"version": 2}, r"missing \['by_age', 'key', 'value'\]"),
         ({"version": "drop"}, "the header does not hold together"),
         ({"format": {"bits": 4, "key_rotation": True, "key_mean": None, "value_rotation": True}},
@@ -232,6 +241,34 @@ def test_headers_of_version_2_that_lie(tmp_path, header, message):
     path = tmp_path / "cache"
     filled("contiguous", format=CacheFormat(**V2))[0].save(path)
     assert QuantizedKVCache.load(path).format == CacheFormat(**V2)
+    rewrite(path, header)
+    refused(path, message)
+
+
+V3 = [V2 | {"value": "int8", "by_age": False}, V2]
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"version": 2}, "format: expected an object"),
+        ({"format": V3[:1]}, "format: expected one for each of 2 layers, got 1"),
+        ({"format": V3 * 2}, "format: expected one for each of 2 layers, got 4"),
+        ({"format": [V2, V2]}, "file version 3, but a cache of int8 and int4 has 2"),
+        ({"format": V3[::-1]}, "format: expected"),
+        ({"format": [V3[0], 8]}, "format is no object"),
+        ({"format": [V3[0], {"bits": 8}]}, r"missing \['by_age'"),
+        ({"format": [V3[0], V2 | {"key": "int3"}]}, "key: expected one of int8, int4, got 'int3'"),
+        ({"num_layers": 3}, "format: expected one for each of 3 layers, got 2"),
+        ({"num_layers": 10**9}, "num_layers: expected 1 to 65536"),
+    ],
+    ids=str,
+)
+def test_headers_of_version_3_that_lie(tmp_path, header, message):
+    """Which has a format per layer."""
+    path, formats = tmp_path / "cache", tuple(CacheFormat(**of) for of in V3)
+    filled("contiguous", format=formats)[0].save(path)
+    assert QuantizedKVCache.load(path).formats == formats
     rewrite(path, header)
     refused(path, message)
 

@@ -60,6 +60,9 @@ CASES = {  # kind, batch, prompt, generated, options of KVQuantCache
     "paged-grown": ("gqa", 3, 100, 90, {"block_size": 16}),
     "paged-fixed": ("one-head-each", 2, 90, 10, {"block_size": 32, "max_cache_len": 100}),
     "plain": ("gqa", 2, 100, 5, {"format": CacheFormat.plain()}),
+    "k8v4": ("gqa", 2, 400, 5, {"format": "k8v4"}),
+    "by-layer": ("gqa", 2, 400, 5, {"format": ["int8", "k4v4", "k4v4"]}),
+    "by-layer-mixed": ("mixed", 2, 700, 9, {"format": ["int8", "k4v4", "k8v4"]}),
     "narrow-heads": ("narrow", 2, 100, 5, {}),
     "sliding": ("sliding", 2, 900, 0, {}),
     "sliding-grown": ("sliding", 2, 100, 300, {}),
@@ -99,7 +102,7 @@ def test_bytes_are_those_of_a_real_cache(case: str, device: str) -> None:
     layout = Layout(
         reserved="max_cache_len" in options,
         block_size=options.get("block_size"),
-        format=options.get("format", CacheFormat()),
+        format=options.get("format"),
         generated=generated,
     )
     config = KINDS[kind]()
@@ -141,8 +144,8 @@ def test_bytes_of_transformers_own_caches(kind: str) -> None:
 def test_the_model_of_the_tables_has_its_size() -> None:
     shape = shape_of(read_config("qwen-7b"))
     assert shape.parameters == 7_721_324_544
-    assert [(layer.kind, layer.kv_heads, count) for layer, count in shape.layers] == [
-        ("full", 32, 32)
+    assert [(layer.kind, layer.kv_heads, layer.indices) for layer in shape.layers] == [
+        ("full", 32, tuple(range(32)))
     ]
     assert shape.weight_bytes(16) == 2 * shape.parameters
     assert 4e9 < shape.weight_bytes(4.25) < 6e9  # the embeddings stay in 16 bits
@@ -157,12 +160,12 @@ def test_kinds_of_layers_are_named() -> None:
             first_k_dense_replace=1,
         )
     )  # fmt: skip
-    assert [layer.kind for layer, _ in latent.layers] == ["full, dequantized at each step"]
+    assert [layer.kind for layer in latent.layers] == ["full, dequantized at each step"]
     shared = shape_of(read_config("gemma-3n-e4b"))
-    assert (shared.shared, sum(count for _, count in shared.layers)) == (15, 20)
+    assert (shared.shared, sum(len(layer.indices) for layer in shared.layers)) == (15, 20)
     refused = shape_of(transformers.BloomConfig(vocab_size=97, hidden_size=64, n_layer=2, n_head=4))
     assert "computes attention by itself" in str(refused.why_dequantized)
-    assert refused.layers[0][0].dequantized
+    assert refused.layers[0].dequantized
 
 
 @pytest.mark.parametrize(

@@ -50,15 +50,16 @@ _OFFSETS = replace(MAYBE_INDEX, anywhere=True)
 
 
 def random_cache_arguments(dice: Dice) -> Arguments:
-    k_dim, v_dim = random_head_dims(dice)
+    (k_dim, v_dim), layers = random_head_dims(dice), dice.number(1, 2)
+    formats = [random_format(dice) for _ in range(layers)]
     args: Arguments = {
-        "num_layers": dice.integer(dice.number(1, 2)),
+        "num_layers": dice.integer(layers),
         "batch_size": dice.integer(dice.number(1, 3)),
         "num_kv_heads": dice.integer(dice.number(1, 3)),
         "head_dim": dice.integer(k_dim),
         "v_head_dim": dice.among([None, dice.integer(v_dim)]),
         "device": dice.among([dice.target, torch.device(dice.target)]),
-        "format": dice.among([random_format(dice), kvquant.CacheFormat.plain(), None]),
+        "format": dice.among([formats[0], formats, "plain", kvquant.CacheFormat.plain(), None]),
     }
     if dice.flag():
         args["max_seq_len"] = dice.integer(dice.number(1, 300))
@@ -92,6 +93,7 @@ CONSTRUCTOR = Operation(
             gives(num_blocks=lambda dice, args: dice.integer(4), block_size=None),
         ),
     ),
+    covers=("LayerFormats",),
     compare=False,
 )
 

@@ -19,7 +19,7 @@ from .methods import METHODS
 from .moving import elsewhere, moved
 
 _PROPERTIES = (
-    "num_layers", "batch_size", "num_kv_heads", "format", "device", "block_size", "capacity",
+    "num_layers", "batch_size", "num_kv_heads", "formats", "device", "block_size", "capacity",
     "max_length", "seq_lens", "seq_starts", "dtype", "head_dim", "v_head_dim",
 )  # fmt: skip  # which blocks are taken follows from when dead forks are collected
 
@@ -85,7 +85,7 @@ class Pair:
         self.same_bits = part is None
         if part is not None and not part.endswith(("k_data", "k_params", "k_mean")):
             return f"{part} differs"
-        if part is not None and self.cache.format.key_mean is None:
+        if part is not None and self.cache.formats[int(part.split(".")[1])].key_mean is None:
             return f"{part} differs"
         for name in _PROPERTIES:
             ours, wanted = getattr(self.cache, name), getattr(self.twin, name)

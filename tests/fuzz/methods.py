@@ -80,7 +80,7 @@ def _make_state(dice: Dice, cache: Any) -> Arguments:
     k_dim, v_dim = dims_of(cache)
     other = QuantizedKVCache(
         cache.num_layers, cache.batch_size, cache.num_kv_heads, k_dim, v_head_dim=v_dim,
-        format=cache.format, device=cache.device,
+        format=cache.formats, device=cache.device,
     )  # fmt: skip
     most = min(cache.capacity or 60, 60)
     for layer in range(cache.num_layers):
@@ -93,7 +93,7 @@ def _make_state(dice: Dice, cache: Any) -> Arguments:
 
 def _not_plain(args: Arguments, cache: QuantizedKVCache) -> bool:
     lens = cache.seq_lens_of(int(args["layer"])).tolist()
-    return not cache.format.is_plain or len(set(lens)) > 1
+    return not cache.formats[int(args["layer"])].is_plain or len(set(lens)) > 1
 
 
 class Past(Kind):

@@ -152,6 +152,20 @@ def test_generate_compiles_by_itself(name: str, options: dict[str, Any], device:
     assert cache.layers[1].length == 25
 
 
+def test_formats_by_layer(device: str) -> None:
+    model, ids, found = make("llama", device), ids_of(2, 12, device), []
+    formats = [
+        "int8",
+        kvquant.CacheFormat(key="int4", value="int4", key_mean=16, by_age=True),
+        "plain",
+    ]
+    for how in ({"disable_compile": True}, settings(fullgraph=True)):
+        cache = KVQuantCache(model, max_cache_len=64, compileable=True, format=formats)
+        found.append(generate(model, cache, ids, 30, **how))
+    assert torch.equal(*found)
+    assert_compiled_once()
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch captures nothing at first
 def test_generate_replays_cuda_graphs(cuda: str) -> None:

@@ -41,11 +41,13 @@ def stepped(model: Any, device: str, **options: Any) -> tuple[KVQuantCache, Grap
     return cache, graph_step(model, cache, graph=graph_of(device))
 
 
-def both(model: Any, device: str, ids: Tensor, new: int = 30, **options: Any) -> GraphStep:
+def both(
+    model: Any, device: str, ids: Tensor, new: int = 30, *, format: Any = None, **options: Any
+) -> GraphStep:
     """Tokens of generate are those without a graph; the step that made them."""
-    cache, step = stepped(model, device)
+    cache, step = stepped(model, device, format=format)
     found = []
-    for used in (KVQuantCache(model, max_cache_len=LENGTH), cache):
+    for used in (KVQuantCache(model, max_cache_len=LENGTH, format=format), cache):
         torch.manual_seed(5)
         found.append(generate(model, used, ids, new, disable_compile=True, **options))
     assert torch.equal(*found)
@@ -71,6 +73,16 @@ def test_tokens_are_those_of_the_model(name: str, device: str) -> None:
 def test_modes_of_generate(name: str, options: dict[str, Any], device: str) -> None:
     step = both(make(name, device), device, ids_of(2, 20, device), 12, **options)
     assert step.calls["replay"] >= 8
+
+
+def test_formats_by_layer(device: str) -> None:
+    format = [
+        "int8",
+        kvquant.CacheFormat(key="int4", value="int4", key_mean=16, by_age=True),
+        "plain",
+    ]
+    step = both(make("llama", device), device, ids_of(2, 20, device), format=format)
+    assert step.calls == {"model": 2, "capture": 1, "replay": 27}
 
 
 def test_a_large_batch(device: str) -> None:

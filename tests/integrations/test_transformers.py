@@ -66,6 +66,26 @@ def test_logits_by_age_are_nearer_those_of_a_full_cache_than_uniform_ones(
     assert errors[0] < 0.85 * errors[1]
 
 
+def test_formats_by_layer(device: str) -> None:
+    """Each layer's rows are those of a cache of its format, and a wrong number is refused."""
+    model, ids = make("llama", device), ids_of(2, 60, device)
+    k4v4 = kvquant.CacheFormat(key="int4", value="int4", key_mean=16, by_age=True)
+    formats = ["int8", k4v4, "plain"]
+    caches = [KVQuantCache(model, format=format) for format in (formats, "int8", k4v4)]
+    for cache in caches:
+        for part in ids.split([40, *[1] * 20], dim=1):
+            logits(model, cache, part)
+    mixed, int8, old = ([layer.storage for layer in cache.layers] for cache in caches)
+    assert torch.equal(mixed[0].dequantize(0)[0], int8[0].dequantize(0)[0])
+    assert [of.format for of in mixed] == [*kvquant.CacheFormat.of_layers(formats, 3)]
+    assert mixed[1].nbytes == old[1].nbytes
+    assert caches[0].nbytes == sum(of.nbytes for of in mixed)
+    with pytest.raises(ValueError, match="format: expected one for each of 3 layers, got 2"):
+        KVQuantCache(model, format=formats[:2])
+    with pytest.raises(ValueError, match="format: expected one for each of 3 layers, got 4"):
+        kvquant.integrations.transformers.enable(model, format=[*formats, "int8"])
+
+
 def test_a_prompt_is_exact(device: str) -> None:
     ids = ids_of(2, 40, device)
     model, peer = make("llama", device), reference("llama", device)

@@ -19,15 +19,17 @@ from tiny import COMMON, ids_of, logits, make  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
 
+K4V4 = CacheFormat(key="int4", value="int4", key_mean=16, by_age=True)
 WAYS = pytest.mark.parametrize(
     "options",
     [
         {},
         {"block_size": 16},
         {"max_cache_len": 200, "format": CacheFormat.plain()},
-        {"format": CacheFormat(key="int4", value="int4", key_mean=16, by_age=True)},
+        {"format": K4V4},
+        {"format": ["int8", K4V4, "plain"]},
     ],
-    ids=["grows", "paged", "fixed-plain", "k4v4"],
+    ids=["grows", "paged", "fixed-plain", "k4v4", "by-layer"],
 )
 
 
@@ -44,7 +46,8 @@ def test_a_loaded_cache_goes_on_as_the_saved_one(
     sizes = {name: x for name, x in options.items() if name != "format"}
     again = KVQuantCache.load(tmp_path / "cache", model, **sizes)
     assert again.get_seq_length() == 80
-    assert again.layers[0].storage.format == cache.layers[0].storage.format
+    for one, other in zip(again.layers, cache.layers, strict=True):
+        assert one.storage.format == other.storage.format
     for end in range(81, 91):
         new, part = ids[:, end - 1 : end], mask[:, :end]
         expected = logits(model, cache, new, attention_mask=part)

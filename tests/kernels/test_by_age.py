@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import oracle
-from kvquant import CacheFormat, QuantizedKVCache
+from kvquant import CacheFormat, QuantizedKVCache, attention
 from support import same_bits
 
 HEADS, DIM, GROUP, SPARE = 2, 32, 256, 32
@@ -244,3 +244,28 @@ def test_rows_that_do_not_count_must_be_zero(name):
     x[at] = 1
     with pytest.raises(ValueError, match=f"layers.0.{name}: expected zeros but for the 600 tokens"):
         make(K4V4, "contiguous").load_state_dict(state)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "paged16"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_call_on_tensors_reads_and_writes_young_rows(fmt: str, layout: str, device: str) -> None:
+    """Steps across a group's edge by the function are those of the cache."""
+    cache, twin = (make(FORMATS[fmt], layout, device=device) for _ in range(2))
+    for one in (cache, twin):
+        one.reserve(TOKENS)
+    pair = rows(520, device=device)
+    for one in (cache, twin):
+        append(one, pair, [500])
+    view, seqs = twin.layer(0)
+    tables = {
+        "block_table": seqs.block_table, "seq_lens": seqs.seq_lens, "young": seqs.young
+    }  # fmt: skip
+    for at in range(500, 520):
+        key, value = (x[:, at : at + 1] for x in pair)
+        query = torch.randn(2, 1, 2 * HEADS, DIM, device=device)
+        out = attention(query, view, key, value, advance=True, **tables)
+        assert torch.equal(out, cache.attend(0, query, key, value))
+    twin.sync_lengths()
+    assert_same(cache, twin)
+    with pytest.raises(ValueError, match="young: expected slabs of 2 heads"):
+        attention(query, view, key, value, **{**tables, "young": seqs.young[:, :1]})

@@ -61,6 +61,15 @@ def test_the_bytes():
     assert found.details["bytes of a token and head"].startswith("200,")
 
 
+def test_a_layer_of_a_cache_is_explained_by_its_own_format():
+    cache = QuantizedKVCache(2, 1, 1, 128, format=["int8", "k4v4"])
+    assert explain(cache).details["format"] == CacheFormat()
+    assert explain(cache, layer=1).details["format"] == CacheFormat.named("k4v4")
+    assert explain(format="k4v4").details["bytes of a token and head"].startswith("136,")
+    with pytest.raises(ValueError, match="layer: expected 0 to 1, got 2"):
+        explain(cache, layer=2)
+
+
 def test_an_unknown_operation():
     with pytest.raises(ValueError, match="op: expected one of quantize"):
         explain(op="multiply")
@@ -75,7 +84,8 @@ def test_an_unknown_operation():
         ({"dtype": torch.float64}, TypeError, "dtype: "),
         ({"head_dim": 100}, ValueError, "head_dim: 100"),
         ({"v_head_dim": 0}, ValueError, "v_head_dim: 0"),
-        ({"format": "plain"}, TypeError, "format: "),
+        ({"format": 8}, TypeError, "format: expected a CacheFormat"),
+        ({"format": "int3"}, ValueError, "format: expected one of int8, plain, k8v4, k4v4"),
     ],
 )
 def test_nothing_is_promised_that_a_call_refuses(options, error, named):

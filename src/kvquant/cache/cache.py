@@ -1,39 +1,30 @@
-"""A cache object for a whole model: append, attend, and what generation does with sequences."""
+"""A cache object for a whole model: append and attend."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from typing_extensions import Self, Unpack
+from typing_extensions import Unpack
 
 from .. import backends, ops
 from ..arguments import (
     INT32_MAX,
     check_flag,
-    check_float_dtype,
     check_integer,
     check_tensor,
     require,
 )
 from ..calls import check_append, check_out
 from ..checks import check_index, check_packed, check_rows
-from ..functional import gather_rows
 from ..plan import AnyPlan, AttentionOptions, planned
 from ..view import CacheView, Options, Sequences
-from . import files, serialize
-from .config import CacheConfig
 from .lengths import is_capturing
-from .sequences import CacheSequences
-from .serialize import LayerPast
-from .state import CacheState
-from .window import check_window, first_stored
+from .stored import StoredCache
+from .window import check_window
 from .young import pieces, restored
 
 __all__ = ["QuantizedKVCache"]
@@ -41,7 +32,7 @@ __all__ = ["QuantizedKVCache"]
 _MOST_KNOWN = 64  # options of calls, as layers with and without a window have them
 
 
-class QuantizedKVCache(CacheSequences):
+class QuantizedKVCache(StoredCache):
     """Keys and values of a model as 8-bit rows, which attention reads as they are.
 
     Contiguous, or paged with ``block_size``; without a ``max_seq_len`` (and ``num_blocks``) it
@@ -63,7 +54,8 @@ class QuantizedKVCache(CacheSequences):
         max_seq_len: Most tokens of a sequence, rounded up to a multiple of 16 or ``block_size``.
         block_size: Tokens of a block, a power of two from 16; None: contiguous.
         num_blocks: Blocks of the pool; by default enough for every sequence's ``max_seq_len``.
-        format: What is stored; ``CacheFormat()`` by default.
+        format: How rows are stored: a `CacheFormat` or its name (`CacheFormat.named`), or a
+            sequence of them, one per layer; ``CacheFormat()`` by default.
         dtype: What `dequantize` gives by default.
         device: Where; torch's default device by default. On "meta", as with torch's own tensors,
             nothing is stored or computed; what the cache would allocate (`nbytes`) is exact.
@@ -71,8 +63,6 @@ class QuantizedKVCache(CacheSequences):
     Raises:
         ValueError: An argument outside the range above.
     """
-
-    # -------------------------------------------------------------------------- append and attend
 
     def append(
         self,
@@ -200,15 +190,15 @@ class QuantizedKVCache(CacheSequences):
             CacheFullError: No room; nothing was written.
         """
         state = self._state
+        is_layer = type(layer) is int and 0 <= layer < len(state.room)
         asked = (
-            key is None, softmax_scale, sliding_window, type(sliding_window), softcap, split_size,
-            return_lse, sinks is None, alibi_slopes is None, backends.forced(),
+            state.kinds[layer] if is_layer else None, key is None, softmax_scale, sliding_window,
+            type(sliding_window), softcap, split_size, return_lse, sinks is None,
+            alibi_slopes is None, backends.forced(),
         )  # fmt: skip
-        plan = self._known_plan(asked)
+        plan = self._known_plan(asked) if is_layer else None
         if (
             plan is not None
-            and type(layer) is int
-            and 0 <= layer < len(state.room)
             and cu_seqlens_q is out is sinks is alibi_slopes is None
             and max_seqlen_q is None
             and causal is plan.options.causal
@@ -223,7 +213,7 @@ class QuantizedKVCache(CacheSequences):
                         return plan.launch(query, view, seqs, None, None)
                 elif (
                     state.room[layer] >= (tokens := key.shape[1])
-                    and tokens <= state.most_at_once
+                    and tokens <= state.most_at_once[layer]
                     and not (exact_prompt and tokens > 1 and not state.lengths.high[layer])
                     and ops.is_plain(query)
                 ):
@@ -263,7 +253,7 @@ class QuantizedKVCache(CacheSequences):
             check_index(name, x, query.shape[-2], self.device, torch.float32)
         check_out(out, None, query, state.config.v_head_dim)
         if key is not None and cu_seqlens_q is None and plan.backend != "torch":
-            fed = pieces(state.config.format, state.lengths.high[layer], counts[0])
+            fed = pieces(state.config.formats[layer], state.lengths.high[layer], counts[0])
             if len(fed) > 1 and value is not None:
                 self._with_room(layer, seqs, counts)
                 numbers = {
@@ -290,7 +280,7 @@ class QuantizedKVCache(CacheSequences):
                 self._recover()
                 raise
             state.lengths.stale = was_stale
-        if cu_seqlens_q is None and plan.backend != "torch":
+        if is_layer and cu_seqlens_q is None and plan.backend != "torch":
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
             self._known[asked] = plan
@@ -311,10 +301,10 @@ class QuantizedKVCache(CacheSequences):
 
         If a piece fails, none is stored: what lies in blocks is behind the lengths.
         """
-        state = self._state
-        assert state.young is not None
+        state, young = self._state, self._state.young[layer]
+        assert young is not None
         try:
-            with restored(state.young[layer], state.lengths.lens[layer]):
+            with restored(young, state.lengths.lens[layer]):
                 found = [
                     self.attend(
                         layer, *(x[:, begin:end] for x in (query, key, value)),
@@ -407,143 +397,3 @@ class QuantizedKVCache(CacheSequences):
         """After a call that failed below: what is stored, the device knows."""
         if not is_capturing(self.device):
             self._state.sync_lengths()
-
-    # ------------------------------------------------------------------------------- what is stored
-
-    def dequantize(self, layer: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, as attention sees them.
-
-        Args:
-            layer: Which one.
-            dtype: Of the result; the cache's by default.
-
-        Returns:
-            key ``(batch, tokens, kv_heads, head_dim)`` and value, zero where a sequence has no
-            token or padding.
-        """
-        layer, state = self._check_layer(layer), self._state
-        dtype = self.dtype if dtype is None else dtype
-        check_float_dtype("dtype", dtype)
-        state.settle()
-        with state.pool.lock:
-            seqs = replace(state.seqs(layer), seq_starts=first_stored(state), advance=False)
-            return gather_rows(state.view(layer), seqs, state.lengths.high[layer], dtype)
-
-    def layer_past(self, layer: int) -> LayerPast:
-        """A layer as Qwen's original code has it: ``x ~ scale * (q - zero)``.
-
-        Returns:
-            (q, scale, zero) of the keys and of the values: uint8 ``(batch, kv_heads, tokens,
-            head_dim)`` and float32 ``(batch, kv_heads, tokens, 1)``, copies.
-
-        Raises:
-            ValueError: Another format than ``CacheFormat.plain()``, or sequences of several
-                lengths.
-        """
-        return serialize.layer_past(self._state, self._check_layer(layer))
-
-    @classmethod
-    def from_layer_past(
-        cls,
-        past: Sequence[LayerPast],
-        *,
-        max_seq_len: int | None = None,
-        block_size: int | None = None,
-        dtype: torch.dtype = torch.float16,
-    ) -> Self:
-        """A cache in ``CacheFormat.plain()`` from `layer_past` of every layer.
-
-        Args:
-            past: ((qk, ks, kz), (qv, vs, vz)) a layer; scales and zeros of shape (b, h, s, 1), or
-                (b, h, 1, 1) where a head shares them. They are rounded to float16.
-            max_seq_len: As for a new cache.
-            block_size: As for a new cache.
-            dtype: As for a new cache.
-
-        Raises:
-            TypeError: Another structure, a dtype that is not supported.
-            ValueError: Shapes that do not belong together, or scales beyond float16.
-        """
-        check_float_dtype("dtype", dtype)
-        return cls._of(serialize.from_layer_past(past, max_seq_len, block_size), dtype)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that is stored, sequence by sequence, the same whatever the blocks.
-
-        Returns:
-            "format", "seq_lens", "seq_starts" if there are any, and of each layer
-            "layers.0.k_data" (batch, kv_heads, tokens, head_dim) and so on: copies on the cache's
-            device.
-        """
-        return serialize.state_dict(self._state)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Replace all tokens by those of a `state_dict` of the same format and shapes.
-
-        Raises:
-            TypeError: A dtype is another.
-            ValueError: Something is missing, of another shape, or of another format.
-            CacheFullError: More tokens than the capacity, or more blocks than ``num_blocks``:
-                sequences that shared blocks each have their own then.
-        """
-        if not isinstance(state, Mapping):
-            raise TypeError(f"state: expected a mapping of tensors, got {type(state).__name__}")
-        try:
-            serialize.check_state(state, self._state.config)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"state: {error}") from None
-        new = CacheState.empty(self._state.config)
-        serialize.fill(new, state)
-        self._adopt(new)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        state = self._state
-        return _restore, (type(self), state.config, self.dtype, self.state_dict())
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the cache to a safetensors file.
-
-        Raises:
-            ImportError: safetensors is not installed.
-        """
-        files.save(self._state, self.dtype, path)
-
-    @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike[str],
-        device: torch.device | str | int | None = None,
-        *,
-        max_seq_len: int | None = None,
-        block_size: int | None = None,
-        num_blocks: int | None = None,
-    ) -> Self:
-        """A cache from a file that `save` wrote.
-
-        Its capacity and its blocks are those of the saved cache, but memory is taken for the
-        stored tokens only: more comes by growth, up to the capacity, or at once if ``max_seq_len``
-        or ``num_blocks`` is given. A file is checked as a whole before memory is taken for it.
-
-        Args:
-            path: The file.
-            device: Where; torch's default device by default.
-            max_seq_len: In place of the saved cache's, allocated at once.
-            block_size: In place of the saved cache's, whose ``num_blocks`` are then as many tokens.
-            num_blocks: In place of the saved cache's, allocated at once.
-
-        Raises:
-            ImportError: safetensors is not installed.
-            FileNotFoundError: No such file.
-            TypeError: An argument of another type.
-            CacheFullError: The stored tokens do not fit the sizes given.
-            ValueError: The file is cut off, from another version or another program, or does not
-                hold together.
-        """
-        sizes = {"max_seq_len": max_seq_len, "block_size": block_size, "num_blocks": num_blocks}
-        return cls._of(*files.load(path, device, sizes))
-
-
-def _restore(
-    cls: type[QuantizedKVCache], config: CacheConfig, dtype: torch.dtype, state: dict[str, Tensor]
-) -> QuantizedKVCache:
-    return cls._of(serialize.restore(config, state, allocate=True), dtype)

@@ -7,15 +7,25 @@ from dataclasses import dataclass
 import torch
 
 from ..arguments import INT32_MAX, check_head_dim, check_integer, require
-from ..formats import CacheFormat, check_format
+from ..formats import CacheFormat
 from .blocks import ceil_to
 
-__all__ = ["CacheConfig"]
+__all__ = ["CacheConfig", "check_layers"]
+
+_MOST_LAYERS = 2**16
+
+
+def check_layers(num_layers: int) -> int:
+    """A number of layers that a model may have."""
+    return check_integer("num_layers", num_layers, 1, _MOST_LAYERS)
 
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """What a `CacheState` is made of; ``num_blocks`` is None unless the caller chose it."""
+    """What a `CacheState` is made of; ``num_blocks`` is None unless the caller chose it.
+
+    ``formats`` has one per layer.
+    """
 
     num_layers: int
     batch_size: int
@@ -25,12 +35,14 @@ class CacheConfig:
     max_seq_len: int | None
     block_size: int | None
     num_blocks: int | None
-    format: CacheFormat
+    formats: tuple[CacheFormat, ...]
     device: torch.device
 
     def __post_init__(self) -> None:
-        check_format(self.format)
-        for name in ("num_layers", "batch_size", "num_kv_heads", "max_seq_len", "num_blocks"):
+        layers = check_layers(self.num_layers)
+        object.__setattr__(self, "num_layers", layers)
+        object.__setattr__(self, "formats", CacheFormat.of_layers(self.formats, layers))
+        for name in ("batch_size", "num_kv_heads", "max_seq_len", "num_blocks"):
             size = getattr(self, name)
             if size is not None or name not in ("max_seq_len", "num_blocks"):
                 object.__setattr__(self, name, check_integer(name, size, 1, INT32_MAX))
@@ -56,6 +68,16 @@ class CacheConfig:
         if self.block_size is not None and self.num_blocks is not None:
             return self.num_blocks * self.block_size
         return None
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all layers are of one format."""
+        return self.formats.count(self.formats[0]) == self.num_layers
+
+    @property
+    def mean_group(self) -> int:
+        """Tokens of the largest group with one key mean over all layers, 0 without any."""
+        return max(format.mean_group for format in self.formats)
 
     @property
     def pool_share(self) -> int:

@@ -16,8 +16,17 @@ from ..arguments import FLOATS, check_device, check_integer, require
 from ..errors import CacheFullError
 from ..formats import CacheFormat
 from .blocks import ceil_to
-from .config import CacheConfig
-from .serialize import blocks_for, check_state, restore, state_dict, version_of
+from .config import CacheConfig, check_layers
+from .serialize import (
+    ANY_ROWS,
+    BY_LAYER,
+    INT8,
+    blocks_for,
+    check_state,
+    restore,
+    state_dict,
+    version_of,
+)
 from .state import CacheState
 
 __all__ = ["load", "save"]
@@ -29,7 +38,8 @@ _SIZES = (  # in the header, as in CacheConfig
     "block_size", "num_blocks",
 )  # fmt: skip
 _OPTIONS = ("key_rotation", "key_mean", "value_rotation")
-_FORMAT = {1: ("bits", *_OPTIONS), 2: ("key", "value", *_OPTIONS, "by_age")}  # by version
+_ROWS = ("key", "value", *_OPTIONS, "by_age")
+_FORMAT = {INT8: ("bits", *_OPTIONS), ANY_ROWS: _ROWS, BY_LAYER: _ROWS}  # by version
 # A cache may take this many times the bytes of its file, and some: blocks of 256 tokens with one
 # in each are the natural worst case.
 _MOST_TIMES, _MOST_MORE = 256, 32 << 20
@@ -58,11 +68,14 @@ def save(state: CacheState, dtype: torch.dtype, path: str | os.PathLike[str]) ->
     name = _name_of(path)
     _, files = _safetensors()
     config = state.config
-    version = version_of(config.format)
-    format = {field: getattr(config.format, field, 8) for field in _FORMAT[version]}
+    version = version_of(config)
+    formats = [
+        {field: getattr(format, field, 8) for field in _FORMAT[version]}
+        for format in config.formats
+    ]
     header = {
         "version": version,
-        "format": format,
+        "format": formats[0] if config.is_uniform else formats,
         **{field: getattr(config, field) for field in _SIZES},
         "dtype": str(dtype).removeprefix("torch."),
     }
@@ -144,9 +157,17 @@ def _read_header(
             type(version) is int and version in _FORMAT,
             f"file version {version}, but this kvquant reads {', '.join(map(str, _FORMAT))}",
         )
-        fields, dtype = header.pop("format"), _DTYPES[header.pop("dtype")]
-        require(isinstance(fields, dict), "format is no object")
-        for found, wanted in ((header.keys(), {*_SIZES}), (fields.keys(), {*_FORMAT[version]})):
+        format, dtype = header.pop("format"), _DTYPES[header.pop("dtype")]
+        require(
+            isinstance(format, list) == (version == BY_LAYER),
+            f"format: expected {'a list' if version == BY_LAYER else 'an object'}",
+        )
+        of_layers = format if isinstance(format, list) else [format]
+        require(all(isinstance(of, dict) for of in of_layers), "format is no object")
+        for found, wanted in (
+            (header.keys(), {*_SIZES}),
+            *((of.keys(), {*_FORMAT[version]}) for of in of_layers),
+        ):
             missing, unknown = sorted(wanted - found), sorted(found - wanted)
             require(not (missing or unknown), f"missing {missing}, unknown {unknown}")
     except (KeyError, RecursionError, TypeError, ValueError) as error:
@@ -155,17 +176,34 @@ def _read_header(
     if "block_size" in chosen and isinstance(size, int) and isinstance(blocks, int):
         header["num_blocks"] = ceil_to(blocks * size, chosen["block_size"]) // chosen["block_size"]
     sizes = {key: chosen.get(key, x) for key, x in header.items()}
-    if version == 1:
+    formats = [_read_format(fields) for fields in of_layers]
+    config = CacheConfig(
+        formats=CacheFormat.of_layers(
+            formats if version == BY_LAYER else formats[0], check_layers(sizes["num_layers"])
+        ),
+        device=device,
+        **sizes,
+    )
+    require(
+        version_of(config) == version,
+        f"file version {version}, but a cache of {_pairs(config)} has {version_of(config)}",
+    )
+    return config, dtype
+
+
+def _read_format(fields: dict[str, Any]) -> CacheFormat:
+    """A format as a header has it."""
+    if "bits" in fields:
         bits = check_integer("bits", fields.pop("bits"))
         require(bits == 8, f"bits: expected 8, got {bits}")
     require(fields["value_rotation"] is not None, "value_rotation: expected a flag, got None")
-    format = CacheFormat(**fields)
-    require(
-        version_of(format) == version,
-        f"file version {version}, but a cache of {format.key} and {format.value} has "
-        f"{version_of(format)}",
-    )
-    return CacheConfig(format=format, device=device, **sizes), dtype
+    return CacheFormat(**fields)
+
+
+def _pairs(config: CacheConfig) -> str:
+    """The row formats of keys and values, each pair once."""
+    pairs = dict.fromkeys(f"{format.key} and {format.value}" for format in config.formats)
+    return ", ".join(pairs)
 
 
 def _check_fit(
@@ -188,9 +226,12 @@ def _check_memory(config: CacheConfig, lengths: Tensor, file_bytes: int) -> None
     if size is None:
         return
     rows = sum(ceil_to(n, size) for n in lengths.amax(0).tolist())
-    means = config.format.mean_slots(size) * 2 * config.head_dim * rows // size
-    row_bytes = config.format.row_bytes(config.head_dim, config.v_head_dim)
-    wanted = config.num_layers * config.num_kv_heads * (rows * row_bytes + means)
+    each = (
+        rows * format.row_bytes(config.head_dim, config.v_head_dim)
+        + format.mean_slots(size) * 2 * config.head_dim * rows // size
+        for format in config.formats
+    )
+    wanted = config.num_kv_heads * sum(each)
     require(
         wanted <= _MOST_TIMES * file_bytes + _MOST_MORE,
         f"block_size: blocks of {size} tokens would take {wanted} bytes for a file of "

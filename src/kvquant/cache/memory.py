@@ -27,22 +27,21 @@ class LayerMemory:
     @classmethod
     def allocate(
         cls,
-        num_layers: int,
+        formats: Iterable[CacheFormat],
         num_blocks: int,
         num_kv_heads: int,
         block_size: int,
         head_dim: int,
         v_head_dim: int,
-        format: CacheFormat,
         device: torch.device,
     ) -> LayerMemory:
-        """Unwritten memory for every layer."""
+        """Unwritten memory, a layer for each format."""
         return cls(
             CacheView.allocate(
                 num_blocks, num_kv_heads, block_size, head_dim, v_head_dim,
                 format=format, device=device,
             )
-            for _ in range(num_layers)
+            for format in formats
         )  # fmt: skip
 
     @property
@@ -87,15 +86,15 @@ class LayerMemory:
         device = self.views[0].device
         source, target = (index_tensor([pair[i] for pair in pairs], device) for i in (0, 1))
         parts = [
-            (name, tensor if name == "mean" else tensor[:, :, :rows])
+            tensor if name == "mean" else tensor[:, :, :rows]
             for view in self.views
             for name, tensor in view.tensors.items()
         ]
-        between: dict[tuple[str, int], Tensor] = {}
-        for name, part in parts:
-            if (name, part.shape[2]) not in between:
-                between[name, part.shape[2]] = part.new_empty(len(pairs), *part.shape[1:])
-        for name, part in parts:
-            rows_between = between[name, part.shape[2]]
+        between: dict[torch.Size, Tensor] = {}  # one of each shape serves all layers
+        for part in parts:
+            if part.shape[1:] not in between:
+                between[part.shape[1:]] = part.new_empty(len(pairs), *part.shape[1:])
+        for part in parts:
+            rows_between = between[part.shape[1:]]
             torch.index_select(part, 0, source, out=rows_between)
             part.index_copy_(0, target, rows_between)

@@ -17,11 +17,11 @@ from ..arguments import (
     require,
 )
 from ..checks import check_index
-from ..formats import CacheFormat
+from ..formats import CacheFormat, LayerFormats
 from ..plan import AnyPlan
 from ..view import CacheView, Sequences
 from . import window
-from .config import CacheConfig
+from .config import CacheConfig, check_layers
 from .state import CacheState
 
 __all__ = ["CacheSequences"]
@@ -41,7 +41,7 @@ class CacheSequences:
         max_seq_len: int | None = None,
         block_size: int | None = None,
         num_blocks: int | None = None,
-        format: CacheFormat | None = None,
+        format: LayerFormats | None = None,
         dtype: torch.dtype = torch.float16,
         device: torch.device | str | int | None = None,
     ) -> None:
@@ -55,7 +55,7 @@ class CacheSequences:
             max_seq_len=max_seq_len,
             block_size=block_size,
             num_blocks=num_blocks,
-            format=CacheFormat() if format is None else format,
+            formats=CacheFormat.of_layers(format, check_layers(num_layers)),
             device=check_device("device", device),
         )
         self.dtype = dtype
@@ -97,9 +97,20 @@ class CacheSequences:
         return self._state.config.v_head_dim
 
     @property
+    def formats(self) -> tuple[CacheFormat, ...]:
+        """How rows are stored, layer by layer."""
+        return self._state.config.formats
+
+    @property
     def format(self) -> CacheFormat:
-        """What is stored."""
-        return self._state.config.format
+        """How rows are stored, where all layers are alike.
+
+        Raises:
+            ValueError: They are not: see `formats`.
+        """
+        config = self._state.config
+        require(config.is_uniform, "format: the layers are of several: formats has one per layer")
+        return config.formats[0]
 
     @property
     def device(self) -> torch.device:
@@ -156,7 +167,7 @@ class CacheSequences:
     def nbytes(self) -> int:
         """Bytes of storage, tables and lengths; forks of a paged cache share the blocks' part."""
         state = self._state
-        own = (state.blocks.table, state.lengths.seq_lens, state.young)
+        own = (state.blocks.table, state.lengths.seq_lens, *state.young)
         return state.memory.nbytes + sum(x.nbytes for x in own if x is not None)
 
     def __repr__(self) -> str:

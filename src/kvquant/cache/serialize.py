@@ -13,7 +13,6 @@ from ..arguments import check_tensor, require
 from ..checks import check_affine
 from ..errors import CacheFullError
 from ..formats import CacheFormat
-from ..view import CacheView
 from .config import CacheConfig
 from .state import CacheState
 from .young import live_old, live_young, slabs
@@ -22,6 +21,9 @@ AffineRows: TypeAlias = tuple[Tensor, Tensor, Tensor]
 LayerPast: TypeAlias = tuple[AffineRows, AffineRows]
 
 __all__ = [
+    "ANY_ROWS",
+    "BY_LAYER",
+    "INT8",
     "LayerPast",
     "blocks_for",
     "check_state",
@@ -34,14 +36,16 @@ __all__ = [
     "version_of",
 ]
 
-VERSION = 2  # of what a state dict holds; 1 knows no row formats but int8, and is written for it
+# Versions of what a state dict holds: the first knows int8 rows alone, the last has a format per
+# layer. Each is written where no earlier one will do.
+INT8, ANY_ROWS, BY_LAYER = 1, 2, 3
 
 
 # ------------------------------------------------------------------------------- rows in and out
 
 
-def _mean_groups(config: CacheConfig, tokens: int) -> int:
-    group = config.format.mean_group
+def _mean_groups(format: CacheFormat, tokens: int) -> int:
+    group = format.mean_group
     return -(-tokens // group) if group else 0
 
 
@@ -56,37 +60,42 @@ _PARTS = {
 _YOUNG = "young"  # of a format by age: the slabs, zero but for the rows that count
 
 
-def _shapes(config: CacheConfig, tokens: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _shapes(
+    config: CacheConfig, layer: int, tokens: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each of a layer's tensors in a state dict."""
-    widths = {"k_mean": (_mean_groups(config, tokens), 2 * config.head_dim)}
-    for x, rows, dim in zip(
-        "kv", config.format.rows, (config.head_dim, config.v_head_dim), strict=True
-    ):
+    format = config.formats[layer]
+    widths = {"k_mean": (_mean_groups(format, tokens), 2 * config.head_dim)}
+    for x, rows, dim in zip("kv", format.rows, (config.head_dim, config.v_head_dim), strict=True):
         widths[f"{x}_data"] = tokens, rows.code_bytes(dim)
         widths[f"{x}_params"] = tokens, rows.params_bytes(dim)
     lead = config.batch_size, config.num_kv_heads
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         name: ((*lead, widths[name][0], widths[name][1] // dtype.itemsize), dtype)
         for name, (_, dtype) in _PARTS.items()
-        if name != "k_mean" or config.format.key_mean is not None
+        if name != "k_mean" or format.key_mean is not None
     }
-    if config.format.by_age:
-        size = config.format.young_bytes(config.head_dim, config.v_head_dim)
+    if format.by_age:
+        size = format.young_bytes(config.head_dim, config.v_head_dim)
         shapes[_YOUNG] = (*lead, size), torch.uint8
     return shapes
 
 
 def _pieces(
-    state: CacheState, view: CacheView, name: str, sequence: int, tokens: int
+    state: CacheState, layer: int, name: str, sequence: int, tokens: int
 ) -> list[tuple[Tensor, int, int]]:
     """Views (heads, rows, width) of a sequence's rows, each with its (begin, end) in order."""
     if not tokens:
         return []
-    config, blocks = state.config, state.blocks.ids[sequence]
+    view, format, blocks = (
+        state.view(layer),
+        state.config.formats[layer],
+        state.blocks.ids[sequence],
+    )
     size, count, every = view.block_size, tokens, 1
     if name == "k_mean":
-        group = config.format.mean_group
-        count, every = _mean_groups(config, tokens), max(1, group // size)
+        group = format.mean_group
+        count, every = _mean_groups(format, tokens), max(1, group // size)
         size = max(1, -(-size // group))
     at, dtype = _PARTS[name]
     tensor = view.tensors[at].view(dtype)
@@ -103,32 +112,34 @@ def read_layer(state: CacheState, layer: int) -> dict[str, Tensor]:
         not any(-1 in of for of in state.blocks.ids),
         "the cache has given back tokens behind its sliding window: only whole caches can be saved",
     )
-    view, lengths = state.view(layer), state.lengths
+    format, young, lengths = state.config.formats[layer], state.young[layer], state.lengths
     result = {}
-    for name, (shape, dtype) in _shapes(state.config, lengths.high[layer]).items():
-        if name == _YOUNG and state.young is not None:
-            result[name] = state.young[layer].clone()
-            _clear_young(state.config, result[name], lengths.bounds(layer))
+    for name, (shape, dtype) in _shapes(state.config, layer, lengths.high[layer]).items():
+        if name == _YOUNG and young is not None:
+            result[name] = young.clone()
+            _clear_young(state.config, format, result[name], lengths.bounds(layer))
             continue
         rows = torch.zeros(shape, dtype=dtype, device=state.config.device)
         for b, length in enumerate(lengths.bounds(layer)):
-            counts = _counting(state.config, name, length)
-            for part, begin, end in _pieces(state, view, name, b, counts.stop):
+            counts = _counting(format, name, length)
+            for part, begin, end in _pieces(state, layer, name, b, counts.stop):
                 rows[b, :, begin:end] = part
             rows[b, :, : counts.start] = 0
         result[name] = rows
     return result
 
 
-def _counting(config: CacheConfig, name: str, length: int) -> range:
+def _counting(format: CacheFormat, name: str, length: int) -> range:
     """Which tokens of a sequence have a row that counts in a part of a view."""
-    return range(length) if name == "k_mean" else live_old(config.format, length)
+    return range(length) if name == "k_mean" else live_old(format, length)
 
 
-def _clear_young(config: CacheConfig, young: Tensor, lengths: Sequence[int]) -> None:
+def _clear_young(
+    config: CacheConfig, format: CacheFormat, young: Tensor, lengths: Sequence[int]
+) -> None:
     """Zeros in the place of rows that do not count."""
-    dead = ~live_young(config.format, lengths).to(young.device)
-    for x in slabs(config, young).tensors.values():
+    dead = ~live_young(format, lengths).to(young.device)
+    for x in slabs(config, format, young).tensors.values():
         x.masked_fill_(dead[:, None, :, None], 0)
 
 
@@ -136,7 +147,7 @@ def state_dict(state: CacheState) -> dict[str, Tensor]:
     """See `QuantizedKVCache.state_dict`."""
     state.settle()
     lens = state.lengths.seq_lens.clone()
-    result = {"format": _format_tensor(state.config.format), "seq_lens": lens}
+    result = {"format": _format_tensor(state.config), "seq_lens": lens}
     if state.seq_starts is not None:
         result["seq_starts"] = state.seq_starts.clone()
     for layer in range(state.config.num_layers):
@@ -145,17 +156,26 @@ def state_dict(state: CacheState) -> dict[str, Tensor]:
     return result
 
 
-def version_of(format: CacheFormat) -> int:
-    """The first version that can say this format: older packages read it then."""
-    return 1 if format.key == format.value == "int8" else VERSION
+def version_of(config: CacheConfig) -> int:
+    """The first version that can say these formats: older packages read it then."""
+    if not config.is_uniform:
+        return BY_LAYER
+    format = config.formats[0]
+    return INT8 if format.key == format.value == "int8" else ANY_ROWS
 
 
-def _format_tensor(format: CacheFormat) -> Tensor:
-    version, (key, value) = version_of(format), format.rows
-    rows = [key.bits] if version == 1 else [key.tag, value.tag]
-    age = [] if version == 1 else [int(format.by_age)]
-    numbers = [*rows, int(key.rotated), format.mean_group, int(value.rotated), *age]
-    return torch.tensor([version, *numbers], dtype=torch.int64)
+def _format_tensor(config: CacheConfig) -> Tensor:
+    """Version and numbers of the format; ``(num_layers, ..)`` if it has one per layer."""
+    version = version_of(config)
+
+    def numbers(format: CacheFormat) -> list[int]:
+        key, value = format.rows
+        rows = [key.bits] if version == INT8 else [key.tag, value.tag]
+        age = [] if version == INT8 else [int(format.by_age)]
+        return [version, *rows, int(key.rotated), format.mean_group, int(value.rotated), *age]
+
+    of_layers = [numbers(format) for format in config.formats]
+    return torch.tensor(of_layers if version == BY_LAYER else of_layers[0], dtype=torch.int64)
 
 
 def check_state(tensors: Mapping[str, Tensor], config: CacheConfig) -> None:
@@ -175,11 +195,11 @@ def check_state(tensors: Mapping[str, Tensor], config: CacheConfig) -> None:
         )
 
     batch, layers = config.batch_size, config.num_layers
-    ours = _format_tensor(config.format)
+    ours = _format_tensor(config)
     expect("format", tuple(ours.shape), torch.int64)
     theirs = tensors["format"].cpu()
     fields = "bits, key_rotation, key_mean, value_rotation"
-    if len(ours) > 5:
+    if ours.shape[-1] > 5:
         fields = fields.replace("bits", "key, value") + ", by_age"
     require(
         torch.equal(ours, theirs),
@@ -200,34 +220,34 @@ def check_state(tensors: Mapping[str, Tensor], config: CacheConfig) -> None:
         wanted.add("seq_starts")
     most = lengths.amax(1).tolist()
     for layer in range(layers):
-        for name, (shape, dtype) in _shapes(config, most[layer]).items():
+        for name, (shape, dtype) in _shapes(config, layer, most[layer]).items():
             expect(f"layers.{layer}.{name}", shape, dtype)
             wanted.add(f"layers.{layer}.{name}")
     unknown = sorted(str(name) for name in tensors if name not in wanted)
     require(not unknown, f"unexpected tensors: {', '.join(unknown[:5])}")
     for layer in range(layers):
-        _check_ends(tensors, f"layers.{layer}", lengths[layer], config)
+        _check_ends(tensors, layer, lengths[layer], config)
 
 
 def _check_ends(
-    tensors: Mapping[str, Tensor], layer: str, lengths: Tensor, config: CacheConfig
+    tensors: Mapping[str, Tensor], layer: int, lengths: Tensor, config: CacheConfig
 ) -> None:
     """Nothing but zeros where no row counts: it would be lost."""
-    most = int(lengths.max())
-    if int(lengths.min()) == most and not config.format.by_age:
+    most, format = int(lengths.max()), config.formats[layer]
+    if int(lengths.min()) == most and not format.by_age:
         return
-    for name in _shapes(config, most):
-        x = tensors[f"{layer}.{name}"]
+    for name in _shapes(config, layer, most):
+        x = tensors[f"layers.{layer}.{name}"]
         if name == _YOUNG:
             cleared = x.contiguous().clone()
-            _clear_young(config, cleared, lengths.tolist())
+            _clear_young(config, format, cleared, lengths.tolist())
             lost = (x != cleared).flatten(1).any(1)
         else:
             bits = x if x.dtype == torch.uint8 else x.contiguous().view(torch.int16)
             used = (bits != 0).any(-1).any(1)  # (batch, rows)
-            every = max(1, config.format.mean_group) if name == "k_mean" else 1
+            every = max(1, format.mean_group) if name == "k_mean" else 1
             row = torch.arange(0, used.shape[1] * every, every, device=x.device)
-            counts = [_counting(config, name, n) for n in lengths.tolist()]
+            counts = [_counting(format, name, n) for n in lengths.tolist()]
             begin, end = (
                 torch.tensor(ends, device=x.device).unsqueeze(1)
                 for ends in zip(*((of.start, of.stop) for of in counts), strict=True)
@@ -236,8 +256,8 @@ def _check_ends(
         if bool(lost.any()):
             sequence = int(lost.nonzero()[0])
             raise ValueError(
-                f"{layer}.{name}: expected zeros but for the {int(lengths[sequence])} tokens of "
-                f"sequence {sequence}"
+                f"layers.{layer}.{name}: expected zeros but for the {int(lengths[sequence])} "
+                f"tokens of sequence {sequence}"
             )
 
 
@@ -248,14 +268,14 @@ def fill(state: CacheState, tensors: Mapping[str, Tensor], name: str = "state") 
     for layer, of_layer in enumerate(lengths):
         state.make_room(layer, of_layer, name)
     for layer, of_layer in enumerate(lengths):
-        view = state.view(layer)
-        for part_name in _shapes(state.config, 0):
+        young = state.young[layer]
+        for part_name in _shapes(state.config, layer, 0):
             rows = tensors[f"layers.{layer}.{part_name}"].detach()
-            if part_name == _YOUNG and state.young is not None:
-                state.young[layer].copy_(rows)
+            if part_name == _YOUNG and young is not None:
+                young.copy_(rows)
                 continue
             for b, length in enumerate(of_layer):
-                for part, begin, end in _pieces(state, view, part_name, b, length):
+                for part, begin, end in _pieces(state, layer, part_name, b, length):
                     part.copy_(rows[b, :, begin:end])
     state.lengths.seq_lens.copy_(tensors["seq_lens"])
     starts = tensors.get("seq_starts")
@@ -285,7 +305,7 @@ def restore(config: CacheConfig, tensors: Mapping[str, Tensor], *, allocate: boo
 def layer_past(state: CacheState, layer: int) -> LayerPast:
     """See `QuantizedKVCache.layer_past`."""
     require(
-        state.config.format.is_plain,
+        state.config.formats[layer].is_plain,
         "layer: (q, scale, zero) exist only for a cache with CacheFormat.plain()",
     )
     state.settle()
@@ -346,7 +366,7 @@ def from_layer_past(
         CacheConfig(
             num_layers=len(past), batch_size=b, num_kv_heads=h, head_dim=k_dim,
             v_head_dim=first_value.shape[3], max_seq_len=max_seq_len, block_size=block_size,
-            num_blocks=None, format=CacheFormat.plain(), device=first_key.device,
+            num_blocks=None, formats=(CacheFormat.plain(),) * len(past), device=first_key.device,
         )
     )  # fmt: skip
     fill(state, tensors, "past")

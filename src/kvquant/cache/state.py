@@ -16,7 +16,7 @@ from .config import CacheConfig
 from .lengths import Lengths, is_capturing
 from .memory import LayerMemory
 from .young import allocate as allocate_young
-from .young import is_kept, widen
+from .young import is_kept, selected, widen
 
 __all__ = ["CacheState"]
 
@@ -34,8 +34,9 @@ class CacheState:
 
     Attributes:
         room: Tokens that a layer takes, for every sequence, before `make_room` has to see to it.
-        young: Slabs of young rows, ``(layers, batch, heads, bytes)``; None: not by age.
-        most_at_once: New tokens that attention takes in one call whatever the groups.
+        young: Each layer's slabs of young rows, ``(batch, heads, bytes)``; None: not by age.
+        most_at_once: New tokens that a layer's attention takes in one call whatever the groups.
+        kinds: The same number for layers of the same format.
     """
 
     def __init__(
@@ -48,9 +49,11 @@ class CacheState:
         seq_starts: Tensor | None,
         bounds: list[list[int]],
         width: int,
-        young: Tensor | None,
+        young: list[Tensor | None],
     ) -> None:
-        self.young, self.most_at_once = young, 2**31 if young is None else SPARE_TOKENS
+        self.young = young
+        self.most_at_once = [2**31 if slab is None else SPARE_TOKENS for slab in young]
+        self.kinds = [config.formats.index(format) for format in config.formats]
         self.config, self.memory, self.pool = config, memory, pool
         self.seq_starts = seq_starts
         self.window = 0  # tokens before a sequence's end that are kept at least; 0: all of them
@@ -72,8 +75,8 @@ class CacheState:
         else:
             blocks, size = (0, paged) if paged else (share, 0)
         memory = LayerMemory.allocate(
-            config.num_layers, blocks, config.num_kv_heads, size, config.head_dim,
-            config.v_head_dim, config.format, config.device,
+            config.formats, blocks, config.num_kv_heads, size, config.head_dim, config.v_head_dim,
+            config.device,
         )  # fmt: skip
         pool = BlockPool(blocks, None if capacity is None and paged else share)
         batch = config.batch_size
@@ -97,9 +100,10 @@ class CacheState:
             or found.block_table is not self.blocks.table
             or found.seq_starts is not self.seq_starts
         ):
-            lens = self.lengths.lens[layer]
-            young = None if self.young is None else self.young[layer]
-            found = Sequences(self.blocks.table, lens, self.seq_starts, advance=True, young=young)
+            found = Sequences(
+                self.blocks.table, self.lengths.lens[layer], self.seq_starts, advance=True,
+                young=self.young[layer],
+            )  # fmt: skip
             self._seqs[layer] = found
         return found
 
@@ -285,6 +289,17 @@ class CacheState:
         held = zip(self.blocks.ids, lengths, strict=True)
         return tuple(blocks[: -(-n // size)] for blocks, n in held)
 
+    def _picked(
+        self, indices: list[int]
+    ) -> tuple[list[list[int]], Tensor, Tensor | None, list[Tensor | None]]:
+        """Bounds, and copies of the lengths, padding and slabs, of the sequences ``indices``."""
+        bounds = [[of[i] for i in indices] for of in map(self.lengths.bounds, self._layers)]
+        at = index_tensor(indices, self.config.device)
+        starts = None if self.seq_starts is None else self.seq_starts.index_select(0, at)
+        return (
+            bounds, self.lengths.seq_lens.index_select(1, at), starts, selected(self.young, at)
+        )  # fmt: skip
+
     @property
     def _layers(self) -> range:
         return range(self.config.num_layers)
@@ -304,10 +319,12 @@ class CacheState:
         self._give_back(self._live([max(of) for of in zip(*bounds, strict=True)]))
         seq_lens = self.lengths.seq_lens
         after = (seq_lens + length).clamp(min=0) if length < 0 else seq_lens.clamp(max=length)
-        if self.young is not None and not is_kept(self.config.format, self.lengths, bounds):
-            for i in self._layers:
+        for i, format, young in zip(self._layers, self.config.formats, self.young, strict=True):
+            if young is not None and (
+                self.lengths.stale or not is_kept(format, of_layers[i], bounds[i])
+            ):
                 widen(
-                    self.config, self.view(i), self.young[i], self.blocks.table, seq_lens[i],
+                    self.config, format, self.view(i), young, self.blocks.table, seq_lens[i],
                     after[i],
                 )  # fmt: skip
         seq_lens.copy_(after)
@@ -323,13 +340,7 @@ class CacheState:
     def _fork(self, indices: list[int]) -> CacheState:
         self.settle()
         config = replace(self.config, batch_size=len(indices))
-        at = index_tensor(indices, config.device)
-        seq_lens = self.lengths.seq_lens.index_select(1, at)
-        starts = None if self.seq_starts is None else self.seq_starts.index_select(0, at)
-        young = None if self.young is None else self.young.index_select(1, at)
-        bounds = [
-            [of_layer[i] for i in indices] for of_layer in map(self.lengths.bounds, self._layers)
-        ]
+        bounds, seq_lens, starts, young = self._picked(indices)
         live = self._live(self.lengths.longest())
         ids: BlockIds = tuple(live[i] for i in indices)
         if config.block_size is None:
@@ -351,15 +362,9 @@ class CacheState:
     def reorder(self, indices: list[int]) -> None:
         """Let sequence ``b`` be what ``indices[b]`` was, in place; as many sequences as before."""
         self.settle()
-        bounds = [
-            [of_layer[i] for i in indices] for of_layer in map(self.lengths.bounds, self._layers)
-        ]
+        bounds, seq_lens, starts, young = self._picked(indices)
         live = self._live(self.lengths.longest())
         ids, before = [list(live[i]) for i in indices], self.blocks.ids
-        at = index_tensor(indices, self.config.device)
-        seq_lens = self.lengths.seq_lens.index_select(1, at)
-        starts = None if self.seq_starts is None else self.seq_starts.index_select(0, at)
-        young = None if self.young is None else self.young.index_select(1, at)
         pairs, taken = [], set()
         if self.config.block_size is None:
             spare = [blocks[0] for i, blocks in enumerate(before) if i not in indices]
@@ -375,8 +380,9 @@ class CacheState:
             self.memory.copy_blocks(pairs, max(self.lengths.high))
             change.commit()
         self.lengths.seq_lens.copy_(seq_lens)
-        if self.young is not None and young is not None:
-            self.young.copy_(young)
+        for slab, chosen in zip(self.young, young, strict=True):
+            if slab is not None and chosen is not None:
+                slab.copy_(chosen)
         if self.seq_starts is not None and starts is not None:
             self.seq_starts.copy_(starts)
         self.lengths.set_bounds(bounds)

@@ -17,7 +17,7 @@ _NONE = -1  # in the place of a block that was given back
 def _first_needed(state: CacheState, length: int) -> int:
     """The first block that a sequence of ``length`` tokens reads, its group's mean included."""
     config = state.config
-    group = config.format.mean_group or 1
+    group = config.mean_group or 1
     return max(0, length - state.window) // group * group // (config.block_size or 1)
 
 
@@ -31,7 +31,7 @@ def slide(state: CacheState, window: int, slack: int) -> None:
     if lengths.stale:
         state.sync_lengths()
     # A step that begins a group reads the group before it.
-    state.window = max(window, config.format.mean_group)
+    state.window = max(window, config.mean_group)
     with state.pool.changing():
         ids: BlockIds = tuple(
             (_NONE,) * (first := min(_first_needed(state, lengths.shortest(b) - slack), len(of)))

@@ -13,27 +13,41 @@ from ..formats import SPARE_TOKENS, CacheFormat, open_start
 from ..formats.affine import AffineRows
 from ..view import CacheView
 from .config import CacheConfig
-from .lengths import Lengths
 
-__all__ = ["allocate", "is_kept", "live_old", "live_young", "pieces", "restored", "slabs", "widen"]
-
-
-def allocate(config: CacheConfig) -> Tensor | None:
-    """Slabs of every layer and sequence, ``(layers, batch, heads, bytes)``; None: not by age."""
-    if not config.format.by_age:
-        return None
-    size = config.format.young_bytes(config.head_dim, config.v_head_dim)
-    return torch.zeros(
-        config.num_layers, config.batch_size, config.num_kv_heads, size, dtype=torch.uint8,
-        device=config.device,
-    )  # fmt: skip
+__all__ = [
+    "allocate",
+    "is_kept",
+    "live_old",
+    "live_young",
+    "pieces",
+    "restored",
+    "selected",
+    "slabs",
+    "widen",
+]
 
 
-def slabs(config: CacheConfig, young: Tensor) -> CacheView:
+def allocate(config: CacheConfig) -> list[Tensor | None]:
+    """Each layer's slabs, ``(batch, heads, bytes)``; None: not by age."""
+    lead, dims = (config.batch_size, config.num_kv_heads), (config.head_dim, config.v_head_dim)
+    return [
+        torch.zeros(*lead, format.young_bytes(*dims), dtype=torch.uint8, device=config.device)
+        if format.by_age
+        else None
+        for format in config.formats
+    ]
+
+
+def selected(young: Sequence[Tensor | None], at: Tensor) -> list[Tensor | None]:
+    """Copies of the slabs of the sequences ``at``."""
+    return [None if slab is None else slab.index_select(0, at) for slab in young]
+
+
+def slabs(config: CacheConfig, format: CacheFormat, young: Tensor) -> CacheView:
     """A layer's slabs as a view with a block a sequence."""
     return CacheView.slab(
-        young, config.head_dim, v_head_dim=config.v_head_dim,
-        block_size=config.format.young_tokens, format=config.format.young,
+        young, config.head_dim, v_head_dim=config.v_head_dim, block_size=format.young_tokens,
+        format=format.young,
     )  # fmt: skip
 
 
@@ -55,18 +69,18 @@ def live_young(format: CacheFormat, lengths: Sequence[int]) -> Tensor:
     return live
 
 
-def is_kept(format: CacheFormat, lengths: Lengths, bounds: list[list[int]]) -> bool:
-    """Whether the ring holds all that it must after a crop to ``bounds``, as the host knows."""
+def is_kept(format: CacheFormat, before: Sequence[int], after: Sequence[int]) -> bool:
+    """Whether the ring holds all that it must after a crop of sequences of these lengths."""
     group = format.age_group
-    return not lengths.stale and all(
+    return all(
         open_start(group, n - SPARE_TOKENS) <= max(group, open_start(group, new - SPARE_TOKENS))
-        for layer, after in enumerate(bounds)
-        for n, new in zip(lengths.bounds(layer), after, strict=True)
+        for n, new in zip(before, after, strict=True)
     )
 
 
 def widen(
     config: CacheConfig,
+    format: CacheFormat,
     view: CacheView,
     young: Tensor,
     table: Tensor,
@@ -77,13 +91,14 @@ def widen(
 
     Args:
         config: Of the cache.
+        format: Of the layer.
         view: The layer.
         young: Its slabs.
         table: Blocks of each sequence.
         before: Tokens of each sequence, ``(batch,)``.
         after: Those that stay.
     """
-    group, ring = config.format.age_group, config.format.age_group + SPARE_TOKENS
+    group, ring = format.age_group, format.age_group + SPARE_TOKENS
 
     def kept(lengths: Tensor) -> Tensor:
         return (lengths - (SPARE_TOKENS + 1)).clamp(min=0) // group * group
@@ -95,7 +110,7 @@ def widen(
     there = (tokens < end[:, None]) & (index < table.shape[1]) & (block >= 0)
     block, row = block.where(there, 0), row.where(there, 0)
     sequence, at = torch.arange(len(begin), device=begin.device)[:, None], group + tokens % ring
-    held = slabs(config, young)
+    held = slabs(config, format, young)
     for old, new in ((view.k, held.k), (view.v, held.v)):
         assert isinstance(old.format, AffineRows)
         for to, found in (

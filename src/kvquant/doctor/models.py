@@ -36,7 +36,7 @@ def examine_model(
         why = str(error)
         advice = "use transformers' own cache for it"
         return [Finding(check="model", state="stops", what=why, advice=advice), *rows]
-    if shape.why_dequantized or any(layer.dequantized for layer, _ in shape.layers):
+    if shape.why_dequantized or any(layer.dequantized for layer in shape.layers):
         why = shape.why_dequantized or (
             "the model computes with what its cache stores (latent attention and the like): each "
             "step works on a 16-bit copy of a layer"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +15,10 @@ _PROBE = 8  # tokens of the forward
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """The keys and values that a layer keeps.
+    """The keys and values that the layers of one kind keep.
 
     Attributes:
-        index: Which layer, for its cache to be made by.
+        indices: The layers of this kind.
         kv_heads: Heads of keys and values.
         k_dim: Channels of a key.
         v_dim: Channels of a value.
@@ -28,7 +27,7 @@ class LayerShape:
             works on a 16-bit copy of this layer.
     """
 
-    index: int
+    indices: tuple[int, ...]
     kv_heads: int
     k_dim: int
     v_dim: int
@@ -48,7 +47,7 @@ class ModelShape:
 
     Attributes:
         config: Of the model's text part.
-        layers: One of each kind of layer, and how many there are of it.
+        layers: Each kind of layer.
         shared: Layers that read the cache of an earlier one.
         parameters: All of them, in elements.
         linear: Those of linear layers but the output's, which weight quantization stores in fewer
@@ -57,7 +56,7 @@ class ModelShape:
     """
 
     config: Any
-    layers: tuple[tuple[LayerShape, int], ...]
+    layers: tuple[LayerShape, ...]
     shared: int
     parameters: int
     linear: int
@@ -104,15 +103,13 @@ def shape_of(config: Any) -> ModelShape:
             f"config: a model of type '{text.model_type}' cannot be tried without its weights "
             f"({type(error).__name__}: {error})"
         ) from error
-    found: dict[tuple[Any, ...], LayerShape] = {}
-    count: Counter[tuple[Any, ...]] = Counter()
+    found: dict[tuple[Any, ...], list[int]] = {}  # the layers of each kind
     for index, (layer, was_touched) in enumerate(zip(cache.layers, touched, strict=True)):
         if layer.keys is None:
             continue
         _, heads, _, k_dim = layer.keys.shape
         of = (heads, k_dim, layer.values.shape[-1], layer.sliding_window, bool(was_touched))
-        found.setdefault(of, LayerShape(index, *of))
-        count[of] += 1
+        found.setdefault(of, []).append(index)
     linear = sum(
         module.weight.numel()
         for name, module in model.named_modules()
@@ -120,8 +117,8 @@ def shape_of(config: Any) -> ModelShape:
     )
     return ModelShape(
         config=text,
-        layers=tuple((layer, count[of]) for of, layer in found.items()),
-        shared=len(cache.layers) - sum(count.values()),
+        layers=tuple(LayerShape(tuple(indices), *of) for of, indices in found.items()),
+        shared=len(cache.layers) - sum(map(len, found.values())),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         linear=linear,
         why_dequantized=why,

@@ -146,10 +146,10 @@ def _layers(shape: ModelShape, options: Options) -> Iterator[dict[str, Any]]:
         name: cache_bytes(shape, options.batch, options.length, layout)
         for name, layout in layouts.items()
     }
-    for layer, count in shape.layers:
+    for layer in shape.layers:
         yield {
             "kind": layer.kind,
-            "layers": count,
+            "layers": len(layer.indices),
             "kv_heads": layer.kv_heads,
             "k_dim": layer.k_dim,
             "v_dim": layer.v_dim,

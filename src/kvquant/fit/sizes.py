@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from .. import CacheFormat
+from .. import CacheFormat, LayerFormats
 from .layers import LayerShape, ModelShape
 
 __all__ = ["FORMATS", "Layout", "Peer", "cache_bytes", "gib", "largest", "peer_bytes"]
@@ -17,6 +18,8 @@ __all__ = ["FORMATS", "Layout", "Peer", "cache_bytes", "gib", "largest", "peer_b
 FORMATS: dict[str, CacheFormat] = {
     "8 bits": CacheFormat(),
     "8 bits, plain": CacheFormat.plain(),
+    "k8v4": CacheFormat.named("k8v4"),
+    "k4v4": CacheFormat.named("k4v4"),
 }
 Peer = Literal["DynamicCache", "StaticCache"]
 _MOST = 1 << 30
@@ -29,13 +32,13 @@ class Layout:
     Attributes:
         reserved: Room for every token is allocated at once (``max_cache_len``); else it grows.
         block_size: Tokens of a block; None: contiguous.
-        format: How rows are stored.
+        format: How rows are stored: a format or its name, or one per layer.
         generated: Tokens at the end that come one at a time; the others are one prompt.
     """
 
     reserved: bool = False
     block_size: int | None = None
-    format: CacheFormat = CacheFormat()  # noqa: RUF009  (immutable)
+    format: LayerFormats | None = None
     generated: int = 0
 
 
@@ -64,16 +67,20 @@ def cache_bytes(
         format=layout.format,
     )
     module = torch.nn.Module()
+    formats = CacheFormat.of_layers(layout.format, len(cache.layers))
+    tried = {layer: _one_of_each(layer, formats) for layer in shape.layers}
+    kinds = {index: layer for layer, counts in tried.items() for index in counts}
     for tokens in (length - layout.generated, *[1] * layout.generated):
-        for layer, _ in shape.layers:
+        for index, layer in sorted(kinds.items()):
             key, value = _rows(layer, batch, tokens)
-            k_handle, v_handle = cache.update(key, value, layer.index)
+            k_handle, v_handle = cache.update(key, value, index)
             if layer.dequantized:
-                cache.layers[layer.index].flush()
+                cache.layers[index].flush()
             else:
                 kvquant_attention(module, key, k_handle, v_handle, None)
     return {
-        layer: cache.layers[layer.index].storage.nbytes * count for layer, count in shape.layers
+        layer: sum(cache.layers[index].storage.nbytes * count for index, count in counts.items())
+        for layer, counts in tried.items()
     }
 
 
@@ -87,13 +94,13 @@ def peer_bytes(shape: ModelShape, batch: int, length: int, peer: Peer = "Dynamic
     else:
         cache = transformers.StaticCache(config=shape.config, max_cache_len=length)
     total = 0
-    for layer, count in shape.layers:
-        of = cache.layers[layer.index]
+    for layer in shape.layers:
+        of = cache.layers[layer.indices[0]]
         if peer == "DynamicCache":
             of.update(*_rows(layer, batch, length))
         else:
             of.lazy_initialization(*_rows(layer, batch, 1))
-        total += (of.keys.nbytes + of.values.nbytes) * count
+        total += (of.keys.nbytes + of.values.nbytes) * len(layer.indices)
     return total
 
 
@@ -119,6 +126,15 @@ def largest(nbytes: Callable[[int], int], room: int, limit: int = _MOST) -> int:
         else:
             high, above = at, found
     return low
+
+
+def _one_of_each(kind: LayerShape, formats: Sequence[CacheFormat]) -> dict[int, int]:
+    """A layer of each format, and how many layers of the kind are stored as it is."""
+    counts = Counter(formats[index] for index in kind.indices)
+    return {
+        next(index for index in kind.indices if formats[index] == format): count
+        for format, count in counts.items()
+    }
 
 
 def _rows(layer: LayerShape, batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

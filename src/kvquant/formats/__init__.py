@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..arguments import check_flag, check_integer
 from .age import GROUP_TOKENS, SPARE_TOKENS, open_start, read_from
@@ -16,6 +17,7 @@ __all__ = [
     "ROW_FORMATS",
     "SPARE_TOKENS",
     "CacheFormat",
+    "LayerFormats",
     "RowFormat",
     "check_format",
     "open_start",
@@ -103,9 +105,35 @@ class CacheFormat:
         """
         if not isinstance(name, str):
             raise TypeError(f"name: expected a string, got {name!r}")
-        if name not in _NAMED:
-            raise ValueError(f"name: expected one of {', '.join(_NAMED)}, got {name!r}")
-        return _NAMED[name]
+        return _named("name", name)
+
+    @classmethod
+    def of_layers(cls, format: LayerFormats | None, num_layers: int) -> tuple[CacheFormat, ...]:
+        """The format of each layer, from what caches take.
+
+        Args:
+            format: A format or its name, of every layer; or a sequence of them, one per layer.
+                None: ``CacheFormat()``.
+            num_layers: Layers of the model.
+
+        Raises:
+            TypeError: Neither of these.
+            ValueError: A name that is none; another number of formats than layers.
+        """
+        if format is None:
+            return (cls(),) * num_layers
+        if isinstance(format, (CacheFormat, str)):
+            return (_format_or_name("format", format),) * num_layers
+        if not isinstance(format, Sequence):
+            raise TypeError(
+                "format: expected a CacheFormat, the name of one, or a sequence of them, one per "
+                f"layer, got {format!r}"
+            )
+        if len(format) != num_layers:
+            raise ValueError(
+                f"format: expected one for each of {num_layers} layers, got {len(format)}"
+            )
+        return tuple(_format_or_name(f"format[{i}]", x) for i, x in enumerate(format))
 
     @property
     def name(self) -> str | None:
@@ -167,11 +195,29 @@ class CacheFormat:
         return block_size * self.row_bytes(head_dim, v_head_dim) + means
 
 
+LayerFormats: TypeAlias = CacheFormat | str | Sequence[CacheFormat | str]
+
+
 def check_format(format: CacheFormat) -> CacheFormat:
     """The format, if it is one."""
     if not isinstance(format, CacheFormat):
         raise TypeError(f"format: expected a CacheFormat, got {format!r}")
     return format
+
+
+def _format_or_name(label: str, x: Any) -> CacheFormat:
+    """A format, by itself or by its name."""
+    if isinstance(x, str):
+        return _named(label, x)
+    if not isinstance(x, CacheFormat):
+        raise TypeError(f"{label}: expected a CacheFormat or the name of one, got {x!r}")
+    return x
+
+
+def _named(label: str, name: str) -> CacheFormat:
+    if name not in _NAMED:
+        raise ValueError(f"{label}: expected one of {', '.join(_NAMED)}, got {name!r}")
+    return _NAMED[name]
 
 
 def _check_row_format(name: str, x: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import CacheFormat
+from ... import LayerFormats
 from ...fit import Layout, ModelShape, cache_bytes, peer_bytes, shape_of, uses_kvquant
 
 __all__ = ["batch_size_for", "generate_batch"]
@@ -31,7 +31,7 @@ def generate_batch(
     *,
     max_new_tokens: int = 512,
     batch_size: int | None = None,
-    format: CacheFormat | None = None,
+    format: LayerFormats | None = None,
     exact_prompt: bool = True,
     return_tokens: bool = False,
     progress: bool = True,
@@ -48,7 +48,7 @@ def generate_batch(
         prompts: Texts, with the chat template applied if the model wants one.
         max_new_tokens: Most new tokens of each.
         batch_size: Most sequences at once; None: what the free memory takes, 256 at most.
-        format: How rows are stored.
+        format: How rows are stored: a format or its name, or one per layer.
         exact_prompt: See `kvquant.integrations.transformers.KVQuantCache`. Prompts that are padded
             read stored rows in any case.
         return_tokens: Give the new tokens instead of texts.
@@ -109,7 +109,7 @@ def batch_size_for(
     length: int,
     max_new_tokens: int,
     *,
-    format: CacheFormat | None = None,
+    format: LayerFormats | None = None,
     num_beams: int = 1,
     free: int | None = None,
 ) -> int:
@@ -121,7 +121,7 @@ def batch_size_for(
         model: A model of transformers.
         length: Tokens of a prompt.
         max_new_tokens: Tokens behind it.
-        format: How rows are stored.
+        format: How rows are stored: a format or its name, or one per layer.
         num_beams: Sequences of a prompt.
         free: Bytes; None: those that the model's device has free.
 
@@ -136,7 +136,7 @@ def batch_size_for(
     if uses_kvquant(model):
         layout = Layout(
             reserved=_reserves(shape),
-            format=CacheFormat() if format is None else format,
+            format=format,
             generated=0 if _reserves(shape) else min(max_new_tokens, 512),
         )
         cache = sum(cache_bytes(shape, 1, total, layout).values())
@@ -172,7 +172,7 @@ def _free(device: torch.device) -> int:
 
 def _reserves(shape: ModelShape) -> bool:
     """Whether to allocate a batch's memory at once: not where layers keep their window only."""
-    return all(layer.window is None for layer, _ in shape.layers)
+    return all(layer.window is None for layer in shape.layers)
 
 
 def _can_reserve(model: Any) -> bool:
@@ -203,7 +203,7 @@ def _generate(
     tokenizer: Any,
     rows: list[list[int]],
     max_new_tokens: int,
-    format: CacheFormat | None,
+    format: LayerFormats | None,
     exact_prompt: bool,
     advance: Any,
     options: dict[str, Any],

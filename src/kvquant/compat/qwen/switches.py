@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ... import CacheFormat, explain, use_backend
+from ... import LayerFormats, explain, use_backend
 
 __all__ = ["Switches", "apply_switches", "from_pretrained"]
 
@@ -93,7 +93,7 @@ def from_pretrained(
     use_cache_quantization: bool | None = None,
     use_cache_kernel: bool | None = None,
     use_flash_attn: bool | str | None = None,
-    format: CacheFormat | None = None,
+    format: LayerFormats | None = None,
     model_class: Any = None,
     log: Log = _say,
     **kwargs: Any,
@@ -106,7 +106,7 @@ def from_pretrained(
         use_cache_quantization: None: as the model's config says, else off.
         use_cache_kernel: None: as the model's config says, else on.
         use_flash_attn: None: as the model's config says, else off.
-        format: How rows are stored.
+        format: How rows are stored: a format or its name, or one per layer.
         model_class: Whose ``from_pretrained`` to call; ``AutoModelForCausalLM`` by default.
         log: Gets the line that says what will run; the standard error by default.
         **kwargs: For ``from_pretrained``: ``dtype``, ``device_map``, a ``quantization_config``
@@ -138,7 +138,7 @@ def apply_switches(
     use_cache_quantization: bool | None = None,
     use_cache_kernel: bool | None = None,
     use_flash_attn: bool | str | None = None,
-    format: CacheFormat | None = None,
+    format: LayerFormats | None = None,
     log: Log = _say,
 ) -> Any:
     """Set a loaded model up as the switches say, in one line to ``log``; the config keeps them.
@@ -152,7 +152,7 @@ def apply_switches(
         use_cache_quantization: See `from_pretrained`, as for the others.
         use_cache_kernel: None: the config's.
         use_flash_attn: None: the config's.
-        format: How rows are stored.
+        format: How rows are stored: a format or its name, or one per layer.
         log: Gets the line that says what will run.
 
     Returns:

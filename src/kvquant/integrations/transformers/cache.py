@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from typing_extensions import Self
 
-from ... import CacheFormat, QuantizedKVCache
+from ... import CacheFormat, LayerFormats, QuantizedKVCache
 from .batch import Batch
 from .files import join, spread
 from .layer import KVQuantLayer
@@ -32,7 +32,8 @@ class KVQuantCache(Cache):
         max_cache_len: Capacity a sequence, allocated at once; None: grows, and layers with a
             sliding window keep little more than their window.
         block_size: Tokens of a block (a power of two from 16), None: one block a sequence.
-        format: How rows are stored, ``kvquant.CacheFormat()`` by default.
+        format: How rows are stored: a `kvquant.CacheFormat` or its name ("k8v4"), or a sequence of
+            them, one per layer; ``CacheFormat()`` by default.
         exact_prompt: A prompt's own attention uses its exact keys and values where it can (no
             padding, window, softcap or sinks); False: every query reads stored rows.
         compileable: Let ``generate`` compile the decode steps, as it does with a StaticCache; needs
@@ -41,9 +42,10 @@ class KVQuantCache(Cache):
             as another text's do; False: they may (soft prompts, parallel contexts).
 
     Raises:
-        TypeError: Neither a model nor a config.
-        ValueError: A model with layers that keep something else than keys and values;
-            ``compileable`` without a ``max_cache_len`` or with a ``block_size``.
+        TypeError: Neither a model nor a config; a format of another type.
+        ValueError: A model with layers that keep something else than keys and values; the name of
+            no format, or another number of formats than layers; ``compileable`` without
+            a ``max_cache_len`` or with a ``block_size``.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class KVQuantCache(Cache):
         *,
         max_cache_len: int | None = None,
         block_size: int | None = None,
-        format: CacheFormat | None = None,
+        format: LayerFormats | None = None,
         exact_prompt: bool = True,
         check_positions: bool = True,
         compileable: bool = False,
@@ -61,6 +63,8 @@ class KVQuantCache(Cache):
             raise ValueError(
                 "compileable: needs a max_cache_len and no block_size: the host gives out blocks"
             )
+        windows = layer_windows(config_of(config))
+        formats = CacheFormat.of_layers(format, len(windows))
         self.batch = Batch(check_positions, compileable)
         self.batch.layers = [
             KVQuantLayer(
@@ -68,10 +72,10 @@ class KVQuantCache(Cache):
                 sliding_window=window,
                 max_cache_len=max_cache_len,
                 block_size=block_size,
-                format=format,
+                format=layer_format,
                 exact_prompt=exact_prompt,
             )
-            for window in layer_windows(config_of(config))
+            for window, layer_format in zip(windows, formats, strict=True)
         ]
         super().__init__(layers=self.batch.layers)
         self.step: GraphStep | None = None  # see `graph_step`
@@ -148,8 +152,10 @@ class KVQuantCache(Cache):
         """
         if "format" in options:
             raise TypeError("format: is the file's")
-        whole = QuantizedKVCache.load(path, "cpu")
-        cache = cls(config, format=whole.format, **options)
+        whole, layers = QuantizedKVCache.load(path, "cpu"), len(layer_windows(config_of(config)))
+        if whole.num_layers != layers:
+            raise ValueError(f"path: {whole.num_layers} layers, but the model has {layers}")
+        cache = cls(config, format=whole.formats, **options)
         if device is None:
             device = getattr(config, "device", None)
         spread(whole, cache.layers, torch.empty(0, device=device).device)

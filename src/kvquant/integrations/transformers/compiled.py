@@ -141,7 +141,8 @@ class CompiledLayer(HostedLayer):
         view, seqs = self._storage.layer(0)
         if self._memory is None or self._memory.view is not view or self._memory.seqs is not seqs:
             self._memory = _Memory(view, seqs)
-            for x in (*view.tensors.values(), seqs.block_table, seqs.seq_lens, seqs.seq_starts):
+            batch = seqs.block_table, seqs.seq_lens, seqs.seq_starts, seqs.young
+            for x in (*view.tensors.values(), *batch):
                 if x is not None:
                     torch._dynamo.mark_static_address(x)
 
@@ -207,7 +208,7 @@ class CompiledLayer(HostedLayer):
             self._rows(query), view, self._rows(key), self._rows(value),
             block_table=seqs.block_table, seq_lens=seqs.seq_lens, seq_starts=seqs.seq_starts,
             sinks=None if sinks is None else sinks.detach().float().contiguous(),
-            advance=True, **options,
+            advance=True, young=seqs.young, **options,
         )  # fmt: skip
         assert isinstance(out, Tensor)
         v_dim = value.shape[-1]

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ... import CacheFormat
+from ... import LayerFormats
 from ._version import CACHE_ARGUMENT
 from .cache import KVQuantCache
 from .forward import Forward, graph_step
@@ -84,7 +84,7 @@ def enable(
     *,
     max_cache_len: int | None = None,
     block_size: int | None = None,
-    format: CacheFormat | None = None,
+    format: LayerFormats | None = None,
     exact_prompt: bool = True,
     check_positions: bool = True,
     compileable: bool = False,
@@ -101,7 +101,7 @@ def enable(
         model: A model of transformers that can generate.
         max_cache_len: See `KVQuantCache`, as for the other options.
         block_size: Tokens of a block.
-        format: How rows are stored.
+        format: How rows are stored: a format or its name, or one per layer.
         exact_prompt: Whether a prompt's own attention uses its exact keys and values.
         check_positions: Whether positions that go back are refused.
         compileable: Whether ``generate`` compiles the decode steps.

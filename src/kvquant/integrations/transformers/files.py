@@ -12,7 +12,7 @@ from .layer import KVQuantLayer
 
 __all__ = ["join", "spread"]
 
-_LIKE = ("batch_size", "num_kv_heads", "head_dim", "v_head_dim", "format", "dtype")
+_LIKE = ("batch_size", "num_kv_heads", "head_dim", "v_head_dim", "dtype")
 
 
 def join(layers: Sequence[KVQuantLayer]) -> QuantizedKVCache:
@@ -23,7 +23,7 @@ def join(layers: Sequence[KVQuantLayer]) -> QuantizedKVCache:
             their window or pad their heads; a mask that hides more than left padding.
     """
     tensors: dict[str, torch.Tensor] = {}
-    lengths, likes = [], []
+    lengths, likes, formats = [], [], []
     for index, layer in enumerate(layers):
         layer.flush()
         storage = layer.storage
@@ -32,25 +32,25 @@ def join(layers: Sequence[KVQuantLayer]) -> QuantizedKVCache:
         _require(not layer.is_narrow, f"head_dim of layer {index} is no multiple of 16")
         likes.append({name: getattr(storage, name) for name in _LIKE})
         _require(likes[-1] == likes[0], f"layer {index} is of {likes[-1]}, layer 0 of {likes[0]}")
+        formats.append(storage.format)
         state = storage.state_dict()
         lengths.append(state.pop("seq_lens").cpu())
         for name, x in state.items():
             tensors[name.replace("layers.0.", f"layers.{index}.")] = x.cpu()
     _require(layers[0].batch.regular, "the last attention mask hid more than left padding")
-    whole = QuantizedKVCache(len(layers), **likes[0], device="cpu")
-    whole.load_state_dict({**tensors, "seq_lens": torch.stack(lengths).flatten(0, 1)})
+    whole = QuantizedKVCache(len(layers), **likes[0], format=formats, device="cpu")
+    of_all = {"format": whole.state_dict()["format"], "seq_lens": torch.cat(lengths)}
+    whole.load_state_dict({**tensors, **of_all})
     return whole
 
 
 def spread(whole: QuantizedKVCache, layers: Sequence[KVQuantLayer], device: torch.device) -> None:
-    """Put the tokens of ``whole`` into new layers, on ``device``.
+    """Put the tokens of ``whole`` into as many new layers, on ``device``.
 
     Raises:
-        ValueError: Another number of layers, or sequences of unlike lengths.
+        ValueError: Sequences of unlike lengths.
         CacheFullError: More tokens than the layers take.
     """
-    if whole.num_layers != len(layers):
-        raise ValueError(f"path: {whole.num_layers} layers, but the model has {len(layers)}")
     state = whole.state_dict()
     lens = state.pop("seq_lens")
     length = int(lens.max())
@@ -71,7 +71,9 @@ def spread(whole: QuantizedKVCache, layers: Sequence[KVQuantLayer], device: torc
             if name.startswith(prefix)
         }
         layer.lazy_initialization(key, value)
-        layer.load_state_dict({**of_all, **rows, "seq_lens": lens[index : index + 1]})
+        assert layer.storage is not None
+        of_one = {"format": layer.storage.state_dict()["format"], "seq_lens": lens[index, None]}
+        layer.load_state_dict({**of_all, **rows, **of_one})
 
 
 def _require(condition: bool, message: str) -> None:

@@ -1,91 +1,27 @@
-"""What a call is made of: memory, one step's batch, and numbers.
-
-Each is checked when it is made, wherever its tensors come from; everything below trusts it. The
-dataclasses are the one list of fields: torch's schemas are made from them, and the extension's
-structs are compared with them.
-"""
+"""One layer's memory, whoever owns it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arguments import (
+from ..arguments import (
     INT32_MAX,
     check_device,
-    check_flag,
     check_head_dim,
     check_integer,
-    check_number,
     check_tensor,
     require,
 )
-from .checks import check_index, check_slabs, check_split_size, check_table, check_window
-from .formats import CacheFormat, RowFormat, check_format
+from ..checks import check_slabs
+from ..formats import CacheFormat, RowFormat, check_format
+from .specs import ViewSpec, interned
 
-__all__ = [
-    "CacheView",
-    "HostLengths",
-    "Options",
-    "RowsView",
-    "SeqsSpec",
-    "Sequences",
-    "ViewSpec",
-]
-
-
-class ViewSpec(NamedTuple):
-    """The numbers of a view that a choice of kernels may depend on."""
-
-    num_kv_heads: int
-    block_size: int
-    head_dim: int
-    v_head_dim: int
-    k_format: RowFormat
-    v_format: RowFormat
-    mean_group: int
-    is_empty: bool
-    device: torch.device
-
-
-class SeqsSpec(NamedTuple):
-    """Likewise of a step's batch."""
-
-    batch: int
-    max_blocks: int
-    is_packed: bool
-    is_padded: bool
-    max_seqlen_q: int
-    advance: bool
-    device: torch.device
-    young: tuple[int, int] | None = None  # heads and bytes of a slab
-
-    @property
-    def by_age(self) -> bool:
-        """Whether there are young rows."""
-        return self.young is not None
-
-
-_Spec = TypeVar("_Spec", ViewSpec, SeqsSpec)
-_specs: dict[Any, Any] = {}
-_MOST_SPECS = 1 << 12
-
-
-def _interned(spec: _Spec) -> _Spec:
-    """The same object for equal specs, which are compared at each step; not while tracing."""
-    if torch.compiler.is_compiling():
-        return spec
-    if len(_specs) > _MOST_SPECS:
-        _specs.clear()
-    try:
-        found: _Spec = _specs.setdefault(spec, spec)
-    except TypeError:  # of symbolic sizes
-        return spec
-    return found
+__all__ = ["CacheView", "RowsView"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +120,7 @@ class CacheView:
             heads, size, self.k.head_dim, self.v.head_dim, self.k.format, self.v.format, group,
             not (blocks and size), codes.device,
         )  # fmt: skip
-        object.__setattr__(self, "spec", _interned(spec))
+        object.__setattr__(self, "spec", interned(spec))
         object.__setattr__(self, "_twin", None)
 
     @classmethod
@@ -348,167 +284,3 @@ class CacheView:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CacheView, (self.k, self.v, self.mean, self.mean_group)
-
-
-class HostLengths(NamedTuple):
-    """What a batch's index tensors hold, where the host knows it exactly.
-
-    Attributes:
-        seq_lens: Tokens of each sequence, stored before the call.
-        seq_starts: Its tokens of padding; None: of none.
-        rows: The call's rows of each sequence, where they are packed.
-    """
-
-    seq_lens: tuple[int, ...]
-    seq_starts: tuple[int, ...] | None = None
-    rows: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Sequences:
-    """One step's batch: whose tokens lie where. A cache has one a layer, an engine one a step.
-
-    Sequence ``b``'s token ``t`` is row ``t % block_size`` of block
-    ``block_table[b, t // block_size]``. What the tensors hold is read on the device alone: a block
-    that is none, or a length past the table, leads nowhere, and rows without a place are dropped.
-
-    Attributes:
-        block_table: int32 ``(batch, max_blocks)``, contiguous rows.
-        seq_lens: int32 ``(batch,)``: tokens stored before the call.
-        seq_starts: int32 ``(batch,)``: tokens before it are padding and never seen.
-        cu_seqlens_q: int32 ``(batch + 1,)``: where each sequence's packed rows begin.
-        max_seqlen_q: With ``cu_seqlens_q``, a bound on the rows of one sequence; 0: their total.
-        advance: The call adds its tokens to ``seq_lens``.
-        young: With a format by age, uint8 ``(batch, num_kv_heads, CacheFormat.young_bytes(..))``:
-            8-bit rows of the first and the newest tokens; see docs/by-age.md.
-        on_host: What the tensors hold, taken at its word. Attention of long chunks on CUDA needs
-            it, and reads the tensors back where it is not given.
-
-    Raises:
-        TypeError: An argument of another type or dtype.
-        ValueError: Shapes or devices that do not belong together.
-    """
-
-    block_table: Tensor
-    seq_lens: Tensor
-    seq_starts: Tensor | None = None
-    cu_seqlens_q: Tensor | None = None
-    max_seqlen_q: int = 0
-    advance: bool = False
-    young: Tensor | None = None
-    on_host: HostLengths | None = field(default=None, metadata={"is_flat": False})
-    spec: SeqsSpec = field(init=False, repr=False)
-    _twin: Any = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        batch = check_table(self.block_table)
-        device = self.block_table.device
-        if self.seq_lens is None:
-            raise TypeError("seq_lens: expected a tensor, got None")
-        check_index("seq_lens", self.seq_lens, batch, device)
-        check_index("seq_starts", self.seq_starts, batch, device)
-        check_index("cu_seqlens_q", self.cu_seqlens_q, batch + 1, device)
-        most = check_integer("max_seqlen_q", self.max_seqlen_q, 0, INT32_MAX)
-        if most and self.cu_seqlens_q is None:
-            raise ValueError(f"max_seqlen_q: only with cu_seqlens_q, got {most}")
-        object.__setattr__(self, "max_seqlen_q", most)
-        check_flag("advance", self.advance)
-        if self.on_host is not None:
-            _check_on_host(self.on_host, batch, self)
-        if self.young is not None:
-            check_slabs("young", self.young)
-            if len(self.young) != batch or self.young.device != device:
-                raise ValueError(
-                    f"young: expected slabs of {batch} sequences on {device}, got shape "
-                    f"{list(self.young.shape)} on {self.young.device}"
-                )
-        spec = SeqsSpec(
-            batch, self.block_table.shape[1], self.cu_seqlens_q is not None,
-            self.seq_starts is not None, most, self.advance, device,
-            None if self.young is None else (self.young.shape[1], self.young.shape[2]),
-        )  # fmt: skip
-        object.__setattr__(self, "spec", _interned(spec))
-        object.__setattr__(self, "_twin", None)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
-        return self.block_table.device
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        parts = (self.block_table, self.seq_lens, self.seq_starts, self.cu_seqlens_q)
-        return Sequences, (*parts, self.max_seqlen_q, self.advance, self.young, self.on_host)
-
-
-def _check_on_host(x: HostLengths, batch: int, seqs: Sequences) -> None:
-    """As many lengths as sequences, and those that the batch has."""
-    if not isinstance(x, HostLengths):
-        raise TypeError(f"on_host: expected HostLengths, got {type(x).__name__}")
-    for name, numbers, needed in (
-        ("seq_lens", x.seq_lens, True),
-        ("seq_starts", x.seq_starts, seqs.seq_starts is not None),
-        ("rows", x.rows, seqs.cu_seqlens_q is not None),
-    ):
-        if (numbers is not None) != needed:
-            raise ValueError(
-                f"on_host.{name}: expected {'them' if needed else 'none'} with this batch, got "
-                f"{numbers}"
-            )
-        if numbers is None:
-            continue
-        if not isinstance(numbers, tuple) or any(type(n) is not int for n in numbers):
-            raise TypeError(f"on_host.{name}: expected a tuple of int, got {numbers!r}")
-        if len(numbers) != batch or min(numbers, default=0) < 0:
-            raise ValueError(
-                f"on_host.{name}: expected {batch} numbers from 0 on, got {list(numbers)}"
-            )
-
-
-@dataclass(frozen=True)
-class Options:
-    """The numbers of an attention call, as kernels have them.
-
-    Attributes:
-        softmax_scale: What scores are multiplied by.
-        causal: A query sees no token behind its own position.
-        sliding_window: A query at ``i`` sees tokens ``j > i - sliding_window``; 0: all.
-        softcap: Scores become ``softcap * tanh(score / softcap)``; 0: they stay.
-        split_size: Tokens of every split, a multiple of 256; 0: as the sizes ask for.
-
-    Raises:
-        TypeError: A number of another type.
-        ValueError: One out of range.
-    """
-
-    softmax_scale: float
-    causal: bool = True
-    sliding_window: int = 0
-    softcap: float = 0.0
-    split_size: int = 0
-
-    def __post_init__(self) -> None:
-        check_number("softmax_scale", self.softmax_scale)
-        check_flag("causal", self.causal)
-        check_integer("sliding_window", self.sliding_window, 0, INT32_MAX)
-        if self.softcap:
-            check_number("softcap", self.softcap, positive=True)
-        if self.split_size:
-            check_split_size(self.split_size)
-
-    @classmethod
-    def of(
-        cls,
-        head_dim: int,
-        softmax_scale: float | None = None,
-        causal: bool = True,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        split_size: int | None = None,
-    ) -> Options:
-        """From a caller's keywords, where None stands for what a call without them does."""
-        scale = head_dim**-0.5
-        if softmax_scale is not None:
-            scale = check_number("softmax_scale", softmax_scale)
-        window = check_window(sliding_window)
-        cap = 0.0 if softcap is None else check_number("softcap", softcap, positive=True)
-        return cls(scale, causal, window, cap, check_split_size(split_size))
