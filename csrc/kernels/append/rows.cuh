@@ -17,6 +17,7 @@ struct Source {
   const Sequences& seqs;
   const int64_t* slot_mapping;
   Rows rows;
+  Dtype dtype;  // of their elements, T
   bool is_key;
   int sequence, head;
   CallRows call;
@@ -209,9 +210,11 @@ struct RowInFlight {
   }
   // The channels, zeros where the row has no place; whether the whole row is finite. All lanes of
   // the warp must call.
-  __device__ __forceinline__ bool read(const RowSlot& at, float (&x)[kLaneChannels]) const {
+  __device__ __forceinline__ bool read(const RowSlot& at, Dtype dtype,
+                                       float (&x)[kLaneChannels]) const {
+    row.read(x, dtype);
 #pragma unroll
-    for (int c = 0; c < kLaneChannels; ++c) x[c] = to.block >= 0 ? row[c] : 0.f;
+    for (int c = 0; c < kLaneChannels; ++c) x[c] = to.block >= 0 ? x[c] : 0.f;
     return row_max(all_finite(x) ? 0.f : 1.f, at) == 0.f;
   }
 };
@@ -237,7 +240,7 @@ __device__ __forceinline__ int sum_incoming(const Source<Format, T>& src, const 
   int count = 0;
   for_rows(src, at, begin, end, [&](const RowInFlight<T>& row) {
     float x[kLaneChannels];
-    const bool usable = row.read(at, x) && row.to.block >= 0;
+    const bool usable = row.read(at, src.dtype, x) && row.to.block >= 0;
     if (!usable) return;
     ++count;
 #pragma unroll
@@ -391,7 +394,7 @@ __device__ __forceinline__ void for_ready_rows(const Source<Format, T>& src, int
   mean.load(group_mean, at);
   for_rows(src, at, begin, end, [&](const RowInFlight<T>& row) {
     float x[kLaneChannels];
-    const bool finite = row.read(at, x);
+    const bool finite = row.read(at, src.dtype, x);
     rotate(x, src.rotation(), at);
     if (mean.any) {
 #pragma unroll

@@ -15,12 +15,12 @@ __device__ __forceinline__ Source<Format, Element> new_source(const AttentionCal
                                                               int stored, int whole = -1,
                                                               int age = 0) {
   const int sequence = blockIdx.y, head = blockIdx.x;  // there is one row tile
-  return {cache,   p.seqs,
-          nullptr, is_key ? p.key : p.value,
-          is_key,  sequence,
-          head,    call_rows(p.seqs, sequence),
-          stored,  Paging(cache, p.seqs.max_blocks),
-          whole,   age};
+  return {cache,    p.seqs,
+          nullptr,  is_key ? p.key : p.value,
+          p.dtype,  is_key,
+          sequence, head,
+          call_rows(p.seqs, sequence), stored,
+          Paging(cache, p.seqs.max_blocks), whole, age};
 }
 
 template <class Traits>
@@ -108,7 +108,7 @@ class NewTokensInFlight {
         const auto channels = at<width()>(incoming() + c);
 #pragma unroll
         for (int j = 0; j < width(); ++j) {
-          x[0][i + j] = to_float(channels[j]);
+          x[0][i + j] = to_float(channels[j], p_.dtype);
           finite = finite && fabsf(x[0][i + j]) <= kMaxAbs;
         }
       });
@@ -209,7 +209,7 @@ class NewTokensInFlight {
       } else {
 #pragma unroll
         for (int j = c; j < c + width(); ++j) {
-          incoming()[j] = c < src.dim() ? row[j] : from_float<Element>(0.f);
+          incoming()[j] = c < src.dim() ? row[j] : Element{};
         }
       }
     });

@@ -323,7 +323,7 @@ struct RawQuery {
         } else {
 #pragma unroll
           for (int j = c; j < c + width(); ++j) {
-            rows[row][j] = j < p.cache.k.head_dim ? from[j] : from_float<Element>(0.f);
+            rows[row][j] = j < p.cache.k.head_dim ? from[j] : Element{};
           }
         }
       });
@@ -356,7 +356,7 @@ __device__ __forceinline__ void prepare_query(const AttentionCall& p, const RawQ
     Row::pieces([&](auto width, int k, int c) {
 #pragma unroll
       for (int j = 0; j < width(); ++j) {
-        x[i][k + j] = to_float(raw.rows[warp + i * Traits::kWarps][c + j]);
+        x[i][k + j] = to_float(raw.rows[warp + i * Traits::kWarps][c + j], p.dtype);
       }
     });
   }
