@@ -288,12 +288,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
       has_new && (Traits::kByAge ? Ages(p.cache, rows.stored, rows.tokens).opens()
                                  : last_group >= rows.stored || last_group > first_new);
   // The first of the block's new tokens does, no other one: all that is missing is the mean.
-  const bool opens =
-      begins && p.cache.mean_group && first_new == rows.stored && last_group == rows.stored;
-  if (opens) {
-    open_group(call, slabs, shared.groups, shared.new_tokens, rows.stored, end_new,
-               p.seqs.max_blocks == 1 ? first_block : -1);
-  } else if (begins) {
+  const bool opens = begins && p.cache.mean_group && first_new == rows.stored &&
+                     last_group == rows.stored &&
+                     open_group(call, slabs, shared.groups, shared.new_tokens, rows.stored,
+                                p.seqs.max_blocks == 1 ? first_block : -1);
+  if (begins && !opens) {
     using Element = typename Traits::Element;
     const auto append = Traits::kByAge
                             ? append_aged<typename Traits::Pair, Element, Traits::kThreads>
