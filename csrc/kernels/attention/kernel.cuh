@@ -75,7 +75,7 @@ struct MainLoop {
   // From `begin` on: asks for the first pieces, as many as have room.
   __device__ __forceinline__ void start(const RowTile& rows, int first_block, int begin, int end) {
     this->end = end, lane_end = int(kept(end));
-    token = begin + warp * kTile * Traits::kTiles;
+    token = int(kept(begin + warp * kTile * Traits::kTiles));
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) block[u] = tokens.block(first_block);
     for (int i = 0; i < pipeline.stages(); ++i) {
@@ -95,8 +95,8 @@ struct MainLoop {
     if (p.seqs.max_blocks == 1) return;
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) {
-      const int index = tokens.token(at + u * kTile) >> paging.shift;
-      found[u] = tokens.block(checked_block(p.cache, table[min(index, p.seqs.max_blocks - 1)]));
+      const int index = min(tokens.token(at + u * kTile) >> paging.shift, p.seqs.max_blocks - 1);
+      found[u] = tokens.block(checked_block(p.cache, load_word(table, index)));
     }
   }
   __device__ __forceinline__ void find_places(int at, const int (&blocks)[Traits::kTiles],
