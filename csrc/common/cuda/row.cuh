@@ -39,8 +39,9 @@ __device__ __forceinline__ float row_max(float x, const RowLanes& at) {
     }
     return x;
   }
+  // x: of as many lanes as `step` from this one on, in a ring.
 #pragma unroll 1
-  for (int step = 1; step < at.lanes; step <<= 1) {  // of the step lanes from this one on, in a ring
+  for (int step = 1; step < at.lanes; step <<= 1) {
     const int from = at.index + step < at.lanes ? at.index + step : at.index + step - at.lanes;
     x = fmaxf(x, __shfl_sync(kFullWarp, x, at.first + from));
   }

@@ -15,12 +15,19 @@ __device__ __forceinline__ Source<Format, Element> new_source(const AttentionCal
                                                               int stored, int whole = -1,
                                                               int age = 0) {
   const int sequence = blockIdx.y, head = blockIdx.x;  // there is one row tile
-  return {cache,    p.seqs,
-          nullptr,  is_key ? p.key : p.value,
-          p.dtype,  is_key,
-          sequence, head,
-          call_rows(p.seqs, sequence), stored,
-          Paging(cache, p.seqs.max_blocks), whole, age};
+  return {cache,
+          p.seqs,
+          nullptr,
+          is_key ? p.key : p.value,
+          p.dtype,
+          is_key,
+          sequence,
+          head,
+          call_rows(p.seqs, sequence),
+          stored,
+          Paging(cache, p.seqs.max_blocks),
+          whole,
+          age};
 }
 
 template <class Traits>
@@ -228,8 +235,7 @@ __device__ __forceinline__ bool open_group(const AttentionCall& p, const CacheVi
       p, cache, true, stored, whole, age_of<Traits>(cache));
   const int begin = max(stored - cache.mean_group, first_token(p.seqs, key.sequence));
   if (begin >= stored) return false;
-  const int found =
-      sum_of_stored<Traits::kThreads>(key, begin, stored, scratch.rows, scratch.mean);
+  const int found = sum_of_stored<Traits::kThreads>(key, begin, stored, scratch.rows, scratch.mean);
   if (found == 0) return false;
   __half* const slot = key.mean(stored);
   for (int c = threadIdx.x; c < key.dim(); c += Traits::kThreads) {
