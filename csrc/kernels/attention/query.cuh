@@ -89,6 +89,13 @@ __device__ __forceinline__ int uniform(int x) {
   return x;
 #endif
 }
+// An address likewise, in uniform registers: what a reduction gives, the assembler keeps, and does
+// not work out anew at each use.
+__device__ __forceinline__ const uint8_t* uniform(const uint8_t* p) {
+  const auto bits = reinterpret_cast<uintptr_t>(p);
+  const uint32_t low = uniform(int(bits)), high = uniform(int(bits >> 32));
+  return reinterpret_cast<const uint8_t*>(uintptr_t(high) << 32 | low);
+}
 // Of what is no NaN.
 __device__ __forceinline__ float warp_max(float x) {
 #if __CUDA_ARCH__ >= 800
