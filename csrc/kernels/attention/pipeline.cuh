@@ -203,7 +203,7 @@ class SmemPipeline {
     lane_ = threadIdx.x & 31;
     pieces_ = {cache_.k.head_dim, cache_.v.head_dim, lane_ >> 2, lane_ & 3};
     head_ = head;
-    first_ = reinterpret_cast<Piece*>(memory) + threadIdx.x / 32 * stages;
+    first_ = reinterpret_cast<Piece*>(memory) + uniform(threadIdx.x / 32 * stages);
     stages_ = stages;
     if (!kKept) return;
     k_ = stream(cache_.k.codes, lane_).keep(), v_ = stream(cache_.v.codes, lane_).keep();
