@@ -141,7 +141,8 @@ __device__ __noinline__ void sum_stored(const StoredRows rows, MeanScratch& scra
 #pragma unroll 1
   for (int warp = threadIdx.x / 32; warp < kStoredWarps; warp += warps) {
     const RowSlot at(rows.dim, warp, kStoredWarps);
-    const int end = at.row < 0 ? rows.begin : rows.end;
+    if (at.row < 0) continue;  // an idle lane, whose slot is none
+    const int end = rows.end;
     float sum[kLaneChannels] = {}, offsets = 0.f;
     Words16<__half> mean{};
     int count = 0;
