@@ -60,7 +60,7 @@ struct MainLoop {
   // Tiles from clean_begin on and up to clean_end need no look at single scores.
   int clean_begin, clean_end;
   int end, lane_end;  // the same; of lane_end the compiler does not see that all lanes have one
-  int warp, token;
+  int warp, token;    // nor of token
   int block[Traits::kTiles];  // of the piece that was asked for last, -1: none
 
   __device__ __forceinline__ MainLoop(const AttentionCall& p, const Paging& paging, int warp,

@@ -248,7 +248,8 @@ __device__ __forceinline__ bool open_group(const AttentionCall& p, const CacheVi
   return true;
 }
 
-// What instances share, which is all but the shape of their warps, is compiled once for them.
+// What instances share, which is all but the shape of their warps. The assembler makes a copy for
+// each instance, so the code is short.
 //
 // Appends tokens [from, to) of the call's own, among which a group begins. Afterwards all threads
 // of the block find them in the cache.
