@@ -230,6 +230,17 @@ def test_native_and_reference_write_the_same_codes(native, dtype, fmt):
             assert (apart > 0).double().mean() < 0.05
 
 
+@pytest.mark.parametrize("k_dim", [48, 80, 192])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_group_behind_the_first_opens_in_a_later_call(backend, device, layout, k_dim):
+    """A warp has no row for some of its lanes, which must not look before the first token."""
+    cache = empty_cache(
+        (28, 28), k_dim=k_dim, v_dim=80, block=LAYOUTS[layout], fmt=FORMATS["mean16"], device=device
+    )
+    for counts in ((8, 16), (20, 12)):
+        append_and_check(cache, *new_rows(cache, counts, torch.float16))
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     heads=st.integers(1, 3),

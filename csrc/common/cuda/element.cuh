@@ -1,4 +1,7 @@
 // Elements of the three input types as float, sixteen channels at a time.
+//
+// Kernels that are not made of conversions take both types of 16 bits as one, and are compiled once
+// for them: their elements are Element16, and the tensor's dtype goes along.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,6 +13,14 @@
 namespace kvquant::cuda {
 
 constexpr int kLaneChannels = 16;  // a lane's share of a row: 16 codes are one 16-byte store
+
+// fp16 or bf16, as a dtype says.
+struct Element16 {
+  uint16_t bits;
+};
+// What stands for T in kernels that take both types of 16 bits as one.
+template <class T>
+using Sized = std::conditional_t<sizeof(T) == 2, Element16, T>;
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
@@ -28,6 +39,32 @@ __device__ __forceinline__ __half from_float<__half>(float x) {
 template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
+}
+
+// Calls f with a value of the type that T's elements have.
+template <class T, class F>
+__device__ __forceinline__ auto with_type(Dtype dtype, F&& f) {
+  if constexpr (!std::is_same_v<T, Element16>) {
+    return f(T{});
+  } else {
+    return dtype == Dtype::kBFloat16 ? f(__nv_bfloat16{}) : f(__half{});
+  }
+}
+template <class T>
+__device__ __forceinline__ float to_float(T x, Dtype dtype) {
+  return with_type<T>(dtype, [&](auto y) {
+    memcpy(&y, &x, sizeof(x));
+    return to_float(y);
+  });
+}
+template <class T>
+__device__ __forceinline__ T from_float(float x, Dtype dtype) {
+  return with_type<T>(dtype, [&](auto y) {
+    y = from_float<decltype(y)>(x);
+    T z;
+    memcpy(&z, &y, sizeof(z));
+    return z;
+  });
 }
 
 // One element of a tensor whose type is known at run time.
@@ -56,6 +93,14 @@ struct Words16 {
     T x[kPer];
     memcpy(x, &words[i / kPer], 16);
     return to_float(x[i % kPer]);
+  }
+  __device__ __forceinline__ void read(float (&x)[kLaneChannels], Dtype dtype) const {
+    with_type<T>(dtype, [&](auto type) {
+      Words16<decltype(type)> typed;
+      memcpy(&typed, this, sizeof(typed));
+#pragma unroll
+      for (int i = 0; i < kLaneChannels; ++i) x[i] = typed[i];
+    });
   }
 };
 // In 16-byte accesses where the address allows.
@@ -100,6 +145,10 @@ __device__ __forceinline__ void store16(T* p, const float (&x)[kLaneChannels]) {
 #pragma unroll
     for (int i = 0; i < kLaneChannels; ++i) p[i] = from_float<T>(x[i]);
   }
+}
+template <class T>
+__device__ __forceinline__ void store16(T* p, const float (&x)[kLaneChannels], Dtype dtype) {
+  with_type<T>(dtype, [&](auto type) { store16(reinterpret_cast<decltype(type)*>(p), x); });
 }
 
 // Calls f with a null pointer of the element type: the one place a run-time dtype becomes a type.

@@ -20,8 +20,9 @@ struct RowLanes {
   __device__ __forceinline__ explicit RowLanes(int dim) {
     const int lane = threadIdx.x & 31;
     lanes = dim / kLaneChannels;
-    rows = 32 / lanes;
-    const int r = lane / lanes;
+    const unsigned part = (65535u + lanes) / lanes;  // of a row, in 2^16: exact enough up to 32
+    rows = int(32 * part >> 16);
+    const int r = int(lane * part >> 16);
     first = r * lanes;
     index = lane - first;
     row = r < rows ? r : -1;
@@ -32,17 +33,25 @@ struct RowLanes {
 // A row's maximum, in each of its lanes. All lanes of the warp must call.
 __device__ __forceinline__ float row_max(float x, const RowLanes& at) {
   if ((at.lanes & (at.lanes - 1)) == 0) {
+#pragma unroll 1
     for (int step = 1; step < at.lanes; step <<= 1) {
       x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, step));
     }
     return x;
   }
-  float best = x;
-  for (int i = 1; i < at.lanes; ++i) {
-    const int from = at.index + i < at.lanes ? at.index + i : at.index + i - at.lanes;
-    best = fmaxf(best, __shfl_sync(kFullWarp, x, at.first + from));
+  // x: of as many lanes as `step` from this one on, in a ring.
+#pragma unroll 1
+  for (int step = 1; step < at.lanes; step <<= 1) {
+    const int from = at.index + step < at.lanes ? at.index + step : at.index + step - at.lanes;
+    x = fmaxf(x, __shfl_sync(kFullWarp, x, at.first + from));
   }
-  return best;
+  return x;
+}
+// Whether something holds for all lanes of a row, of which each learns it. All lanes of the warp
+// must call.
+__device__ __forceinline__ bool row_all(bool holds, const RowLanes& at) {
+  const unsigned fail = __ballot_sync(kFullWarp, !holds) >> at.first;
+  return (fail & (0xffffffffu >> (32 - at.lanes))) == 0;
 }
 
 // Orthonormal Hadamard rotation in blocks of `length` channels (its own inverse), in the order of
@@ -59,6 +68,7 @@ __device__ __forceinline__ void rotate(float (&x)[kLaneChannels], int length, co
       x[i + step] = a - b;
     }
   }
+#pragma unroll 1
   for (int step = 1; step < length / kLaneChannels; step <<= 1) {
     const float sign = at.index & step ? -1.f : 1.f;
     // Rounds once: what the multiplication gives is exact.

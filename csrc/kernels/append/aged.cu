@@ -91,7 +91,7 @@ Status append_aged(const AppendParams& params, Launch launch) {
     if constexpr (can_age(Formats{})) {
       return launch_on(launch, [&](cudaStream_t stream) {
         dispatch_dtype(params.dtype, [&](auto* type) {
-          using T = std::remove_pointer_t<decltype(type)>;
+          using T = Sized<std::remove_pointer_t<decltype(type)>>;
           close_kernel<Formats, T><<<shares, kThreads, 0, stream>>>(params);
           append_aged_kernel<Formats, T><<<chunks, kThreads, 0, stream>>>(params);
         });

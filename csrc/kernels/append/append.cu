@@ -46,7 +46,7 @@ Status append(const AppendParams& params, Launch launch) {
         if constexpr (sizeof(T) == 2) {
           if (prompt && launch_prompt<Formats, T>(params, launch, stream)) return;
         }
-        append_kernel<Formats, T><<<grid, kThreads, 0, stream>>>(params);
+        append_kernel<Formats, Sized<T>><<<grid, kThreads, 0, stream>>>(params);
       });
     });
   });

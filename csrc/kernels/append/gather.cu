@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const GatherParams p) 
   if (!mine) return;
   store16(static_cast<T*>(rows.data) + sequence * rows.batch_stride + token * rows.token_stride +
               head * rows.head_stride + at.channel(),
-          x);
+          x, p.dtype);
 }
 
 }  // namespace
@@ -74,7 +74,7 @@ Status gather(const GatherParams& params, Launch launch) {
     return launch_on(launch, [&](cudaStream_t stream) {
       dispatch_dtype(params.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        gather_kernel<decltype(formats), T><<<grid, kThreads, 0, stream>>>(params);
+        gather_kernel<decltype(formats), Sized<T>><<<grid, kThreads, 0, stream>>>(params);
       });
     });
   });

@@ -17,6 +17,7 @@ struct Source {
   const Sequences& seqs;
   const int64_t* slot_mapping;
   Rows rows;
+  Dtype dtype;  // of their elements, T
   bool is_key;
   int sequence, head;
   CallRows call;
@@ -140,7 +141,8 @@ __device__ __noinline__ void sum_stored(const StoredRows rows, MeanScratch& scra
 #pragma unroll 1
   for (int warp = threadIdx.x / 32; warp < kStoredWarps; warp += warps) {
     const RowSlot at(rows.dim, warp, kStoredWarps);
-    const int end = at.row < 0 ? rows.begin : rows.end;
+    if (at.row < 0) continue;  // an idle lane, whose slot is none
+    const int end = rows.end;
     float sum[kLaneChannels] = {}, offsets = 0.f;
     Words16<__half> mean{};
     int count = 0;
@@ -209,24 +211,26 @@ struct RowInFlight {
   }
   // The channels, zeros where the row has no place; whether the whole row is finite. All lanes of
   // the warp must call.
-  __device__ __forceinline__ bool read(const RowSlot& at, float (&x)[kLaneChannels]) const {
+  __device__ __forceinline__ bool read(const RowSlot& at, Dtype dtype,
+                                       float (&x)[kLaneChannels]) const {
+    row.read(x, dtype);
 #pragma unroll
-    for (int c = 0; c < kLaneChannels; ++c) x[c] = to.block >= 0 ? row[c] : 0.f;
-    return row_max(all_finite(x) ? 0.f : 1.f, at) == 0.f;
+    for (int c = 0; c < kLaneChannels; ++c) x[c] = to.block >= 0 ? x[c] : 0.f;
+    return row_all(all_finite(x), at);
   }
 };
 
 // Calls body(row) for the rows of tokens [begin, end) that are this thread's, the next one loading
-// meanwhile.
+// meanwhile. One place loads: its code is long.
 template <class Format, class T, class F>
 __device__ __forceinline__ void for_rows(const Source<Format, T>& src, const RowSlot& at, int begin,
                                          int end, F&& body) {
   RowInFlight<T> next;
-  next.load(src, at, begin, end);
-  for (int base = begin; base + at.first < end; base += at.slots) {
+#pragma unroll 1
+  for (int base = begin - at.slots; base + at.first < end; base += at.slots) {
     const RowInFlight<T> row = next;
     next.load(src, at, base + at.slots, end);
-    body(row);
+    if (base >= begin) body(row);
   }
 }
 
@@ -237,7 +241,7 @@ __device__ __forceinline__ int sum_incoming(const Source<Format, T>& src, const 
   int count = 0;
   for_rows(src, at, begin, end, [&](const RowInFlight<T>& row) {
     float x[kLaneChannels];
-    const bool usable = row.read(at, x) && row.to.block >= 0;
+    const bool usable = row.read(at, src.dtype, x) && row.to.block >= 0;
     if (!usable) return;
     ++count;
 #pragma unroll
@@ -262,6 +266,15 @@ __device__ __forceinline__ int sum_slots(const MeanScratch& scratch, int slots, 
   return count;
 }
 
+// Sums the usable stored rows of tokens [begin, end) into sum[dim]; returns how many they are. All
+// threads of the block must call.
+template <int kThreads, class Format, class T>
+__device__ __forceinline__ int sum_of_stored(const Source<Format, T>& src, int begin, int end,
+                                             MeanScratch& scratch, float* sum) {
+  sum_stored<Format>({src, begin, end}, scratch, kThreads / 32);
+  return sum_slots<kThreads>(scratch, RowSlot(src.dim(), 0, kStoredWarps).slots, src.dim(), sum);
+}
+
 // Sums the usable rows of tokens [begin, end) of one group into mean[dim] and divides by their
 // number, which it returns; this thread finds its channels there. incoming[dim]: scratch, too.
 template <int kThreads, class Format, class T>
@@ -273,8 +286,7 @@ __device__ int mean_rows(const Source<Format, T>& src, int begin, int end, MeanS
   int total = 0;
   __syncthreads();  // the scratch may still be read
   if (first < src.length) {
-    sum_stored<Format>({src, first, min(last, src.length)}, scratch, kThreads / 32);
-    total = sum_slots<kThreads>(scratch, RowSlot(dim, 0, kStoredWarps).slots, dim, mean);
+    total = sum_of_stored<kThreads>(src, first, min(last, src.length), scratch, mean);
     if (last <= src.length) {
       for (int c = threadIdx.x; c < dim; c += kThreads) mean[c] /= float(total);
       return total;
@@ -306,6 +318,10 @@ __device__ int mean_rows(const Source<Format, T>& src, int begin, int end, MeanS
   return total;
 }
 
+__device__ __forceinline__ __half stored_mean(float mean) {
+  return __float2half_rn(fminf(fmaxf(mean, -kMaxAbs), kMaxAbs));
+}
+
 // Means as they are found.
 struct GroupScratch {
   MeanScratch rows;
@@ -313,22 +329,21 @@ struct GroupScratch {
 };
 
 // Takes the mean of the group of tokens [start, end), which begins in this call, and stores it: the
-// mean of the group before, else of its own rows if they are enough, else none. Afterwards this
-// thread finds its channels of what is stored in scratch.mean, too, not rounded yet.
+// mean of the group before, else of its own rows if they are enough, else none.
 template <int kThreads, class Format, class T>
 __device__ __forceinline__ void open_group(const Source<Format, T>& src, int start, int end,
                                            __half* slot, GroupScratch& scratch) {
   const int before = max(0, start - src.cache.mean_group);
   int found = 0;
+#pragma unroll 1
   for (int from = before; from <= start && !found; from += src.cache.mean_group) {
     found = mean_rows<kThreads>(src, from, from < start ? start : end, scratch.rows,
                                 scratch.incoming, scratch.mean);
     if (from == start && found < kMinMeanRows) found = 0;
   }
+  if (!slot) return;
   for (int c = threadIdx.x; c < src.dim(); c += kThreads) {
-    const float x = found && slot ? scratch.mean[c] : 0.f;
-    scratch.mean[c] = fminf(fmaxf(x, -kMaxAbs), kMaxAbs);
-    if (slot) slot[c] = __float2half_rn(scratch.mean[c]);
+    slot[c] = found ? stored_mean(scratch.mean[c]) : __half(0.f);
   }
 }
 
@@ -391,7 +406,7 @@ __device__ __forceinline__ void for_ready_rows(const Source<Format, T>& src, int
   mean.load(group_mean, at);
   for_rows(src, at, begin, end, [&](const RowInFlight<T>& row) {
     float x[kLaneChannels];
-    const bool finite = row.read(at, x);
+    const bool finite = row.read(at, src.dtype, x);
     rotate(x, src.rotation(), at);
     if (mean.any) {
 #pragma unroll

@@ -38,9 +38,11 @@ struct Strided {
     return {slab.data, uint32_t(slab.block_stride >> 4), uint32_t(slab.head_stride >> 4)};
   }
 #ifdef __CUDACC__
-  __device__ __forceinline__ const uint8_t* at(int block, int head, int row, int bytes) const {
-    const uint8_t* const of_head = offset_by(data, uint32_t(head) * 16u, this->head);
-    return offset_by(offset_by(of_head, uint32_t(block) * 16u, this->block), row, bytes);
+  __device__ __forceinline__ Strided of_head(int head) const {
+    return {offset_by(data, uint32_t(head) * 16u, this->head), block, 0};
+  }
+  __device__ __forceinline__ const uint8_t* at(int block, int row, int bytes) const {
+    return offset_by(offset_by(data, uint32_t(block) * 16u, this->block), row, bytes);
   }
 #endif
 };

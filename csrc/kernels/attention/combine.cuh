@@ -247,7 +247,7 @@ __device__ __forceinline__ void write_result(const AttentionCall& p, const RowTi
   Row::pieces([&](auto width, int i, int c) {
     alignas(16) Element y[width()];
 #pragma unroll
-    for (int j = 0; j < width(); ++j) y[j] = from_float<Element>(x[0][i + j]);
+    for (int j = 0; j < width(); ++j) y[j] = from_float<Element>(x[0][i + j], p.dtype);
     if constexpr (Traits::kPlainCall) {
       store_vector<width()>(out + c, y);
     } else {

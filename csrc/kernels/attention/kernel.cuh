@@ -60,7 +60,7 @@ struct MainLoop {
   // Tiles from clean_begin on and up to clean_end need no look at single scores.
   int clean_begin, clean_end;
   int end, lane_end;  // the same; of lane_end the compiler does not see that all lanes have one
-  int warp, token;
+  int warp, token;    // nor of token
   int block[Traits::kTiles];  // of the piece that was asked for last, -1: none
 
   __device__ __forceinline__ MainLoop(const AttentionCall& p, const Paging& paging, int warp,
@@ -75,7 +75,7 @@ struct MainLoop {
   // From `begin` on: asks for the first pieces, as many as have room.
   __device__ __forceinline__ void start(const RowTile& rows, int first_block, int begin, int end) {
     this->end = end, lane_end = int(kept(end));
-    token = begin + warp * kTile * Traits::kTiles;
+    token = int(kept(begin + warp * kTile * Traits::kTiles));
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) block[u] = tokens.block(first_block);
     for (int i = 0; i < pipeline.stages(); ++i) {
@@ -95,8 +95,8 @@ struct MainLoop {
     if (p.seqs.max_blocks == 1) return;
 #pragma unroll
     for (int u = 0; u < Traits::kTiles; ++u) {
-      const int index = tokens.token(at + u * kTile) >> paging.shift;
-      found[u] = tokens.block(checked_block(p.cache, table[min(index, p.seqs.max_blocks - 1)]));
+      const int index = min(tokens.token(at + u * kTile) >> paging.shift, p.seqs.max_blocks - 1);
+      found[u] = tokens.block(checked_block(p.cache, load_word(table, index)));
     }
   }
   __device__ __forceinline__ void find_places(int at, const int (&blocks)[Traits::kTiles],
@@ -288,12 +288,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
       has_new && (Traits::kByAge ? Ages(p.cache, rows.stored, rows.tokens).opens()
                                  : last_group >= rows.stored || last_group > first_new);
   // The first of the block's new tokens does, no other one: all that is missing is the mean.
-  const bool opens =
-      begins && p.cache.mean_group && first_new == rows.stored && last_group == rows.stored;
-  if (opens) {
-    open_group(call, slabs, shared.groups, shared.new_tokens, rows.stored, end_new,
-               p.seqs.max_blocks == 1 ? first_block : -1);
-  } else if (begins) {
+  const bool opens = begins && p.cache.mean_group && first_new == rows.stored &&
+                     last_group == rows.stored &&
+                     open_group(call, slabs, shared.groups, shared.new_tokens, rows.stored,
+                                p.seqs.max_blocks == 1 ? first_block : -1);
+  if (begins && !opens) {
     using Element = typename Traits::Element;
     const auto append = Traits::kByAge
                             ? append_aged<typename Traits::Pair, Element, Traits::kThreads>

@@ -137,9 +137,7 @@ cudaError_t launch_dim(const AttentionCall& call, int rows, Occupancy occupancy,
   if (call.dtype == Dtype::kFloat32)
     return launch_rows<Formats, kDim, 8, float>(call, occupancy, stream);
   return with_query_rows<max_rows(kDim), Formats::kByAge>(rows, [&](auto rows) {
-    return call.dtype == Dtype::kFloat16
-               ? launch_rows<Formats, kDim, rows(), __half>(call, occupancy, stream)
-               : launch_rows<Formats, kDim, rows(), __nv_bfloat16>(call, occupancy, stream);
+    return launch_rows<Formats, kDim, rows(), Element16>(call, occupancy, stream);
   });
 }
 

@@ -15,12 +15,19 @@ __device__ __forceinline__ Source<Format, Element> new_source(const AttentionCal
                                                               int stored, int whole = -1,
                                                               int age = 0) {
   const int sequence = blockIdx.y, head = blockIdx.x;  // there is one row tile
-  return {cache,   p.seqs,
-          nullptr, is_key ? p.key : p.value,
-          is_key,  sequence,
-          head,    call_rows(p.seqs, sequence),
-          stored,  Paging(cache, p.seqs.max_blocks),
-          whole,   age};
+  return {cache,
+          p.seqs,
+          nullptr,
+          is_key ? p.key : p.value,
+          p.dtype,
+          is_key,
+          sequence,
+          head,
+          call_rows(p.seqs, sequence),
+          stored,
+          Paging(cache, p.seqs.max_blocks),
+          whole,
+          age};
 }
 
 template <class Traits>
@@ -108,7 +115,7 @@ class NewTokensInFlight {
         const auto channels = at<width()>(incoming() + c);
 #pragma unroll
         for (int j = 0; j < width(); ++j) {
-          x[0][i + j] = to_float(channels[j]);
+          x[0][i + j] = to_float(channels[j], p_.dtype);
           finite = finite && fabsf(x[0][i + j]) <= kMaxAbs;
         }
       });
@@ -209,47 +216,64 @@ class NewTokensInFlight {
       } else {
 #pragma unroll
         for (int j = c; j < c + width(); ++j) {
-          incoming()[j] = c < src.dim() ? row[j] : from_float<Element>(0.f);
+          incoming()[j] = c < src.dim() ? row[j] : Element{};
         }
       }
     });
   }
 };
 
-// Takes the mean of the group that the call's first token begins, behind `stored` others, of which
-// the call has tokens up to `end`: to the cache, and to where the warps look for it. `cache`: where
-// new rows go. `whole`: the sequence's one block, where it is known.
+// Takes the mean of the group that the call's first token begins, behind `stored` others: that of
+// the group before, to the cache and to where the warps look for it. False, and nothing done, if
+// that group has no rows to take it of. `cache`: where new rows go. `whole`: the sequence's one
+// block, where it is known.
 template <class Traits>
-__device__ __forceinline__ void open_group(const AttentionCall& p, const CacheView& cache,
+__device__ __forceinline__ bool open_group(const AttentionCall& p, const CacheView& cache,
                                            GroupScratch& scratch, NewTokens<Traits>& new_tokens,
-                                           int stored, int end, int whole) {
+                                           int stored, int whole) {
   const auto key = new_source<typename Traits::Key, typename Traits::Element>(
       p, cache, true, stored, whole, age_of<Traits>(cache));
-  open_group<Traits::kThreads>(key, stored, end, key.mean(stored), scratch);
+  const int begin = max(stored - cache.mean_group, first_token(p.seqs, key.sequence));
+  if (begin >= stored) return false;
+  const int found = sum_of_stored<Traits::kThreads>(key, begin, stored, scratch.rows, scratch.mean);
+  if (found == 0) return false;
+  __half* const slot = key.mean(stored);
   for (int c = threadIdx.x; c < key.dim(); c += Traits::kThreads) {
+    const __half mean = slot ? stored_mean(scratch.mean[c] / float(found)) : __half(0.f);
+    if (slot) slot[c] = mean;
 #pragma unroll
-    for (int w = 0; w < Traits::kWarps; ++w) {
-      new_tokens.means[w][c] = __float2half_rn(scratch.mean[c]);
-    }
+    for (int w = 0; w < Traits::kWarps; ++w) new_tokens.means[w][c] = mean;
   }
   __syncthreads();
+  return true;
 }
 
-// What instances share, which is all but the shape of their warps, is compiled once for them.
+// What instances share, which is all but the shape of their warps. The assembler makes a copy for
+// each instance, so the code is short.
 //
 // Appends tokens [from, to) of the call's own, among which a group begins. Afterwards all threads
 // of the block find them in the cache.
 template <class Formats, class Element, int kThreads>
 __device__ __noinline__ void append_groups(const AttentionCall& p, GroupScratch& scratch,
                                            int stored, int from, int to) {
-  const auto key = new_source<typename Formats::Key, Element>(p, p.cache, true, stored);
-  const auto value = new_source<typename Formats::Value, Element>(p, p.cache, false, stored);
   const int group = p.cache.mean_group ? p.cache.mean_group : 1 << 30;
-  for (int start = from & -group; start < to; start += group) {
-    const int end = min(start + group, stored + key.call.count);
-    const __half* mean = find_mean<kThreads>(key, start, end, scratch);
-    write_rows(key, max(start, from), min(end, to), mean, threadIdx.x / 32);
-    write_rows(value, max(start, from), min(end, to), nullptr, threadIdx.x / 32);
+#pragma unroll 1
+  for (int i = 0; i < 2; ++i) {
+    const bool is_key = i == 0;
+    const auto src = new_source<typename Formats::Key, Element>(p, p.cache, is_key, stored);
+#pragma unroll 1
+    for (int start = from & -group; start < to; start += group) {
+      const int begin = max(start, from), end = min(start + group, stored + src.call.count);
+      const __half* const mean = find_mean<kThreads>(src, start, end, scratch);
+      for_ready_rows(src, begin, min(end, to), mean, threadIdx.x / 32,
+                     [&](const RowSlot& at, const auto& row, const auto& x, bool finite) {
+                       with_rows(Formats{}, is_key, [&](auto format) {
+                         using Format = decltype(format);
+                         store_row(new_source<Format, Element>(p, p.cache, is_key, stored), at,
+                                   row.to, x, finite);
+                       });
+                     });
+    }
   }
   __syncthreads();
 }

@@ -98,7 +98,8 @@ class RegisterPipeline {
   __device__ __forceinline__ void find(int head, unsigned char*, int) {
     pieces_ = {call_.cache.k.head_dim, call_.cache.v.head_dim, int(threadIdx.x & 31) >> 2,
                int(threadIdx.x & 3)};
-    head_ = head;
+    k_codes_ = of_head(call_.k_codes, head), k_params_ = of_head(call_.k_params, head);
+    v_codes_ = of_head(call_.v_codes, head), v_params_ = of_head(call_.v_params, head);
     key_offset_ = kept(pieces_.key_offset()), value_offset_ = kept(pieces_.value_offset());
     token_ = kept(pieces_.value_token(0));
 #pragma unroll
@@ -112,10 +113,10 @@ class RegisterPipeline {
   __device__ __forceinline__ const Values& values(int u) const { return values_[u]; }
   __device__ __forceinline__ Place place(int block, int row) const {
     block = max(block, 0);
-    return {call_.k_codes.at(block, head_, row, pieces_.key_bytes()),
-            call_.k_params.at(block, head_, row, decltype(Keys::params)::kBytes),
-            call_.v_codes.at(block, head_, row, pieces_.value_bytes()),
-            call_.v_params.at(block, head_, row, decltype(Values::params)::kBytes)};
+    return {k_codes_.at(block, row, pieces_.key_bytes()),
+            k_params_.at(block, row, decltype(Keys::params)::kBytes),
+            v_codes_.at(block, row, pieces_.value_bytes()),
+            v_params_.at(block, row, decltype(Values::params)::kBytes)};
   }
   __device__ __forceinline__ void load_keys(int u, const Place& from) {
     pieces_.template load_keys<false>(keys_[u], from.k_codes + key_offset_);
@@ -150,11 +151,17 @@ class RegisterPipeline {
  private:
   const AttentionCall& call_;
   Lane pieces_;
-  int head_;
-  uint32_t key_offset_, value_offset_, token_;  // of this lane's first rows in a tile
+  Strided k_codes_, k_params_, v_codes_, v_params_;  // of the head
+  uint32_t key_offset_, value_offset_, token_;       // of this lane's first rows in a tile
   Keys keys_[Traits::kTiles];
   Values values_[Traits::kTiles];
 
+  // In uniform registers, where there are some: a call of all features needs them for these.
+  static __device__ __forceinline__ Strided of_head(const Strided& slab, int head) {
+    Strided rows = slab.of_head(head);
+    if (Traits::kPlainCall) rows.data = uniform(rows.data);
+    return rows;
+  }
   template <class Params>
   __device__ __forceinline__ void load_params(Params& params, const uint8_t* from) const {
     params.words = load_keep<typename Params::Words>(from + token_ * Params::kBytes);
@@ -196,7 +203,7 @@ class SmemPipeline {
     lane_ = threadIdx.x & 31;
     pieces_ = {cache_.k.head_dim, cache_.v.head_dim, lane_ >> 2, lane_ & 3};
     head_ = head;
-    first_ = reinterpret_cast<Piece*>(memory) + threadIdx.x / 32 * stages;
+    first_ = reinterpret_cast<Piece*>(memory) + uniform(threadIdx.x / 32 * stages);
     stages_ = stages;
     if (!kKept) return;
     k_ = stream(cache_.k.codes, lane_).keep(), v_ = stream(cache_.v.codes, lane_).keep();

@@ -89,6 +89,13 @@ __device__ __forceinline__ int uniform(int x) {
   return x;
 #endif
 }
+// An address likewise, in uniform registers: what a reduction gives, the assembler keeps, and does
+// not work out anew at each use.
+__device__ __forceinline__ const uint8_t* uniform(const uint8_t* p) {
+  const auto bits = reinterpret_cast<uintptr_t>(p);
+  const uint32_t low = uniform(int(bits)), high = uniform(int(bits >> 32));
+  return reinterpret_cast<const uint8_t*>(uintptr_t(high) << 32 | low);
+}
 // Of what is no NaN.
 __device__ __forceinline__ float warp_max(float x) {
 #if __CUDA_ARCH__ >= 800
@@ -323,7 +330,7 @@ struct RawQuery {
         } else {
 #pragma unroll
           for (int j = c; j < c + width(); ++j) {
-            rows[row][j] = j < p.cache.k.head_dim ? from[j] : from_float<Element>(0.f);
+            rows[row][j] = j < p.cache.k.head_dim ? from[j] : Element{};
           }
         }
       });
@@ -356,7 +363,7 @@ __device__ __forceinline__ void prepare_query(const AttentionCall& p, const RawQ
     Row::pieces([&](auto width, int k, int c) {
 #pragma unroll
       for (int j = 0; j < width(); ++j) {
-        x[i][k + j] = to_float(raw.rows[warp + i * Traits::kWarps][c + j]);
+        x[i][k + j] = to_float(raw.rows[warp + i * Traits::kWarps][c + j], p.dtype);
       }
     });
   }

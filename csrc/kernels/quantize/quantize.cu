@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads) quantize_rows(const QuantizeParams p
   }
   low = -row_max(-low, at);
   high = row_max(high, at);
-  const bool finite = row_max(all_finite(x) ? 0.f : 1.f, at) == 0.f;
+  const bool finite = row_all(all_finite(x), at);
   const Pair pair = make_pair(low, high, finite, p.qmin, p.qmax);
   const float inverse = __fdiv_rn(1.f, pair.scale);
   const uint4 codes =

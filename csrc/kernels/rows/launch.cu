@@ -75,13 +75,10 @@ cudaError_t launch_traits(const AttentionCall& call, cudaStream_t stream) {
 
 template <int kDim>
 cudaError_t launch_dim(const AttentionCall& call, cudaStream_t stream) {
-  const auto launch = [&](auto type) {
-    using T = decltype(type);
-    return is_aligned<T>(call.query) && is_aligned<T>(call.out)
-               ? launch_traits<RowsTraits<kDim, T, true>>(call, stream)
-               : launch_traits<RowsTraits<kDim, T, false>>(call, stream);
-  };
-  return call.dtype == Dtype::kFloat16 ? launch(__half{}) : launch(__nv_bfloat16{});
+  using T = Element16;
+  return is_aligned<T>(call.query) && is_aligned<T>(call.out)
+             ? launch_traits<RowsTraits<kDim, T, true>>(call, stream)
+             : launch_traits<RowsTraits<kDim, T, false>>(call, stream);
 }
 
 }  // namespace

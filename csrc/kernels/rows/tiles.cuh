@@ -139,11 +139,11 @@ class RowsPipeline {
       copy_box(shared_.k[stage] + first * kDim, keys_, row, head_, block, barrier);
     };
     const auto copy_values = [&] {
-      copy_bulk(shared_.v[stage] + first * kDim, p_.v_codes.at(block, head_, row, kDim),
+      copy_bulk(shared_.v[stage] + first * kDim, p_.v_codes.of_head(head_).at(block, row, kDim),
                 rows * kDim, barrier);
     };
     const auto copy_params = [&](AffineParams* to, const Strided& from) {
-      copy_bulk(to + first, from.at(block, head_, row, kParams), rows * kParams, barrier);
+      copy_bulk(to + first, from.of_head(head_).at(block, row, kParams), rows * kParams, barrier);
     };
     if (!is_whole_) {
       expect_bytes(barrier, box * kDim + rows * (kDim + 2 * kParams));
