@@ -49,8 +49,8 @@ struct InstanceShape {
 constexpr InstanceShape instance_shape(int head_dim, int rows, bool float32, Occupancy occupancy) {
   const bool few_registers = rows == 8 && !float32;  // for accumulators
   if (few_registers && head_dim <= 128) {
-    const int tiles = head_dim <= 64 ? 2 : 1;
-    if (occupancy == Occupancy::kManyBlocks) return {tiles, 4, 4, 0};
+    const int tiles = head_dim <= 64 ? 2 : 1;  // with two, small blocks gain nothing
+    if (occupancy == Occupancy::kManyBlocks && tiles == 1) return {tiles, 4, 4, 0};
     return {tiles, 8, occupancy == Occupancy::kOneBlock ? 1 : 2, 0};
   }
   if (head_dim > 128) return {1, 4, 2, few_registers ? 0 : kMaxStages};
