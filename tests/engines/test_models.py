@@ -73,6 +73,17 @@ def test_two_ranks_give_the_tokens_of_one(llama: str) -> None:
     assert [a.tokens for a in two.batch] == [a.tokens for a in one.batch]
 
 
+@pytest.mark.parametrize("block_size", [64, 256])
+def test_pages_that_come_back_from_other_memory_read_the_same(llama: str, block_size: int) -> None:
+    """Through vLLM's offloading connector; every bit of the logits' margins is the same."""
+    prompts = numbers(300, 130, 470)
+    engine = {**TOKENS, "block_size": block_size}
+    report = run(Job(llama, prompts, "KVQUANT", engine, reloaded=len(prompts)))
+    for kept, reloaded in zip(report.kept, report.reloaded, strict=True):
+        assert kept == reloaded
+    assert sum(answer.cached for answer in report.reloaded) >= 512
+
+
 WINDOWED = {
     "Gemma3": dict(
         hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4,
