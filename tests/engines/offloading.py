@@ -18,7 +18,9 @@ class HostWorker(OffloadingWorker):
 
     def __init__(self, caches: CanonicalKVCaches, pages: int) -> None:
         self._here = [cache.tensor for cache in caches.tensors]
-        self._there = [torch.zeros(pages, *cache.shape[1:], dtype=cache.dtype) for cache in self._here]
+        self._there = [
+            torch.zeros(pages, *cache.shape[1:], dtype=cache.dtype) for cache in self._here
+        ]
         self._finished: list[TransferResult] = []
 
     def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
