@@ -21,7 +21,7 @@ class Reports(dict[str, Report]):
     """By cache.
 
     Args:
-        scratch: A folder: each cache leaves its logits there, as ``<cache>.pt``.
+        scratch: A folder: in the long version each cache leaves its logits there, ``<cache>.pt``.
         **job: See `Job`.
     """
 
@@ -34,7 +34,7 @@ class Reports(dict[str, Report]):
             Job(
                 backend=name if name in OURS else None, again=4, alone=len(self._job["prompts"]),
                 engine={**ENGINE, "dtype": "bfloat16" if name == OWN16 else "float32"},
-                logits=str(self._scratch / f"{name}.pt"), **self._job,
+                logits=str(self._scratch / f"{name}.pt") if LONG else None, **self._job,
             )
         )  # fmt: skip
         tell(name, self[name])
