@@ -55,10 +55,11 @@ test: $(state)/package $(state)/test  ## every test that this machine can run, k
 	  echo "CPU kernels, $$isa"; KVQUANT_CPU_ISA=$$isa $(py) -m pytest -n auto tests/kernels; \
 	done)
 
+# Bytecode is written when a module is first imported: the engine starts in many processes.
 .PHONY: test-vllm
 test-vllm: $(vllm)/.ready  ## the cache inside vLLM, on a CPU, in an environment of its own
-	PYTHONDONTWRITEBYTECODE= KVQUANT_TEST_LONG=$(LONG) $(vllm)/bin/python -m pytest -o filterwarnings=default $(if $(LONG),-s,-n 2 --dist loadfile) \
-	  $(or $(ARGS),tests/engines)  # bytecode: the engine starts in many processes
+	PYTHONDONTWRITEBYTECODE= KVQUANT_TEST_LONG=$(LONG) $(vllm)/bin/python -m pytest -o filterwarnings=default \
+	  $(if $(LONG),-s,-n 2 --dist loadfile) $(or $(ARGS),tests/engines)
 
 .PHONY: lint
 lint: $(state)/lint  ## check style, types and layers; changes nothing
@@ -172,7 +173,8 @@ $(vllm)/.engine: tools/install_vllm.py
 $(vllm)/.ready: $(vllm)/.engine $(state)/package
 	rm -rf build/vllm
 	$(py) -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps -w build/vllm .
-	$(vllm)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --force-reinstall build/vllm/*.whl
+	$(vllm)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --force-reinstall \
+	  build/vllm/*.whl
 	touch $@
 
 $(state)/docs: pyproject.toml | $(state)
