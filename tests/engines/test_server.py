@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from .conftest import LONG
-from .offline import ENVIRONMENT, Answer, Job, differences, run
+from .offline import ENVIRONMENT, Answer, differences
+from .reports import TOLERANCE, Reports
 
 pytestmark = [
     pytest.mark.timeout(3600),
@@ -89,11 +90,8 @@ def complete(address: str, model: str, prompt: str, stream: bool) -> Answer:
 
 
 def test_requests_at_once_get_what_they_get_alone(
-    server: str, model: str, prompts: list[str]
+    server: str, model: str, prompts: list[str], reports: Reports
 ) -> None:
-    alone = run(
-        Job(model, prompts, "KVQUANT", {**OPTIONS, "block_size": 64}, alone=len(prompts))
-    ).alone
     with ThreadPoolExecutor(16) as pool:
         found = list(
             pool.map(
@@ -101,7 +99,8 @@ def test_requests_at_once_get_what_they_get_alone(
                 enumerate(prompts),
             )
         )
-    ties, wrong = differences(found, alone, 5e-2)
+    alone = reports["KVQUANT"].alone
+    ties, wrong = differences(found, alone, TOLERANCE["KVQUANT"])
     texts = sum(a.text == b.text for a, b in zip(found, alone, strict=True))
     print(f"\n{len(found)} requests, {texts} with the same text, {ties} differ near ties")
     assert not wrong

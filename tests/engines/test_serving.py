@@ -5,65 +5,16 @@ length: each request's text is what it is alone.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from .conftest import LONG
-from .offline import Job, Report, differences, run
+from .offline import Job, differences, run
+from .reports import OURS, OWN, OWN16, TOLERANCE, Reports, tell
 
 pytestmark = pytest.mark.timeout(3600)
-
-# Blocks of 64 tokens for about half of what 16 requests hold at once.
-ENGINE = {"block_size": 64, "num_gpu_blocks_override": 40}
-OWN, OWN16 = "the engine's own", "the engine's own, 16 bits"
-TOLERANCE = {"KVQUANT_PLAIN": 1e-2, "KVQUANT": 5e-2, OWN: 1e-2, OWN16: 1e-2}
-OURS = ["KVQUANT_PLAIN", "KVQUANT"] if LONG else ["KVQUANT"]
 MOST_DIVERGENCE = {"KVQUANT_PLAIN": 1e-3, "KVQUANT": 3e-4}  # plain rows know no rotation and mean
-
-
-@pytest.fixture(scope="module")
-def scored(model: str, text: str) -> list[list[int]]:
-    from transformers import AutoTokenizer
-
-    tokens = AutoTokenizer.from_pretrained(model)(text[8000:20000])["input_ids"]
-    return [tokens[i * 600 : (i + 1) * 600] for i in range(3 if LONG else 1)]
-
-
-class Reports(dict[str, Report]):
-    """Of each cache, when it is first asked for. vLLM's own has 16 bits only where the whole model
-    has.
-    """
-
-    def __init__(self, scratch: Path, **job: Any) -> None:
-        super().__init__()
-        self._scratch, self._job = scratch, job
-
-    def __missing__(self, name: str) -> Report:
-        self[name] = run(
-            Job(
-                backend=name if name in OURS else None, again=4, alone=len(self._job["prompts"]),
-                engine={**ENGINE, "dtype": "bfloat16" if name == OWN16 else "float32"},
-                logits=str(self._scratch / f"{name}.pt"), **self._job,
-            )
-        )  # fmt: skip
-        _tell(name, self[name])
-        return self[name]
-
-
-@pytest.fixture(scope="module")
-def reports(model: str, prompts: list[str], scored: list[list[int]], scratch: Path) -> Reports:
-    return Reports(scratch, model=model, prompts=prompts, scored=scored)
-
-
-def _tell(name: str, report: Report) -> None:
-    ties, wrong = differences(report.batch, report.alone, TOLERANCE[name])
-    print(
-        f"\n{name}: {len(report.batch)} requests, {report.preemptions} preemptions, "
-        f"{sum(a.cached for a in report.batch)} tokens from the prefix cache, {ties} differ at "
-        f"near-equal logits, {len(wrong)} elsewhere"
-    )
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -74,8 +25,7 @@ def test_a_request_gets_the_text_that_it_gets_alone(name: str, reports: Reports)
     if LONG:  # differences at near-equal logits, as the engine has them with its own cache
         own = differences(reports[OWN16].batch, reports[OWN16].alone, TOLERANCE[name])
         print(f"\n{name}: {ties}; the engine's own 16 bits: {own[0]}, and {len(own[1])} elsewhere")
-        if name == "KVQUANT_PLAIN":
-            assert ties <= own[0] + len(own[1])
+        assert ties <= own[0] + len(own[1])
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -95,7 +45,7 @@ def test_preempted_requests_go_on(name: str, model: str, text: str) -> None:
     report = run(
         Job(model=model, prompts=prompts, backend=name, engine=engine, max_tokens=40, alone=8)
     )
-    _tell(name, report)
+    tell(name, report)
     assert report.preemptions
     _, wrong = differences(report.batch, report.alone, TOLERANCE[name])
     assert not wrong
