@@ -229,8 +229,9 @@ void write_row(const Source<Format>& src, bool is_key, int token, Place to, cons
   const Ages ages(src, token);
   alignas(64) uint8_t codes[kMaxDim];
   Int8::Params params;
-  if (ages.is_young || ages.was_open) row.store(Int8{}, codes, params);
-  if (ages.is_old && ages.was_open) {
+  const bool by_8_bits = ages.is_young || ages.was_open;
+  if (by_8_bits) row.store(Int8{}, codes, params);
+  if (ages.is_old && by_8_bits) {
     narrow(Format{}, codes, params, src.dim, src.codes(to), src.params(to));
   } else if (ages.is_old) {
     row.store(Format{}, src.codes(to), src.params(to));

@@ -20,6 +20,7 @@ from modelled import (
     append_dense,
     append_ragged,
     assert_same,
+    assert_state,
     attend_all,
     make,
 )
@@ -33,7 +34,10 @@ class AnyOrder(RuleBasedStateMachine):
         torch.manual_seed(0)
         self.caches = [make(kind, batch=2) for kind in KINDS]
         self.model = Rows(2)
-        self.left: list[tuple[list, Rows]] = []
+        self.left: list[tuple[list, Rows, dict]] = []  # and the bits that they hold
+
+    def leave(self, caches: list, model: Rows) -> None:
+        self.left.append((caches, model, caches[0].state_dict()))
 
     def fits(self, tokens: int) -> bool:
         return max(self.model.lengths) + tokens <= 400
@@ -76,13 +80,14 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(forget=st.booleans())
     def fork(self, forget):
         self.left = [] if forget else self.left[-1:]
-        self.left.append(([cache.fork() for cache in self.caches], self.model.fork()))
+        self.leave([cache.fork() for cache in self.caches], self.model.fork())
 
     @rule()
     def go_on_with_a_fork(self):
         if self.left:
             here = self.caches, self.model
-            (self.caches, self.model), self.left = self.left[-1], [*self.left[:-1], here]
+            self.caches, self.model, _ = self.left.pop()
+            self.leave(*here)
 
     @rule()
     def reset(self):
@@ -108,9 +113,10 @@ class AnyOrder(RuleBasedStateMachine):
             torch.testing.assert_close(attend_all(cache, query), out)
 
     def teardown(self):
-        for caches, model in self.left:
+        for caches, model, bits in self.left:
             for cache in caches:
                 model.check(cache)
+                assert_state(cache, bits)
         for cache in self.caches:
             state = cache._state
             assert state.pool.num_free <= state.pool.num_blocks

@@ -122,6 +122,44 @@ def test_forks_are_independent(filled, copy):
         its.check(one)
 
 
+@pytest.mark.parametrize("length", [79, 64, 49, 48, 47, 16, 1])
+@pytest.mark.parametrize("kind", ["paged16", "paged64", "paged-growing"])
+def test_what_a_fork_has_stored_never_changes(kind, device, length):
+    """Nor what a forked cache has: whichever crops and goes on, the other keeps its bits.
+
+    A crop makes a block the last one that was full before: it may still be shared, although the
+    cache has had a last block of its own since. By age, a group that closes once more writes what
+    its blocks already have.
+    """
+    cache, model = make(kind, device=device), Rows(3)
+    append_dense([cache], model, 20)
+    append_dense([cache], model, 59)  # by age, groups begin and end within the call
+    fork, its = cache.fork(), model.fork()
+    for one, of, other in ((cache, model, fork), (fork, its, cache)):
+        with Unchanged(other):
+            append_dense([one], of, 1)
+            one.crop(length)
+            of.crop(length)
+            append_dense([one], of, 40)
+    its.check(fork)
+    model.check(cache)
+
+
+@pytest.mark.parametrize("kind", ["paged16", "paged-growing"])
+def test_sequences_that_share_blocks_go_their_own_ways_after_compact(kind, device):
+    cache, model = make(kind, device=device), Rows(3)
+    append_dense([cache], model, 100)
+    cache.crop(40)
+    model.crop(40)
+    cache.reorder([0, 0, 2])
+    model.select([0, 0, 2])
+    before = cache.nbytes
+    cache.compact()
+    assert cache.nbytes < before
+    append_dense([cache], model, 30)
+    model.check(cache)
+
+
 def test_reset(filled):
     cache, model = filled
     cache.reset()

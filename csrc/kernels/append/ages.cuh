@@ -84,13 +84,13 @@ struct YoungRow {
 
 // Writes new rows of one group, [begin, end) of that which begins at `start`, to where their age
 // asks for them. with_old(f) calls f with the source of the same rows in blocks. kIsStep: rows are
-// as many as the ring has room for, and none of a group that begins and ends in the call.
+// as many as the ring has room for.
 template <bool kIsStep, class T, class F>
 __device__ __forceinline__ void write_aged(const Source<Int8, T>& young, F&& with_old,
                                            const Ages& ages, int start, int begin, int end,
                                            const __half* mean, int warp) {
   const bool is_young = kIsStep || ages.is_young(start), is_old = ages.is_old(start);
-  const bool had_begun = kIsStep || ages.had_begun(start);
+  const bool by_8_bits = is_young || ages.had_begun(start);  // a group may close again after a crop
   for_ready_rows(young, begin, end, mean, warp,
                  [&](const RowSlot& at, const RowInFlight<T>& from, const auto& x, bool finite) {
                    YoungRow row;
@@ -99,7 +99,7 @@ __device__ __forceinline__ void write_aged(const Source<Int8, T>& young, F&& wit
                    if (!is_old) return;
                    with_old([&](const auto& old) {
                      const Place to = from.to.block < 0 ? from.to : old.stored(from.token);
-                     if (had_begun) {
+                     if (by_8_bits) {
                        row.narrow(old, at, to);
                      } else {
                        store_row(old, at, to, x, finite);

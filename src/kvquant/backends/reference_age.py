@@ -102,12 +102,13 @@ def append_by_age(
     held.codes[sequence][:, at] = codes[keeps].transpose(0, 1)
     held.params[sequence][:, at] = params[keeps].transpose(0, 1)
     goes = there & (tokens >= group) & (tokens < is_open)
-    began = ((tokens < was_open + group) & (length > 0))[:, None, None]
+    began = (tokens < was_open + group) & (length > 0)
+    by_8_bits = (keeps | began)[:, None, None]  # a group may close again after a crop
     pairs = zip(
         narrowed(old.format, held.format, codes, params),
         old.format.encode(new, finite),
         strict=True,
     )
     old.codes[block[goes], :, row[goes]], old.params[block[goes], :, row[goes]] = (
-        x.where(began, y)[goes] for x, y in pairs
+        x.where(by_8_bits, y)[goes] for x, y in pairs
     )

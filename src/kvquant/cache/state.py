@@ -35,6 +35,7 @@ class CacheState:
     Attributes:
         room: Tokens that a layer takes, for every sequence, before `make_room` has to see to it.
         young: Each layer's slabs of young rows, ``(batch, heads, bytes)``; None: not by age.
+        may_share: A block that an append writes may be held by others, too.
         most_at_once: New tokens that a layer's attention takes in one call whatever the groups.
         kinds: The same number for layers of the same format.
     """
@@ -59,9 +60,9 @@ class CacheState:
         self.window = 0  # tokens before a sequence's end that are kept at least; 0: all of them
         self.lengths = Lengths(seq_lens, bounds)
         self._seqs: list[Sequences | None] = [None] * config.num_layers
-        self.may_share = pool.is_shared  # a block that an append writes may be another's too
         self.room = [-1] * config.num_layers
         self.blocks = BlockMap(ids, width, pool, config.device)
+        self.may_share = bool(self._shared_tails())
         self.refresh_room()
 
     @classmethod
@@ -265,12 +266,6 @@ class CacheState:
                 self.room = [-1] * len(self.room)
                 Change(self.blocks, kept).commit()
                 self.pool.shrink(self.memory.num_blocks)
-            if self.may_share:
-                self.may_share = self.pool.is_shared or self._shares_within()
-
-    def _shares_within(self) -> bool:
-        held = [block for blocks in self.blocks.ids for block in blocks if block >= 0]
-        return len(set(held)) < len(held)
 
     def refuse_in_capture(self) -> None:
         """Raise where tensors would have to change while a CUDA graph is captured."""
@@ -317,6 +312,9 @@ class CacheState:
         else:
             bounds = [[min(n, length) for n in of] for of in of_layers]
         self._give_back(self._live([max(of) for of in zip(*bounds, strict=True)]))
+        # A block that was full, and is shared therefore, may be the one that is written next.
+        self.may_share = self.config.block_size is not None
+        self.room = [-1] * len(self.room)
         seq_lens = self.lengths.seq_lens
         after = (seq_lens + length).clamp(min=0) if length < 0 else seq_lens.clamp(max=length)
         for i, format, young in zip(self._layers, self.config.formats, self.young, strict=True):
@@ -329,6 +327,8 @@ class CacheState:
                 )  # fmt: skip
         seq_lens.copy_(after)
         self.lengths.set_bounds(bounds)
+        with self.pool.changing():
+            self.may_share = bool(self._shared_tails())
         self.refresh_room()
 
     @_normal
@@ -353,8 +353,7 @@ class CacheState:
         state = CacheState(
             config, self.memory, self.pool, ids, seq_lens, starts, bounds, self.blocks.width, young
         )
-        state.window, state.may_share = self.window, True
-        state.refresh_room()
+        state.window = self.window
         if self.pool.limit is not None and config.num_blocks is None:
             self.pool.limit += config.pool_share
         return state
