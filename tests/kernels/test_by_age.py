@@ -115,8 +115,7 @@ def test_attention_reads_every_group_at_its_age(backend, device, before, tokens)
     seen = []
     for x in pair:
         wide = _decoded(x, "int8")
-        was_open = before <= 2 * GROUP  # when the second append closed group 1
-        narrow = _decoded(wide.float() if was_open else x, "int4")
+        narrow = _decoded(wide.float(), "int4")  # the ring kept group 1 when it closed
         token = torch.arange(x.shape[1], device=x.device)[:, None, None]
         seen.append(wide.where((token < GROUP) | (token >= young_from), narrow))
     query = torch.randn(2, tokens, 2 * HEADS, DIM, device=device)
