@@ -143,7 +143,9 @@ __device__ __forceinline__ const uint8_t* offset_by(const uint8_t* c, uint32_t a
   return sum;
 }
 
-// A word of memory that nobody writes meanwhile, its address worked out in one instruction.
+// A word of memory that nobody writes meanwhile, its address worked out in one instruction. What
+// keeps it behind wait_for_previous_launch() is its index alone, which has to come from something
+// that load_early() has read.
 __device__ __forceinline__ int load_word(const int* p, uint32_t index) {
   int x;
   asm("ld.global.u32 %0, [%1];"
