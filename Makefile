@@ -2,7 +2,7 @@
 #
 #   PYTHON=python3.12        makes the environment
 #   VENV=                    none: use PYTHON and its torch as they are
-#   TORCH=torch==2.9.1       installed if the environment has no torch yet
+#   TORCH=torch==2.9.1       installed if the environment has no torch yet; further requirements may follow
 #   pip=true                 without a network: install nothing but kvquant itself
 #   KVQUANT_CUDA=OFF         AUTO (default), ON or OFF
 #   KVQUANT_CUDA_ARCHS=...   default: this machine's GPU, else 90-real; for wheels all
@@ -137,7 +137,7 @@ build/glibc: tools/glibc_stubs.sh | $(wheel_env)/.ready
 
 # First of all: what pulls in torch by itself would take a version of its own choice.
 $(state)/torch: | $(state)
-	$(py) -c 'import torch' 2>/dev/null || $(pip) '$(TORCH)'
+	$(py) -c 'import torch' 2>/dev/null || $(pip) $(TORCH)
 	touch $@
 
 $(state)/build: pyproject.toml $(state)/settings

@@ -14,4 +14,10 @@ target_sources(kvquant_C PRIVATE csrc/glibc_compat.cpp)
 target_link_options(kvquant_C PRIVATE -nodefaultlibs -nostartfiles LINKER:--gc-sections LINKER:--allow-shlib-undefined)
 set(stubs libpthread.so.0 libdl.so.2 librt.so.1 libm.so.6 libc.so.6 libld.so.2)
 list(TRANSFORM stubs PREPEND "${KVQUANT_GLIBC_STUBS}/")
-target_link_libraries(kvquant_C PRIVATE ${crt_begin} ${stdcxx} gcc -l:libgcc_s.so.1 ${nonshared} ${stubs} ${crt_end})
+set(cudart "")
+if(KVQUANT_WITH_CUDA)  # not where CMake adds it, behind the stubs: gcc may drop those that nothing before them needs
+  set(cudart cudart_static)
+  set_target_properties(kvquant_C PROPERTIES CUDA_RUNTIME_LIBRARY None)
+endif()
+target_link_libraries(kvquant_C PRIVATE
+  ${crt_begin} ${stdcxx} ${cudart} gcc -l:libgcc_s.so.1 ${nonshared} ${stubs} ${crt_end})

@@ -4,12 +4,13 @@
 # neither compiler nor CUDA on the PATH. Without arguments: extension, kernels, cache, transformers.
 #
 #   PYTHON=python3.12      whose wheel it is
-#   TORCH=torch==2.13.0    installed first; empty: use PYTHON's own torch and packages, install nothing else
+#   TORCH=torch==2.13.0    installed first, as may be others: 'torch==2.4.1 transformers==5.7.0';
+#                          empty: use PYTHON's own torch and packages, install nothing else
 set -euo pipefail
 wheel=$(realpath "${1:?a wheel}")
 shift
 python=${PYTHON:-python3}
-torch=${TORCH-torch==2.13.0}
+read -ra torch <<<"${TORCH-torch==2.13.0}"
 repository=$(realpath "$(dirname "$0")/..")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -18,9 +19,9 @@ cp -r "$repository/tests" "$work/tests"
 sed -n '/^\[tool.pytest.ini_options\]/,/^$/p' "$repository/pyproject.toml" >"$work/pyproject.toml"
 python=$("$python" -c 'import sys; print(sys.executable)')
 cd "$work"
-if [ -n "$torch" ]; then
+if [ ${#torch[@]} -gt 0 ]; then
   "$python" -m venv env
-  env/bin/python -m pip --disable-pip-version-check install --quiet "$torch"
+  env/bin/python -m pip --disable-pip-version-check install --quiet "${torch[@]}"
   env/bin/python -m pip --disable-pip-version-check install --quiet "$wheel[test]"
 else
   "$python" -m venv --system-site-packages env

@@ -1,8 +1,10 @@
-"""The one place that looks at which transformers is installed."""
+"""The one place that looks at which transformers is installed, and that it has a torch."""
 
 from __future__ import annotations
 
 import re
+
+import torch
 
 __all__ = ["CACHE_ARGUMENT", "MINIMUM"]
 
@@ -21,6 +23,11 @@ if _version < MINIMUM:
     raise ImportError(
         f"kvquant.integrations.transformers needs transformers 4.56 or newer, found "
         f"{transformers.__version__}: pip install --upgrade transformers"
+    )
+if not transformers.utils.is_torch_available():  # it says why on stderr
+    raise ImportError(
+        f"transformers {transformers.__version__} does not work with torch {torch.__version__}: "
+        "upgrade torch, or install an older transformers (torch 2.4: transformers 5.7)"
     )
 
 #: What this transformers calls the cache in ``model(...)`` and ``model.generate(...)``: "cache"

@@ -15,7 +15,10 @@ from .support import NAME
 __all__ = ["HANDOFF", "CompiledLayer", "Handoff"]
 
 
-@torch.library.custom_op(f"{NAME}::first_length", mutates_args=())
+# The schema in words: torch 2.4 cannot read it off annotations that are strings.
+@torch.library.custom_op(
+    f"{NAME}::first_length", mutates_args=(), schema="(Tensor seq_lens) -> Tensor"
+)
 def _first_length(seq_lens: Tensor) -> Tensor:
     """The first of int32 (batch,) lengths as int64 (), at this point of the program.
 
