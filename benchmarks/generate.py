@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,31 +85,53 @@ def generate(model: Any, cache: Any, attention: str, prompt: Tensor, tokens: int
     return clock.steps
 
 
-def beside_hqq(models: dict[str, Any], ids: Tensor, tokens: int) -> dict[str, float]:
-    """Tokens/s over ``tokens`` of transformers' QuantizedCache (hqq, 8 bits) and of ours.
+#: Backends of transformers' QuantizedCache, with the most bits that each has.
+QUANTIZED: dict[str, dict[str, int]] = {
+    "hqq": {"nbits": 8, "axis_key": 1, "axis_value": 1},
+    "quanto": {"nbits": 4},
+}
+
+
+def beside_quantized(models: dict[str, Any], ids: Tensor, tokens: int) -> dict[str, Any]:
+    """Tokens/s over ``tokens`` of our cache, and of transformers' QuantizedCache by backend.
 
     Each cache begins with the prompt; QuantizedCache quantizes everything anew every 128 tokens.
+    A backend that is not installed is left out, and said to be.
     """
     from transformers import QuantizedCache
 
     from kvquant.integrations.transformers import KVQuantCache
 
-    found: dict[str, float] = {}
-    for dtype, model in models.items():
-        for name, attention, cache in (
-            ("KVQuantCache", "kvquant", KVQuantCache(model.config)),
-            (
-                "QuantizedCache", "sdpa",
-                QuantizedCache("hqq", model.config, nbits=8, axis_key=1, axis_value=1),
-            ),
-        ):  # fmt: skip
+    ways: dict[str, Callable[[Any], Any]] = {
+        "KVQuantCache": lambda model: KVQuantCache(model.config)
+    } | {
+        backend: partial(_quantized, QuantizedCache, backend, options)
+        for backend, options in QUANTIZED.items()
+    }
+    found: dict[str, Any] = {}
+    for name, build in ways.items():
+        speeds = []
+        for dtype, model in models.items():
+            try:
+                cache = build(model)
+            except ImportError as error:
+                found[name] = str(error).splitlines()[0]
+                break
             clock = Clock()
-            model.set_attn_implementation(attention)
+            model.set_attn_implementation("kvquant" if name == "KVQuantCache" else "sdpa")
             greedy(model, ids, cache, tokens, clock)
-            found[f"{name}_{dtype}"] = 1e3 * len(clock.steps) / sum(clock.steps)
-    for name in ("KVQuantCache", "QuantizedCache"):
-        found[name] = max(speed for key, speed in found.items() if key.startswith(f"{name}_"))
-    return {**found, "ratio_of_fastest": found["KVQuantCache"] / found["QuantizedCache"]}
+            speeds.append(1e3 * len(clock.steps) / sum(clock.steps))
+            found[f"{name}_{dtype}"] = speeds[-1]
+        if speeds:
+            found[name] = max(speeds)
+    for name in QUANTIZED:
+        if isinstance(found[name], float):
+            found[f"ratio_to_{name}"] = found["KVQuantCache"] / found[name]
+    return found
+
+
+def _quantized(cache: Any, backend: str, options: dict[str, int], model: Any) -> Any:
+    return cache(backend, model.config, **options)
 
 
 def main(
@@ -118,8 +142,8 @@ def main(
     tokens: int = 17,
     seconds: Annotated[float, typer.Option(help="On a GPU: begin nothing after them.")] = 270,
     layers: Annotated[int, typer.Option(help="On a GPU.")] = 16,
-    hqq: Annotated[
-        bool, typer.Option(help="On the CPU only this: 256 tokens beside hqq's cache.")
+    quantized: Annotated[
+        bool, typer.Option(help="On the CPU only this: 256 tokens beside QuantizedCache's.")
     ] = False,
 ) -> None:
     """Print decode tokens/s of both caches in float32 and bfloat16, and the ratios.
@@ -139,9 +163,9 @@ def main(
     text = fetch(TEXT, folder).read_text(encoding="latin-1")
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :TEXT_TOKENS]
     models = {"float32": model, "bfloat16": copy.deepcopy(model).bfloat16()}
-    if hqq:
+    if quantized:
         beside = Report("256 tokens of generate on the CPU behind 512, SmolLM2-135M, batch 1")
-        beside.add(**beside_hqq(models, ids[:, :512], 256))
+        beside.add(**beside_quantized(models, ids[:, :512], 256))
         beside.finish(json)
         return
     report = Report("generate on the CPU, SmolLM2-135M, batch 1", threads=torch.get_num_threads())

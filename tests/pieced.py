@@ -11,10 +11,11 @@ import kvquant
 from kvquant import backends
 from kvquant.backends import Prepared, Problem
 from kvquant.backends.dense import Dense
-from kvquant.backends.pieces import History, Pieces, Result, Steps
+from kvquant.backends.pieces import Pieces
 from kvquant.backends.reference import REFERENCE, _Memory
 from kvquant.backends.reference_age import Held
 from kvquant.backends.reference_rows import rotate
+from kvquant.backends.steps import History, Result, Steps
 
 
 def dense(

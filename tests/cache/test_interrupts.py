@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 import kvquant
 from kvquant import QuantizedKVCache
-from modelled import LAYERS, Rows, append_dense, make, rows
+from modelled import LAYERS, Rows, append_dense, append_ragged, make, rows
 
 PACKAGE = str(Path(kvquant.__file__).parent)
 
@@ -118,3 +119,67 @@ def test_an_interrupt_at_any_line(kind, name, forked):
         while check_call(kind, name, line, forked=forked, repeated=repeated):
             line += 37 if is_long else 1
         assert line > 5
+
+
+CHANGES: dict[str, tuple[Callable[[QuantizedKVCache], None], Callable[[Rows], None]]] = {
+    "crop": (lambda cache: cache.crop(5), lambda model: model.crop(5)),
+    "crop from the end": (lambda cache: cache.crop(-17), lambda model: model.crop(-17)),
+    "reorder": (lambda cache: cache.reorder([2, 2, 0]), lambda model: model.select([2, 2, 0])),
+    "select": (lambda cache: cache.select([1, 1, 2]), lambda model: model.select([1, 1, 2])),
+    "reset": (lambda cache: cache.reset(), lambda model: model.reset()),
+}
+
+
+def check_change(kind: str, name: str, line: int, *, forked: bool) -> bool:
+    """Whether line ``line`` was reached; the change is made as a whole or not at all."""
+    torch.manual_seed(0)
+    change, wanted = CHANGES[name]
+    cache, model = make(kind, dtype=torch.float32), Rows(3)
+    append_ragged([cache], model, [40, 23, 37])
+    starts = torch.tensor([3, 0, 1], dtype=torch.int32)
+    cache.set_seq_starts(starts)
+    for layer in model.layers:
+        for (key, value), start in zip(layer, starts.tolist(), strict=True):
+            key[:start] = value[:start] = 0
+    fork, before = (cache.fork(), model.fork()) if forked else (None, None)
+    reached = False
+    with Interrupt(line):
+        try:
+            change(cache)
+        except KeyboardInterrupt:
+            reached = True
+    after = model.fork()
+    wanted(after)
+    found = cache.seq_lens_of(0).tolist()
+    assert found in (model.lengths, after.lengths)
+    assert reached or found == after.lengths
+    for layer in range(LAYERS):
+        bounds = cache._state.lengths.bounds(layer)
+        assert all(n <= bound for n, bound in zip(cache.seq_lens_of(layer), bounds, strict=True))
+    if found == after.lengths:
+        model = after
+    model.check(cache)
+    append_dense([cache], model, 30)
+    model.check(cache)
+    if fork is not None and before is not None:
+        append_dense([fork], before, 30)
+        before.check(fork)
+        del fork
+        model.check(cache)
+    if cache.block_size is not None:
+        pool = cache._state.pool
+        assert pool.num_blocks - pool.num_free == len(set(chain(*cache._state.blocks.ids)))
+    return reached
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    ("kind", "forked"),
+    [("contiguous", False), ("paged16", True), ("paged-growing", True)],
+    ids=["contiguous", "forked", "growing"],
+)
+def test_a_change_is_made_as_a_whole_or_not_at_all(kind, name, forked):
+    line = 1
+    while check_change(kind, name, line, forked=forked):
+        line += 1
+    assert line > 20

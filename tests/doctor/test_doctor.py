@@ -135,8 +135,8 @@ def test_a_slow_backend_is_seen(
     ("version", "state", "what"),
     [
         (None, "note", "not installed"),
-        ("4.55.4", "stops", "4.55.4 is too old: KVQuantCache needs 4.56"),
-        ("4.56.0", "ok", "4.56.0"),
+        ("5.3.0", "stops", "5.3.0 is too old: KVQuantCache needs 5.4"),
+        ("5.4.0", "ok", "5.4.0"),
         ("5.24.0.dev0", "ok", "5.24.0"),
     ],
 )
@@ -203,7 +203,7 @@ def test_the_command_needs_torch_alone(tmp_path: Path) -> None:
 
 @pytest.fixture
 def transformers() -> Any:
-    return pytest.importorskip("transformers", minversion="4.56")
+    return pytest.importorskip("transformers", minversion="5.4")
 
 
 def config_of(transformers: Any, **more: Any) -> Any:
@@ -300,7 +300,7 @@ def test_the_command_on_a_model(
 
 
 def test_a_bar_is_shown_for_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("transformers", minversion="4.56")
+    pytest.importorskip("transformers", minversion="5.4")
     pytest.importorskip("typer")
     terminal = pytest.importorskip("kvquant.terminal")
     bars: list[tuple[str, int]] = []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="4.56")
+transformers = pytest.importorskip("transformers", minversion="5.4")
 pytest.importorskip("rich")
 
 from kvquant import CacheFormat, cli  # noqa: E402

@@ -30,7 +30,8 @@ from safetensors.torch import load as load_tensors
 
 from kvquant import CacheFormat, QuantizedKVCache
 
-from .mutations import BYTE_EDITS, DRAFT_EDITS, Draft, edit_magic, edit_tree
+from .drafts import Draft
+from .mutations import BYTE_EDITS, DRAFT_EDITS, edit_magic, edit_tree
 
 MIB = 2**20
 SECONDS, HANGS_AFTER = 1.0, 20.0

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="4.56")
+transformers = pytest.importorskip("transformers", minversion="5.4")
 
 from kvquant.integrations.transformers import CACHE_ARGUMENT, KVQuantCache  # noqa: E402
 from tiny import assert_close, generate, ids_of, logits, make, reference  # noqa: E402

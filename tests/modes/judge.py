@@ -24,7 +24,7 @@ def judge(name: str, mode: str, device: str) -> str:
     Raises:
         AssertionError: Other tokens than those of eager attention.
     """
-    run = MODES[mode]
+    run = MODES[mode].run
     try:
         with _messages() as messages:
             found = run(Case(name, make(name, device), device))

@@ -16,7 +16,7 @@ from kvquant.integrations.transformers.graphs import CUDAGraph
 from recorded import RecordedGraph
 from tiny import generate, logits, make
 
-__all__ = ["MODES", "Case"]
+__all__ = ["MODES", "Case", "Mode"]
 
 _NEW, _PROMPT = 24, 70  # tokens; the models' window is 16
 
@@ -177,24 +177,47 @@ def _continuous(case: Case) -> Tensor:
     raise AssertionError("it ran: compare its tokens")
 
 
-MODES: dict[str, Callable[[Case], Tensor]] = {
-    "greedy": lambda case: case.generate(2),
-    "sampling (top-p)": lambda case: case.generate(2, do_sample=True, top_p=0.9),
-    "beam search": lambda case: case.generate(2, num_beams=3),
-    "assisted by a draft model on an 8-bit cache of its own": _assisted,
-    "prompt lookup": lambda case: case.generate(prompt_lookup_num_tokens=4),
-    "chunked prefill": lambda case: case.generate(2, prefill_chunk_size=32),
-    "left-padded batch": _padded,
-    "turns of a chat on one cache": _turns,
-    "forks of a prefix": _forks,
-    "`max_cache_len`": _fixed,
-    "`enable(model)`": _enabled,
-    "`torch.compile(model)`": _compiled,
-    "`torch.compile(model, fullgraph=True)`, `max_cache_len`": _compiled_whole,
-    "`graph_step`, or `enable(model, graph=True)`": _graphed,
-    "`cache.offload()` between turns": _offloaded,
-    "`device_map`: every other layer's weights on the CPU or disk": _mapped,
-    "training": _trained,
-    "`output_attentions=True`": _weights,
-    "`generate_batch`": _continuous,
+@dataclass(frozen=True)
+class Mode:
+    """A mode, and what stands in for a part of it where it is judged.
+
+    Attributes:
+        run: Gives its tokens.
+        always: What stands in on every device.
+        on_cpu: What stands in on a CPU.
+    """
+
+    run: Callable[[Case], Tensor]
+    always: str = ""
+    on_cpu: str = ""
+
+
+MODES = {
+    "greedy": Mode(lambda case: case.generate(2)),
+    "sampling (top-p)": Mode(lambda case: case.generate(2, do_sample=True, top_p=0.9)),
+    "beam search": Mode(lambda case: case.generate(2, num_beams=3)),
+    "assisted by a draft model on an 8-bit cache of its own": Mode(_assisted),
+    "prompt lookup": Mode(lambda case: case.generate(prompt_lookup_num_tokens=4)),
+    "chunked prefill": Mode(lambda case: case.generate(2, prefill_chunk_size=32)),
+    "left-padded batch": Mode(_padded),
+    "turns of a chat on one cache": Mode(_turns),
+    "forks of a prefix": Mode(_forks),
+    "`max_cache_len`": Mode(_fixed),
+    "`enable(model)`": Mode(_enabled),
+    "`torch.compile(model)`": Mode(
+        _compiled, always="traced with breaks, run by torch's eager backend"
+    ),
+    "`torch.compile(model, fullgraph=True)`, `max_cache_len`": Mode(
+        _compiled_whole, always="traced whole, run by torch's eager backend"
+    ),
+    "`graph_step`, or `enable(model, graph=True)`": Mode(
+        _graphed, on_cpu="a recorder of operations for the graph"
+    ),
+    "`cache.offload()` between turns": Mode(_offloaded),
+    "`device_map`: every other layer's weights on the CPU or disk": Mode(
+        _mapped, on_cpu="weights on the disk"
+    ),
+    "training": Mode(_trained),
+    "`output_attentions=True`": Mode(_weights),
+    "`generate_batch`": Mode(_continuous),
 }

@@ -13,7 +13,8 @@ from .modes import MODES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text()
 TABLE = PAGE.split("<!-- modes: begin -->")[1].split("<!-- modes: end -->")[0]
-ROWS = dict(line[2:].split(" | ", 1) for line in TABLE.strip().splitlines()[2:])
+LINES = [line[2:] for line in TABLE.splitlines() if line.startswith("| ")]
+ROWS = dict(line.split(" | ", 1) for line in LINES[2:])
 
 pytestmark = [
     pytest.mark.slow,

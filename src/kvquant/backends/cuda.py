@@ -17,6 +17,7 @@ from .affine import DTYPES
 from .base import Prepared, Problem
 from .compiled import Compiled, view_twin, young_field
 from .cuts import MIN_ROWS
+from .steps import History, Result, Steps
 
 __all__ = ["CUDA"]
 
@@ -46,7 +47,7 @@ class _Cuda(Compiled):
     def __init__(self) -> None:
         self._workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by device and stream
         self._parts: dict[Problem, Prepared] = {}
-        self.steps = pieces.Steps(
+        self.steps = Steps(
             self._read_piece, _dense_kernels, self._merge, self.append, self._prepare_codes,
             lambda x: self.is_capturing(self.queue(x)),
         )  # fmt: skip
@@ -76,7 +77,7 @@ class _Cuda(Compiled):
         return found
 
     def _read_piece(
-        self, view: CacheView, history: pieces.History, first: int, stored: tuple[int, int],
+        self, view: CacheView, history: History, first: int, stored: tuple[int, int],
         backwards: bool, key: Tensor, value: Tensor,
     ) -> None:  # fmt: skip
         table = history.table
@@ -87,7 +88,7 @@ class _Cuda(Compiled):
         )  # fmt: skip
 
     def _merge(
-        self, results: list[pieces.Result], sinks: Tensor | None, out: Tensor, lse: Tensor | None
+        self, results: list[Result], sinks: Tensor | None, out: Tensor, lse: Tensor | None
     ) -> None:
         sources = [
             (_place(x.out), _place(x.lse), x.out.dtype == torch.float32, x.is_backwards)

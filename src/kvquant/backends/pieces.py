@@ -12,8 +12,6 @@ kernel that reads codes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,11 +21,11 @@ from ..view import CacheView, Sequences
 from . import cuts
 from .base import Outputs, Prepared, Problem, look_of
 from .cuts import EDGE, FOLD, FULL, Call, Costs, Pass, Run
-from .dense import DTYPES, Dense
+from .dense import DTYPES
 from .runs import runs_of_call
+from .steps import History, Result, Steps
 
-__all__ = ["History", "Pieces", "Result", "Steps", "costs_of", "refuses"]
-
+__all__ = ["Pieces", "costs_of", "refuses"]
 
 _logger = logging.getLogger(__name__.split(".backends")[0])
 _reported: set[tuple[str, torch.Size, torch.Size]] = set()
@@ -71,62 +69,6 @@ def refuses(problem: Problem, memory: int) -> str | None:
     if (least := cuts.least_memory(costs_of(problem, memory))) > memory:
         return f"KVQUANT_CHUNK_MEMORY: {memory} bytes, and it takes {least}"
     return None
-
-
-@dataclass(frozen=True)
-class History:
-    """Where the tokens of neighbouring sequences are.
-
-    Attributes:
-        table: Their rows of the block table.
-        young: With a format by age, their slabs.
-        young_from: The first token that is read from these, behind the first group.
-    """
-
-    table: Tensor
-    young: Tensor | None = None
-    young_from: int = 0
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a piece gives.
-
-    Attributes:
-        out: ``(n, rows, heads, v_head_dim)``.
-        lse: float32 ``(n, rows, heads)``.
-        is_backwards: The rows are in reverse order.
-    """
-
-    out: Tensor
-    lse: Tensor
-    is_backwards: bool = False
-
-
-@dataclass(frozen=True)
-class Steps:
-    """What runs on the device.
-
-    Attributes:
-        read: ``(view, history, first, stored, is_backwards, key, value)``: dequantizes the tokens
-            from ``first`` on of each sequence into ``(n, kv_heads, tokens, dim)``, in reverse
-            order if asked to. A token that is not finite, has no place, or is not of the
-            range ``stored`` becomes a NaN key and a zero value, so that attention is NaN for those
-            who see it, and for no one else.
-        kernels: Dense attentions, the fastest first; none: pieces do not serve here. Waits for the
-            device when it is first called.
-        merge: ``(results, sinks, out, lse)``: the softmax over all results, and sinks (heads,).
-        append: The backend's.
-        prepare: Makes the kernel that reads codes ready for a part of the call.
-        is_capturing: Whether launches on a tensor's device are being captured in a graph.
-    """
-
-    read: Callable[[CacheView, History, int, tuple[int, int], bool, Tensor, Tensor], None]
-    kernels: Callable[[Problem], tuple[Dense, ...]]
-    merge: Callable[[list[Result], Tensor | None, Tensor, Tensor | None], None]
-    append: Callable[[Tensor, Tensor, CacheView, Sequences, None], None]
-    prepare: Callable[[Problem], Prepared]
-    is_capturing: Callable[[Tensor], bool]
 
 
 class Pieces(Prepared):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from threading import RLock
@@ -15,7 +15,16 @@ from torch import Tensor
 
 from ..errors import CacheFullError
 
-__all__ = ["BlockIds", "BlockMap", "BlockPool", "Change", "ceil_to", "index_tensor", "step_up"]
+__all__ = [
+    "BlockIds",
+    "BlockMap",
+    "BlockPool",
+    "Change",
+    "carry_through",
+    "ceil_to",
+    "index_tensor",
+    "step_up",
+]
 
 BlockIds: TypeAlias = tuple[tuple[int, ...], ...]
 
@@ -28,6 +37,19 @@ def ceil_to(count: int, multiple: int) -> int:
 def step_up(now: int, least: int, unit: int) -> int:
     """The next size of something that grows: an eighth more, at least ``unit`` and ``least``."""
     return max(least, now + max(unit, now // 8))
+
+
+def carry_through(steps: Callable[[], None]) -> None:
+    """Take steps that belong together: an interrupt in their midst is raised after the last one.
+
+    ``steps`` starts over then, so it must be such that what it did already does no harm; it asks
+    for no memory once the first thing is changed.
+    """
+    try:
+        steps()
+    except BaseException:
+        steps()
+        raise
 
 
 def index_tensor(
@@ -245,15 +267,18 @@ class Change:
         self._entries = index_tensor(list(changed.values()), device, torch.int32)
 
     def commit(self) -> None:
-        """Put them in."""
+        """Put them in; interrupted, the map and its table have them all the same."""
+        self._map.pool.mark()
+        carry_through(self._put)
+        self._map.pool.recount(self._gained, self._lost)
+
+    def _put(self) -> None:
         blocks = self._map
-        blocks.pool.mark()
         if self._table is not None:
             blocks.table = self._table
         elif self._at.numel():
             blocks.table.view(-1).index_copy_(0, self._at, self._entries)
         blocks.ids = self._ids
-        blocks.pool.recount(self._gained, self._lost)
 
 
 def _table(ids: BlockIds, width: int, device: torch.device) -> Tensor:

@@ -41,7 +41,8 @@ class Lengths:
         return [high - lag for lag in self._lag[layer]]
 
     def set_bounds(self, bounds: list[list[int]]) -> None:
-        """Replace the bounds of every layer."""
+        """Replace the bounds of every layer; at no point is one below the new one."""
+        self._lag = [[0] * len(of_layer) for of_layer in bounds]
         self.high = [max(of_layer) for of_layer in bounds]
         self._lag = [[max(of_layer) - n for n in of_layer] for of_layer in bounds]
 

@@ -20,7 +20,7 @@ from ..checks import check_index
 from ..formats import CacheFormat, LayerFormats
 from ..plan import AnyPlan
 from ..view import CacheView, Sequences
-from . import window
+from . import rearrange, window
 from .config import CacheConfig, check_layers
 from .state import CacheState
 
@@ -237,7 +237,7 @@ class CacheSequences:
             longest = state.lengths.longest()
             kept = [max(0, n + length) if length < 0 else min(n, length) for n in longest]
             window.check_crop(state, kept)
-        state.crop(length)
+        rearrange.crop(state, length)
 
     def slide(self, sliding_window: int, slack: int = 0) -> None:
         """Give back blocks that no later query with this ``sliding_window`` reads; paged only.
@@ -255,14 +255,12 @@ class CacheSequences:
         Raises:
             ValueError: A contiguous cache, a number out of range.
         """
-        before = self._state.window
-        window.slide(
-            self._state,
-            check_integer("sliding_window", sliding_window, 1, INT32_MAX),
-            check_integer("slack", slack, 0, INT32_MAX),
-        )
-        if self._state.window != before:
+        sliding_window = check_integer("sliding_window", sliding_window, 1, INT32_MAX)
+        slack = check_integer("slack", slack, 0, INT32_MAX)
+        kept = window.kept(self._state, sliding_window)
+        if self._state.window != kept:
             self._known.clear()  # plans with another window
+        window.slide(self._state, kept, slack)
 
     def compact(self) -> None:
         """Move a paged cache to memory of as many blocks as it holds, if that is a tenth less.
@@ -276,7 +274,7 @@ class CacheSequences:
 
     def reset(self) -> None:
         """Forget all tokens and the padding; the memory stays."""
-        self._state.reset()
+        rearrange.reset(self._state)
 
     def reorder(self, indices: Tensor | Iterable[int]) -> None:
         """Let sequence ``b`` continue what ``indices[b]`` was (beam search), in place.
@@ -295,7 +293,7 @@ class CacheSequences:
             len(chosen) == self.batch_size,
             f"indices: expected {self.batch_size}, got {len(chosen)}",
         )
-        self._state.reorder(chosen)
+        rearrange.reorder(self._state, chosen)
 
     def select(self, indices: Tensor | Iterable[int]) -> None:
         """Keep the sequences ``indices``, in that order; any number of them, any repeated.
@@ -305,7 +303,7 @@ class CacheSequences:
         Raises:
             ValueError: No index, or one out of range.
         """
-        self._adopt(self._state.fork(self._indices(indices)))
+        self._adopt(rearrange.fork(self._state, self._indices(indices)))
 
     def repeat_interleave(self, repeats: int) -> None:
         """Let ``repeats`` sequences follow from each, side by side.
@@ -321,7 +319,7 @@ class CacheSequences:
 
         Paged: both share blocks until one writes to them, in one stream. Contiguous: a copy.
         """
-        return self._of(self._state.fork(list(range(self.batch_size))), self.dtype)
+        return self._of(rearrange.fork(self._state, list(range(self.batch_size))), self.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self.fork()

@@ -1,4 +1,4 @@
-"""The parts of a cache together: lengths, blocks and memory, and what moves all of them."""
+"""The parts of a cache together: lengths, blocks and memory; room for more."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from torch import Tensor
 from ..errors import CacheFullError
 from ..formats import SPARE_TOKENS
 from ..view import CacheView, HostLengths, Sequences
-from .blocks import BlockIds, BlockMap, BlockPool, Change, ceil_to, index_tensor, step_up
+from .blocks import BlockIds, BlockMap, BlockPool, Change, ceil_to, step_up
 from .config import CacheConfig
 from .lengths import Lengths, is_capturing
 from .memory import LayerMemory
 from .young import allocate as allocate_young
-from .young import is_kept, selected, widen
 
-__all__ = ["CacheState"]
+__all__ = ["CacheState", "normal"]
 
 _ROWS = 256  # a contiguous layer grows by as many tokens at least
 
 # For what makes tensors: those made within torch.inference_mode() could not be written outside.
-_normal = torch.inference_mode(mode=False)
+normal = torch.inference_mode(mode=False)
 
 
 class CacheState:
@@ -62,11 +61,11 @@ class CacheState:
         self._seqs: list[Sequences | None] = [None] * config.num_layers
         self.room = [-1] * config.num_layers
         self.blocks = BlockMap(ids, width, pool, config.device)
-        self.may_share = bool(self._shared_tails())
+        self.may_share = bool(self.shared_tails())
         self.refresh_room()
 
     @classmethod
-    @_normal
+    @normal
     def empty(cls, config: CacheConfig, *, allocate: bool = True) -> CacheState:
         """A cache without tokens, its capacity allocated or left to growth."""
         paged, capacity = config.block_size, config.capacity
@@ -88,6 +87,11 @@ class CacheState:
         return cls(config, memory, pool, ids, seq_lens, None, bounds, width, allocate_young(config))
 
     # ------------------------------------------------------------------------------ what calls take
+
+    @property
+    def layers(self) -> range:
+        """The layers' numbers."""
+        return range(self.config.num_layers)
 
     def view(self, layer: int) -> CacheView:
         """A layer's memory, until it grows."""
@@ -138,7 +142,7 @@ class CacheState:
     def refresh_room(self, layer: int | None = None) -> None:
         """Work out how much room there is."""
         size, lengths = self.config.block_size, self.lengths
-        for i in self._layers if layer is None else (layer,):
+        for i in self.layers if layer is None else (layer,):
             view = self.memory.views[i]
             if size is None:
                 self.room[i] = view.block_size - lengths.high[i]
@@ -165,7 +169,7 @@ class CacheState:
             self.sync_lengths()  # the bounds may have been too high
             self._make_room(layer, counts, name)
 
-    @_normal
+    @normal
     def _make_room(self, layer: int, counts: Sequence[int], name: str) -> None:
         bounds = self.lengths.bounds(layer)
         ends = [n + new for n, new in zip(bounds, counts, strict=True)]
@@ -188,7 +192,7 @@ class CacheState:
     def _make_block_room(self, layer: int, ends: list[int], name: str) -> None:
         size, ids, pool = self.config.block_size or 1, self.blocks.ids, self.pool
         missing = [max(0, -(-n // size) - len(blocks)) for n, blocks in zip(ends, ids, strict=True)]
-        copies = self._shared_tails() if self.may_share else []
+        copies = self.shared_tails() if self.may_share else []
         here, there = self.memory.views[layer].num_blocks, pool.num_blocks
         if copies or any(missing):
             self.refuse_in_capture()
@@ -199,7 +203,7 @@ class CacheState:
             blocks = min(step_up(here, least, 1), there) if here < least else here
         else:
             blocks = here
-        for i in self._layers if copies else (layer,):
+        for i in self.layers if copies else (layer,):
             if self.memory.views[i].num_blocks < blocks:
                 self.refuse_in_capture()
                 self.memory.resize(i, num_blocks=blocks)
@@ -221,7 +225,7 @@ class CacheState:
             self.memory.copy_blocks(pairs)
             change.commit()
 
-    def _shared_tails(self) -> list[tuple[int, int]]:
+    def shared_tails(self) -> list[tuple[int, int]]:
         """(sequence, index) of held blocks that an append may write and that others read."""
         size = self.config.block_size or 1
         counts: dict[int, int] = {}
@@ -238,7 +242,7 @@ class CacheState:
         """See to memory for ``tokens`` tokens a sequence in every layer."""
         held = [len(blocks) for blocks in self.blocks.ids]
         try:
-            for layer in self._layers:
+            for layer in self.layers:
                 more = [max(0, tokens - n) for n in self.lengths.bounds(layer)]
                 self.make_room(layer, more, "tokens")
         except BaseException:
@@ -250,11 +254,11 @@ class CacheState:
     def expect(self, tokens: int) -> None:
         """See to room for ``tokens`` more in every layer, and raise the bounds by them."""
         counts = [tokens] * self.config.batch_size
-        for layer in self._layers:
+        for layer in self.layers:
             if self.room[layer] < tokens or self.pool.is_shared:
                 self.make_room(layer, counts, "tokens")
         self.lengths.stale = True  # a replay that does not come leaves them too high
-        for layer in self._layers:
+        for layer in self.layers:
             self.room[layer] -= tokens
             self.lengths.high[layer] += tokens
 
@@ -276,7 +280,7 @@ class CacheState:
 
     # ---------------------------------------------------------------------------------- sequences
 
-    def _live(self, lengths: list[int]) -> BlockIds:
+    def live(self, lengths: list[int]) -> BlockIds:
         """The blocks that the first ``lengths`` tokens of each sequence take."""
         size = self.config.block_size
         if size is None:
@@ -284,123 +288,15 @@ class CacheState:
         held = zip(self.blocks.ids, lengths, strict=True)
         return tuple(blocks[: -(-n // size)] for blocks, n in held)
 
-    def _picked(
-        self, indices: list[int]
-    ) -> tuple[list[list[int]], Tensor, Tensor | None, list[Tensor | None]]:
-        """Bounds, and copies of the lengths, padding and slabs, of the sequences ``indices``."""
-        bounds = [[of[i] for i in indices] for of in map(self.lengths.bounds, self._layers)]
-        at = index_tensor(indices, self.config.device)
-        starts = None if self.seq_starts is None else self.seq_starts.index_select(0, at)
-        return (
-            bounds, self.lengths.seq_lens.index_select(1, at), starts, selected(self.young, at)
-        )  # fmt: skip
-
-    @property
-    def _layers(self) -> range:
-        return range(self.config.num_layers)
-
-    def crop(self, length: int) -> None:
-        """Keep ``length`` tokens of each sequence, or remove ``-length``."""
-        length = max(-(2**31) + 1, min(length, 2**31 - 1))  # lengths are int32
-        if self.lengths.stale and (
-            self.config.block_size is not None or self.config.device.type == "cpu"
-        ):
-            self.settle()
-        of_layers = [self.lengths.bounds(i) for i in self._layers]
-        if length < 0:
-            bounds = [[max(0, n + length) for n in of] for of in of_layers]
-        else:
-            bounds = [[min(n, length) for n in of] for of in of_layers]
-        self._give_back(self._live([max(of) for of in zip(*bounds, strict=True)]))
-        # A block that was full, and is shared therefore, may be the one that is written next.
-        self.may_share = self.config.block_size is not None
-        self.room = [-1] * len(self.room)
-        seq_lens = self.lengths.seq_lens
-        after = (seq_lens + length).clamp(min=0) if length < 0 else seq_lens.clamp(max=length)
-        for i, format, young in zip(self._layers, self.config.formats, self.young, strict=True):
-            if young is not None and (
-                self.lengths.stale or not is_kept(format, of_layers[i], bounds[i])
-            ):
-                widen(
-                    self.config, format, self.view(i), young, self.blocks.table, seq_lens[i],
-                    after[i],
-                )  # fmt: skip
-        seq_lens.copy_(after)
-        self.lengths.set_bounds(bounds)
-        with self.pool.changing():
-            self.may_share = bool(self._shared_tails())
-        self.refresh_room()
-
-    @_normal
-    def fork(self, indices: list[int]) -> CacheState:
-        """A state with the sequences ``indices``: blocks are shared, or copied if contiguous."""
-        with self.pool.changing():
-            return self._fork(indices)
-
-    def _fork(self, indices: list[int]) -> CacheState:
-        self.settle()
-        config = replace(self.config, batch_size=len(indices))
-        bounds, seq_lens, starts, young = self._picked(indices)
-        live = self._live(self.lengths.longest())
-        ids: BlockIds = tuple(live[i] for i in indices)
-        if config.block_size is None:
-            memory = self.memory.selected([blocks[0] for blocks in ids])
-            pool = BlockPool(len(indices), len(indices))
-            ids = tuple((b,) for b in range(len(indices)))
-            return CacheState(config, memory, pool, ids, seq_lens, starts, bounds, 1, young)
-        self.may_share = True
-        self.room = [-1] * len(self.room)
-        state = CacheState(
-            config, self.memory, self.pool, ids, seq_lens, starts, bounds, self.blocks.width, young
-        )
-        state.window = self.window
-        if self.pool.limit is not None and config.num_blocks is None:
-            self.pool.limit += config.pool_share
-        return state
-
-    def reorder(self, indices: list[int]) -> None:
-        """Let sequence ``b`` be what ``indices[b]`` was, in place; as many sequences as before."""
-        self.settle()
-        bounds, seq_lens, starts, young = self._picked(indices)
-        live = self._live(self.lengths.longest())
-        ids, before = [list(live[i]) for i in indices], self.blocks.ids
-        pairs, taken = [], set()
-        if self.config.block_size is None:
-            spare = [blocks[0] for i, blocks in enumerate(before) if i not in indices]
-            for blocks in ids:
-                if blocks[0] in taken:
-                    pairs.append((blocks[0], spare.pop()))
-                    blocks[0] = pairs[-1][1]
-                taken.add(blocks[0])
-        with self.pool.changing():
-            change = Change(self.blocks, tuple(map(tuple, ids)))
-            self.may_share = self.config.block_size is not None
-            self.room = [-1] * len(self.room)
-            self.memory.copy_blocks(pairs, max(self.lengths.high))
-            change.commit()
-        self.lengths.seq_lens.copy_(seq_lens)
-        for slab, chosen in zip(self.young, young, strict=True):
-            if slab is not None and chosen is not None:
-                slab.copy_(chosen)
-        if self.seq_starts is not None and starts is not None:
-            self.seq_starts.copy_(starts)
-        self.lengths.set_bounds(bounds)
-        self.refresh_room()
-
-    @_normal
+    @normal
     def set_starts(self, starts: Tensor | None) -> None:
         """Take other numbers of padding tokens, in place where there are some."""
         if starts is None:
             self.seq_starts = None
         elif self.seq_starts is None:
             self.seq_starts = torch.empty_like(starts).copy_(starts)
-        else:
+        elif starts is not self.seq_starts:
             self.seq_starts.copy_(starts)
-
-    def reset(self) -> None:
-        """No tokens; the memory stays."""
-        self.crop(0)
-        self.seq_starts = None
 
     def release(self) -> None:
         """Give all blocks back at once: a traceback somewhere may keep the state alive."""

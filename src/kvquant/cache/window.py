@@ -9,7 +9,7 @@ from ..arguments import require
 from .blocks import BlockIds, BlockPool, Change, index_tensor
 from .state import CacheState
 
-__all__ = ["check_crop", "check_window", "compacted", "first_stored", "slide"]
+__all__ = ["check_crop", "check_window", "compacted", "first_stored", "kept", "slide"]
 
 _NONE = -1  # in the place of a block that was given back
 
@@ -21,17 +21,26 @@ def _first_needed(state: CacheState, length: int) -> int:
     return max(0, length - state.window) // group * group // (config.block_size or 1)
 
 
-def slide(state: CacheState, window: int, slack: int) -> None:
-    """See `QuantizedKVCache.slide`."""
-    config, lengths = state.config, state.lengths
+def kept(state: CacheState, sliding_window: int) -> int:
+    """How many tokens before a sequence's end are kept for attention with this window.
+
+    Raises:
+        ValueError: The cache is contiguous.
+    """
     require(
-        config.block_size is not None,
+        state.config.block_size is not None,
         "slide: only a paged cache (block_size) can give back blocks behind a window",
     )
+    # A step that begins a group reads the group before it.
+    return max(sliding_window, state.config.mean_group)
+
+
+def slide(state: CacheState, window: int, slack: int) -> None:
+    """See `QuantizedKVCache.slide`; ``window`` is what `kept` says."""
+    lengths = state.lengths
     if lengths.stale:
         state.sync_lengths()
-    # A step that begins a group reads the group before it.
-    state.window = max(window, config.mean_group)
+    state.window = window
     with state.pool.changing():
         ids: BlockIds = tuple(
             (_NONE,) * (first := min(_first_needed(state, lengths.shortest(b) - slack), len(of)))

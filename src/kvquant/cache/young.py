@@ -23,7 +23,7 @@ __all__ = [
     "restored",
     "selected",
     "slabs",
-    "widen",
+    "widened",
 ]
 
 
@@ -78,7 +78,7 @@ def is_kept(format: CacheFormat, before: Sequence[int], after: Sequence[int]) ->
     )
 
 
-def widen(
+def widened(
     config: CacheConfig,
     format: CacheFormat,
     view: CacheView,
@@ -86,8 +86,8 @@ def widen(
     table: Tensor,
     before: Tensor,
     after: Tensor,
-) -> None:
-    """Let the ring of one layer hold what it must after a crop: old rows return as they are.
+) -> Tensor:
+    """A copy of one layer's slabs whose ring holds what it must after a crop, old rows as they are.
 
     Args:
         config: Of the cache.
@@ -110,7 +110,8 @@ def widen(
     there = (tokens < end[:, None]) & (index < table.shape[1]) & (block >= 0)
     block, row = block.where(there, 0), row.where(there, 0)
     sequence, at = torch.arange(len(begin), device=begin.device)[:, None], group + tokens % ring
-    held = slabs(config, format, young)
+    result = young.clone()
+    held = slabs(config, format, result)
     for old, new in ((view.k, held.k), (view.v, held.v)):
         assert isinstance(old.format, AffineRows)
         for to, found in (
@@ -118,6 +119,7 @@ def widen(
             (new.params, old.params[block, :, row]),
         ):
             to[sequence, :, at] = found.where(there[..., None, None], to[sequence, :, at])
+    return result
 
 
 @contextmanager

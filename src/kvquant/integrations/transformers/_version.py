@@ -8,21 +8,19 @@ import torch
 
 __all__ = ["CACHE_ARGUMENT", "MINIMUM"]
 
-MINIMUM = (4, 56)
+MINIMUM = (5, 4)
+
+_NEEDED = f"kvquant.integrations.transformers needs transformers {MINIMUM[0]}.{MINIMUM[1]} or newer"
 
 try:
     import transformers
 except ImportError as missing:
-    raise ImportError(
-        "kvquant.integrations.transformers needs transformers 4.56 or newer: "
-        "pip install 'kvquant[transformers]'"
-    ) from missing
+    raise ImportError(f"{_NEEDED}: pip install 'kvquant[transformers]'") from missing
 
 _version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
 if _version < MINIMUM:
     raise ImportError(
-        f"kvquant.integrations.transformers needs transformers 4.56 or newer, found "
-        f"{transformers.__version__}: pip install --upgrade transformers"
+        f"{_NEEDED}, found {transformers.__version__}: pip install --upgrade transformers"
     )
 if not transformers.utils.is_torch_available():  # it says why on stderr
     raise ImportError(

@@ -361,7 +361,7 @@ class KVQuantLayer(CompiledLayer, LayerSequences, CacheLayerMixin):
             return stored if self._pending is None else stored + self._pending[0].shape[1]
         return self.length
 
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that a mask must cover."""
         if self.is_traced():
             assert self.max_cache_len is not None
@@ -372,9 +372,7 @@ class KVQuantLayer(CompiledLayer, LayerSequences, CacheLayerMixin):
         return sizes
 
     @torch.compiler.disable
-    def _mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        if isinstance(query_length, Tensor):  # 4.56 passes the positions
-            query_length = query_length.shape[0]
+    def _mask_sizes(self, query_length: int) -> tuple[int, int]:
         self.batch.masked = False
         if self.batch.is_captured and self.max_cache_len is not None:
             return KVLength(self.max_cache_len, self.batch, is_exact=False), 0
@@ -388,7 +386,7 @@ class KVQuantLayer(CompiledLayer, LayerSequences, CacheLayerMixin):
         """``max_cache_len``, -1 without."""
         return -1 if self.max_cache_len is None else self.max_cache_len
 
-    get_max_cache_shape = get_max_length  # its name in 4.56
+    get_max_cache_shape = get_max_length  # its name in 5.4
 
 
 def _row_shape(key: Tensor, value: Tensor) -> tuple[int, int, int, int, torch.device]:

@@ -114,9 +114,7 @@ def _kvquant_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     batch = getattr(length, "batch", None)
     causal, window = _causal_window(kwargs.get("mask_function", causal_mask_function))
     kwargs["kv_length"] = kv_length = int(length)
-    query_length = kwargs.get("q_length")
-    if query_length is None:  # 4.56 passes the positions
-        query_length = kwargs["cache_position"].shape[0]
+    query_length = kwargs["q_length"]
     if batch is None:
         if causal and kv_length > query_length:
             warn_once(

@@ -1,0 +1,70 @@
+"""What `pieces` has run on a device, and what goes in and comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..view import CacheView, Sequences
+from .base import Prepared, Problem
+from .dense import Dense
+
+__all__ = ["History", "Result", "Steps"]
+
+
+@dataclass(frozen=True)
+class History:
+    """Where the tokens of neighbouring sequences are.
+
+    Attributes:
+        table: Their rows of the block table.
+        young: With a format by age, their slabs.
+        young_from: The first token that is read from these, behind the first group.
+    """
+
+    table: Tensor
+    young: Tensor | None = None
+    young_from: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a piece gives.
+
+    Attributes:
+        out: ``(n, rows, heads, v_head_dim)``.
+        lse: float32 ``(n, rows, heads)``.
+        is_backwards: The rows are in reverse order.
+    """
+
+    out: Tensor
+    lse: Tensor
+    is_backwards: bool = False
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What runs on the device.
+
+    Attributes:
+        read: ``(view, history, first, stored, is_backwards, key, value)``: dequantizes the tokens
+            from ``first`` on of each sequence into ``(n, kv_heads, tokens, dim)``, in reverse
+            order if asked to. A token that is not finite, has no place, or is not of the
+            range ``stored`` becomes a NaN key and a zero value, so that attention is NaN for those
+            who see it, and for no one else.
+        kernels: Dense attentions, the fastest first; none: pieces do not serve here. Waits for the
+            device when it is first called.
+        merge: ``(results, sinks, out, lse)``: the softmax over all results, and sinks (heads,).
+        append: The backend's.
+        prepare: Makes the kernel that reads codes ready for a part of the call.
+        is_capturing: Whether launches on a tensor's device are being captured in a graph.
+    """
+
+    read: Callable[[CacheView, History, int, tuple[int, int], bool, Tensor, Tensor], None]
+    kernels: Callable[[Problem], tuple[Dense, ...]]
+    merge: Callable[[list[Result], Tensor | None, Tensor, Tensor | None], None]
+    append: Callable[[Tensor, Tensor, CacheView, Sequences, None], None]
+    prepare: Callable[[Problem], Prepared]
+    is_capturing: Callable[[Tensor], bool]
