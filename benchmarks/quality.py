@@ -21,7 +21,7 @@ import kvquant
 from benchmarks.common import Report
 from kvquant.demo import assets, model, quality
 
-PASSAGE, BETWEEN, TEXT_BEGIN = 512, 1024, 20_000  # tokens, tokens, characters
+PASSAGE, BETWEEN = 512, 1024  # tokens
 
 
 def load(gguf: Path | None) -> tuple[Any, Any]:
@@ -73,6 +73,7 @@ def main(
     context: Annotated[int, typer.Option(help="Tokens of prose.")] = 2048,
     repeat: Annotated[bool, typer.Option(help="The passage that returns, in place of it.")] = False,
     key_bias: Annotated[bool, typer.Option(help="With key biases like Qwen2's.")] = False,
+    begin: Annotated[int, typer.Option(help="Characters of the text that are left out.")] = 20_000,
     only: Annotated[
         str, typer.Option(help="Caches, by comma.")
     ] = "bf16,fp8,int8_plain,kvquant,k8v4,k4v4",
@@ -85,14 +86,15 @@ def main(
     """
     tokenizer, loaded = load(gguf)
     text = assets.fetch(assets.TEXT, assets.cache_folder()).read_text(encoding="latin-1")
-    ids = tokenizer(text[TEXT_BEGIN:], return_tensors="pt").input_ids[:, :context]
+    ids = tokenizer(text[begin:], return_tensors="pt").input_ids[:, :context]
     first = 0
     if repeat:
         ids, first = repeated(ids), PASSAGE + BETWEEN
     name = gguf.name if gguf else "SmolLM2-135M-Instruct"
     report = Report(
-        "Quality", model=name, tokens=ids.shape[1], compared_from=first, key_bias=key_bias
-    )
+        "Quality", model=name, begin=begin, tokens=ids.shape[1], compared_from=first,
+        key_bias=key_bias,
+    )  # fmt: skip
     by_name = caches(loaded.config, ids.shape[1], only.split(","), edges)
     with quality.key_bias(loaded) if key_bias else nullcontext():
         scores = quality.measure(loaded, ids, by_name, first=first)
