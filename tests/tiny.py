@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-transformers = pytest.importorskip("transformers", minversion="5.4")
+transformers = pytest.importorskip("transformers", minversion="5.5")
 
 from kvquant.integrations.transformers import CACHE_ARGUMENT  # noqa: E402
 

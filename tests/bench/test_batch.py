@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5.4")
+transformers = pytest.importorskip("transformers", minversion="5.5")
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 

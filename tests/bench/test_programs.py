@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("transformers", minversion="5.4")
+pytest.importorskip("transformers", minversion="5.5")
 testing = pytest.importorskip("typer.testing")
 pytest.importorskip("rich")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-transformers = pytest.importorskip("transformers", minversion="5.4")
+transformers = pytest.importorskip("transformers", minversion="5.5")
 
 from kvquant.compat.qwen import apply_switches, batches, generate_batch  # noqa: E402
 from kvquant.integrations.transformers import (  # noqa: E402

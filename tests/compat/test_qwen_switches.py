@@ -12,7 +12,7 @@ import torch
 import kvquant
 from kvquant import backends
 
-transformers = pytest.importorskip("transformers", minversion="5.4")
+transformers = pytest.importorskip("transformers", minversion="5.5")
 
 from kvquant.compat.qwen import Switches, apply_switches, from_pretrained  # noqa: E402
 from kvquant.compat.qwen import switches as module  # noqa: E402

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import kvquant
 
-transformers = pytest.importorskip("transformers", minversion="5.4")
+transformers = pytest.importorskip("transformers", minversion="5.5")
 
 from kvquant.integrations.transformers import (  # noqa: E402
     CACHE_ARGUMENT,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5.4")
+transformers = pytest.importorskip("transformers", minversion="5.5")
 
 from kvquant.integrations.transformers import CACHE_ARGUMENT, KVQuantCache  # noqa: E402
 from tiny import assert_close, generate, ids_of, logits, make, reference  # noqa: E402
@@ -68,7 +68,11 @@ def test_bytes_beside_those_of_a_dynamic_cache(device: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"num_beams": 3}, {"do_sample": True, "top_k": 5}, {"prompt_lookup_num_tokens": 4}],
+    [
+        {"num_beams": 3},
+        {"do_sample": True, "top_k": 5},
+        {"prompt_lookup_num_tokens": 4, "eos_token_id": 1},  # transformers 5.5 needs one for it
+    ],
     ids=["beams", "sampling", "lookup"],
 )
 def test_modes_of_generate(options: dict[str, Any], device: str) -> None:

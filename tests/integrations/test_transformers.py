@@ -7,7 +7,7 @@ import torch
 
 import kvquant
 
-transformers = pytest.importorskip("transformers", minversion="5.4")
+transformers = pytest.importorskip("transformers", minversion="5.5")
 
 from kvquant.integrations.transformers import (  # noqa: E402
     CACHE_ARGUMENT,

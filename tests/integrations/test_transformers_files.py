@@ -10,7 +10,7 @@ import torch
 
 from kvquant import CacheFormat, CacheFullError, QuantizedKVCache
 
-transformers = pytest.importorskip("transformers", minversion="5.4")
+transformers = pytest.importorskip("transformers", minversion="5.5")
 pytest.importorskip("safetensors.torch")
 
 from kvquant.integrations.transformers import CACHE_ARGUMENT, KVQuantCache  # noqa: E402

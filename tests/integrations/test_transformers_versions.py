@@ -17,8 +17,8 @@ UTILS = "def is_torch_available(): return False"
 @pytest.mark.parametrize(
     ("package", "says"),
     [
-        (MISSING, "needs transformers 5.4 or newer: pip install 'kvquant[transformers]'"),
-        (FAKE.format("4.57.6"), "needs transformers 5.4 or newer, found 4.57.6"),
+        (MISSING, "needs transformers 5.5 or newer: pip install 'kvquant[transformers]'"),
+        (FAKE.format("4.57.6"), "needs transformers 5.5 or newer, found 4.57.6"),
         (FAKE.format("6.1.0"), f"transformers 6.1.0 does not work with torch {torch.__version__}"),
     ],
 )

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5.4")
+transformers = pytest.importorskip("transformers", minversion="5.5")
 pytest.importorskip("rich")
 
 import kvquant.integrations.transformers  # noqa: E402, F401  (registers "kvquant")

@@ -37,7 +37,7 @@ def test_an_example_runs(name: str) -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model and a tokenizer of a few words."""
-    transformers = pytest.importorskip("transformers", minversion="5.4")
+    transformers = pytest.importorskip("transformers", minversion="5.5")
     tokenizers = pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("model")
     words = tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>")

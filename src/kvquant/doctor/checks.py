@@ -14,7 +14,7 @@ __all__ = ["Finding", "State", "examine", "serves_arch"]
 
 #: "stops": what was asked for does not run; "slow": it runs, correct and slow; "note": to know.
 State = Literal["ok", "note", "slow", "stops"]
-_TRANSFORMERS = (5, 4)
+_TRANSFORMERS = (5, 5)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

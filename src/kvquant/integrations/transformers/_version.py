@@ -8,7 +8,7 @@ import torch
 
 __all__ = ["CACHE_ARGUMENT", "MINIMUM"]
 
-MINIMUM = (5, 4)
+MINIMUM = (5, 5)
 
 _NEEDED = f"kvquant.integrations.transformers needs transformers {MINIMUM[0]}.{MINIMUM[1]} or newer"
 

@@ -386,7 +386,7 @@ class KVQuantLayer(CompiledLayer, LayerSequences, CacheLayerMixin):
         """``max_cache_len``, -1 without."""
         return -1 if self.max_cache_len is None else self.max_cache_len
 
-    get_max_cache_shape = get_max_length  # its name in 5.4
+    get_max_cache_shape = get_max_length  # its name in 5.5
 
 
 def _row_shape(key: Tensor, value: Tensor) -> tuple[int, int, int, int, torch.device]:

@@ -91,7 +91,7 @@ class LayerSequences(HostedLayer):
         self.refresh()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove tokens from the end: -n of them, or (as 5.4 does) all behind a positive length."""
+        """Remove tokens from the end: -n of them, or (as 5.5 does) all behind a positive length."""
         self.flush()
         self.batch.positions = None
         keep = tokens_to_remove if tokens_to_remove > 0 else self.length + tokens_to_remove
