@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
 import torch
+
+from kvquant.doctor import checks
+from kvquant.integrations.transformers._version import MINIMUM
 
 MISSING = "raise ModuleNotFoundError('No module named transformers')"
 FAKE = "from . import utils; __version__ = {!r}"
@@ -36,3 +40,10 @@ def test_what_is_not_served_is_said(package: str, says: str, tmp_path: Path) -> 
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ImportError: ")
     assert says in last
+
+
+def test_the_minimum_is_the_same_wherever_it_stands() -> None:
+    """The doctor looks without an import of transformers, pip before there is any."""
+    assert checks._TRANSFORMERS == MINIMUM
+    wanted = f"transformers>={'.'.join(map(str, MINIMUM))};"
+    assert any(line.replace(" ", "").startswith(wanted) for line in requires("kvquant") or ())
