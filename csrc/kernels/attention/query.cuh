@@ -228,9 +228,16 @@ struct AttentionTraits {
   static constexpr int kRows = kRowCount;  // query rows of a block
   static constexpr int kWarps = kShape.warps;
   static constexpr int kThreads = kShape.threads();
-  static constexpr int kStep = kShape.step();          // tokens a block takes at once
-  static constexpr int kTiles = kShape.tiles;          // of a warp
-  static constexpr bool kHeld = kShape.stages == 0;    // registers hold tokens on their way
+  static constexpr int kStep = kShape.step();        // tokens a block takes at once
+  static constexpr int kTiles = kShape.tiles;        // of a warp
+  static constexpr bool kHeld = kShape.stages == 0;  // registers hold tokens on their way
+  // Pieces that need no look at single tokens have a loop of their own, and what loops read time
+  // and again is kept in registers, where a warp's time is that of its instructions. With 8-bit
+  // keys at head_dim 128 it waits for memory, and fewer instructions were 1 to 2% slower: the
+  // faster a warp asks, the further warps drift apart.
+  static constexpr bool kTakesWhole =
+      kPlainCall && kHeld && kDim <= 128 &&
+      (kByAge || kDim <= 64 || kShape.has_room() || Key::code_bytes(8) + Value::code_bytes(8) <= 8);
   static constexpr int kRowSets = kRows / 8;           // softmax rows of a lane
   static constexpr int kRowsPerWarp = kRows / kWarps;  // to prepare
   // Of 16 rows of bytes: the highest ones of all rows come first.
@@ -419,17 +426,26 @@ __device__ __forceinline__ void prepare_query(const AttentionCall& p, const RawQ
 template <class Traits>
 struct Query {
   const QueryShared<Traits>& shared;
+  uint32_t
+      words;  // where this lane's are in shared memory, where instructions are few (kTakesWhole)
   RowScale scale[Traits::kRowSets];
   int g, t;
 
   __device__ __forceinline__ Query(const QueryShared<Traits>& from, const RowScale* scales, int g,
                                    int t)
       : shared(from), g(g), t(t) {
+    if constexpr (Traits::kTakesWhole) {
+      words = kept(shared_address(&from.words[0][0][threadIdx.x & 31]));
+    }
 #pragma unroll
     for (int r = 0; r < Traits::kRowSets; ++r) scale[r] = scales[g + 8 * r];
   }
   __device__ __forceinline__ uint4 fragment(int f, int step) const {
-    return shared.words[f][step][threadIdx.x & 31];
+    if constexpr (Traits::kTakesWhole) {
+      return load_shared(words + (f * QueryShared<Traits>::kSteps + step) * 32 * sizeof(uint4));
+    } else {
+      return shared.words[f][step][threadIdx.x & 31];
+    }
   }
 };
 
