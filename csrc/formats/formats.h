@@ -44,10 +44,16 @@ template <class Pair>
 struct AgedPair : Pair {
   static constexpr bool kByAge = true;
 };
-// Whether a pair's may be: 8-bit rows are no smaller when they are old.
+// Whether a pair's may be: pairs.def says so.
 template <class Pair>
 constexpr bool can_age(Pair) {
-  return !std::is_same_v<typename Pair::Key, Int8> || !std::is_same_v<typename Pair::Value, Int8>;
+#define KVQUANT_PAIR(Key, Value)
+#define KVQUANT_PAIR_BY_AGE(Key, Value) \
+  if (std::is_same_v<Pair, FormatPair<Key, Value>>) return true;
+#include "formats/pairs.def"
+#undef KVQUANT_PAIR_BY_AGE
+#undef KVQUANT_PAIR
+  return false;
 }
 
 // Calls f with the pair of these tags, and returns its Status; refuses what pairs.def does not
@@ -56,7 +62,9 @@ template <class F>
 constexpr KVQUANT_INLINE Status with_pair(RowFormat key, RowFormat value, F&& f) {
 #define KVQUANT_PAIR(Key, Value) \
   if (key == Key::kTag && value == Value::kTag) return f(FormatPair<Key, Value>{});
+#define KVQUANT_PAIR_BY_AGE KVQUANT_PAIR
 #include "formats/pairs.def"
+#undef KVQUANT_PAIR_BY_AGE
 #undef KVQUANT_PAIR
   return Status::unsupported(
       "kernels for this pair of row formats are not built (formats/pairs.def)");
