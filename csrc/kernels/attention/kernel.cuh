@@ -109,10 +109,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
                                 p.seqs.max_blocks == 1 ? first_block : -1);
   if (begins && !opens) {
     using Element = typename Traits::Element;
-    const auto append = Traits::kByAge
-                            ? append_aged<typename Traits::Pair, Element, Traits::kThreads>
-                            : append_groups<typename Traits::Pair, Element, Traits::kThreads>;
-    append(call, shared.groups, rows.stored, first_new, end_new);
+    using Pair = typename Traits::Pair;
+    if constexpr (Traits::kByAge) {
+      append_aged<Pair, Element, Traits::kThreads>(call, shared.groups, rows.stored, first_new,
+                                                   end_new);
+    } else {
+      append_groups<Pair, Element, Traits::kThreads>(call, shared.groups, rows.stored, first_new,
+                                                     end_new);
+    }
   }
   // Tokens that are not in the cache yet.
   const int new_begin = has_new && (!begins || opens) ? first_new : 1 << 30;
