@@ -25,6 +25,14 @@ inline const char* name_of(RowFormat tag) {
   with_format(tag, RowFormats{}, [&](auto format) { name = format.kName; });
   return name;
 }
+// Bits of a channel's codes, of key and value together.
+inline int code_bits(RowFormat key, RowFormat value) {
+  int bits = 0;
+  for (const RowFormat tag : {key, value}) {
+    with_format(tag, RowFormats{}, [&](auto format) { bits += format.code_bytes(8); });
+  }
+  return bits;
+}
 // The format of this name; false if there is none.
 template <class... Format>
 bool find_format(FormatList<Format...>, std::string_view name, RowFormat& tag) {
