@@ -165,23 +165,28 @@ ReadyRow ready_row(const Source<Format>& src, const float* mean, float* x) {
   return {x, src.dim, reduce_min(range.low), reduce_max(range.high), finite};
 }
 
-// An 8-bit row in another format. One that needs no larger codes than the format's stays as it is.
+// An 8-bit row in another format. One that needs no larger codes than the format's stays as it is,
+// where params are alike.
 template <class Format>
 void narrow(Format, const uint8_t* from, Int8::Params params, int dim, uint8_t* codes,
             typename Format::Params& to) {
   alignas(64) float x[kMaxDim];
   const float scale = Int8::affine(params).scale;
-  Vec largest = zero();
-  for (int c = 0; c < dim; c += kWidth) largest = max(Vec::load(from + c), largest);
-  if (scale == scale && reduce_max(largest) > Format::kMaxCode) {
-    Range range;
-    decode_row(Int8{}, from, params, dim, nullptr, x);
-    for (int c = 0; c < dim; c += kWidth) range.add(Vec::load(x + c));
-    const ReadyRow row{x, dim, reduce_min(range.low), reduce_max(range.high), true};
-    return row.store(Format{}, codes, to);
+  const bool finite = scale == scale;
+  if constexpr (std::is_same_v<typename Format::Params, Int8::Params>) {
+    Vec largest = zero();
+    for (int c = 0; c < dim; c += kWidth) largest = max(Vec::load(from + c), largest);
+    if (!finite || reduce_max(largest) <= Format::kMaxCode) {
+      for (int c = 0; c < dim; c += kWidth) Codes<Format>::store(codes, c, Vec::load(from + c));
+      to = params;
+      return;
+    }
   }
-  for (int c = 0; c < dim; c += kWidth) Codes<Format>::store(codes, c, Vec::load(from + c));
-  to = params;
+  Range range;
+  decode_row(Int8{}, from, params, dim, nullptr, x);
+  for (int c = 0; c < dim; c += kWidth) range.add(Vec::load(x + c));
+  const ReadyRow row{x, dim, reduce_min(range.low), reduce_max(range.high), finite};
+  row.store(Format{}, codes, to);
 }
 
 // The group behind the open one, whose mean is of stored rows.

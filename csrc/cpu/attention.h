@@ -180,12 +180,14 @@ struct TileRows {
       const uint8_t *k_row = kNoRow, *v_row = kNoRow;
       Run& to = runs[run_count++];
       to = {t, run, nullptr, nullptr};
-      if (some && kYoung) {
-        const int row = young.row(token);
-        run = least(run, young.run(token)), to.count = run;
-        k_row = young.codes(true, row), v_row = young.codes(false, row);
-        to.k_params = &young_params(young, true, row);
-        to.v_params = &young_params(young, false, row);
+      if constexpr (kYoung) {
+        if (some) {
+          const int row = young.row(token);
+          run = least(run, young.run(token)), to.count = run;
+          k_row = young.codes(true, row), v_row = young.codes(false, row);
+          to.k_params = &young_params(young, true, row);
+          to.v_params = &young_params(young, false, row);
+        }
       } else if (some) {
         k_row = rows_of<uint8_t>(cache.k.codes, at.block, tile.head) + int64_t(at.row) * k_bytes;
         v_row = rows_of<uint8_t>(cache.v.codes, at.block, tile.head) + int64_t(at.row) * v_bytes;

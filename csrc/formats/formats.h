@@ -25,6 +25,14 @@ inline const char* name_of(RowFormat tag) {
   with_format(tag, RowFormats{}, [&](auto format) { name = format.kName; });
   return name;
 }
+// Bits of a channel's codes, of key and value together.
+inline int code_bits(RowFormat key, RowFormat value) {
+  int bits = 0;
+  for (const RowFormat tag : {key, value}) {
+    with_format(tag, RowFormats{}, [&](auto format) { bits += format.code_bytes(8); });
+  }
+  return bits;
+}
 // The format of this name; false if there is none.
 template <class... Format>
 bool find_format(FormatList<Format...>, std::string_view name, RowFormat& tag) {
@@ -44,10 +52,16 @@ template <class Pair>
 struct AgedPair : Pair {
   static constexpr bool kByAge = true;
 };
-// Whether a pair's may be: 8-bit rows are no smaller when they are old.
+// Whether a pair's may be: pairs.def says so.
 template <class Pair>
 constexpr bool can_age(Pair) {
-  return !std::is_same_v<typename Pair::Key, Int8> || !std::is_same_v<typename Pair::Value, Int8>;
+#define KVQUANT_PAIR(Key, Value)
+#define KVQUANT_PAIR_BY_AGE(Key, Value) \
+  if (std::is_same_v<Pair, FormatPair<Key, Value>>) return true;
+#include "formats/pairs.def"
+#undef KVQUANT_PAIR_BY_AGE
+#undef KVQUANT_PAIR
+  return false;
 }
 
 // Calls f with the pair of these tags, and returns its Status; refuses what pairs.def does not
@@ -56,7 +70,9 @@ template <class F>
 constexpr KVQUANT_INLINE Status with_pair(RowFormat key, RowFormat value, F&& f) {
 #define KVQUANT_PAIR(Key, Value) \
   if (key == Key::kTag && value == Value::kTag) return f(FormatPair<Key, Value>{});
+#define KVQUANT_PAIR_BY_AGE KVQUANT_PAIR
 #include "formats/pairs.def"
+#undef KVQUANT_PAIR_BY_AGE
 #undef KVQUANT_PAIR
   return Status::unsupported(
       "kernels for this pair of row formats are not built (formats/pairs.def)");

@@ -97,6 +97,13 @@ def test_longer_sequences_are_cut_where_they_fill_the_chip(plan):
     assert plan(64, 1, 32, 8, 128, 128, False, 16384, 4 * SMS)[0] == 2  # here they do not
 
 
+def test_smaller_rows_are_cut_into_longer_pieces(choose):
+    sizes = 64, 1, 32, 8, 128, 128, False, 32768, SMS
+    pairs = [("int8", "int8"), ("int8", "int4"), ("int4", "int4")]
+    found = [choose(*sizes, k_format=k, v_format=v)["splits"] for k, v in pairs]
+    assert found == [10, 8, 5]
+
+
 @given(
     batch=st.integers(1, 300),
     tokens=st.integers(1, 40),

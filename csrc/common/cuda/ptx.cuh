@@ -60,6 +60,22 @@ __device__ __forceinline__ uint2 load_keep<uint2>(const void* p) {
   asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(u.x), "=r"(u.y) : "l"(p));
   return u;
 }
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return uint32_t(__cvta_generic_to_shared(p));
+}
+// Read where this stands, however often: the compiler would take what loops need to registers.
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 u;
+  asm volatile("ld.volatile.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(u.x), "=r"(u.y), "=r"(u.z), "=r"(u.w)
+               : "r"(address));
+  return u;
+}
+__device__ __forceinline__ float load_shared_float(uint32_t address) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address));
+  return x;
+}
 // A piece of a row, from shared memory or from global.
 template <class T, bool kShared>
 __device__ __forceinline__ T load_piece(const uint8_t* p) {

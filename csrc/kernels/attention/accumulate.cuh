@@ -55,10 +55,18 @@ class HalfAccumulator {
     if (v_scale > scale_limit_) {
       const float before = unlift_;
       const int lift = min(max(-ilogbf(v_scale), -kMostLift), kMostLift);
-      unlift_ = exp2f(float(-lift));
-      lift_ = half2_bits(__float2half2_rn(exp2f(float(lift))));
-      scale_limit_ = kHeadroom * unlift_;
-      lifted = before / unlift_;
+      if constexpr (Traits::kTakesWhole) {  // a division's call would cost registers
+        unlift_ = exp2_approx(float(-lift));
+        const float raised = exp2_approx(float(lift));
+        lift_ = half2_bits(__float2half2_rn(raised));
+        scale_limit_ = kHeadroom * unlift_;
+        lifted = before * raised;
+      } else {
+        unlift_ = exp2f(float(-lift));
+        lift_ = half2_bits(__float2half2_rn(exp2f(float(lift))));
+        scale_limit_ = kHeadroom * unlift_;
+        lifted = before / unlift_;
+      }
     }
 #pragma unroll
     for (int r = 0; r < kRowSets; ++r) {
@@ -82,12 +90,11 @@ class HalfAccumulator {
   __device__ __forceinline__ void add(const float (&score)[kRowSets][4],
                                       const TileParams<Value>& params,
                                       const ValueTile<Value, Traits::kDim>& values) {
-    const bool odd = threadIdx.x & 4;  // g
     uint32_t scale[2], first[2], weight[kRowSets][2];
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
       scale[pair] = params.scales(pair);
-      first[pair] = odd ? kOnes : params.offsets(pair);
+      first[pair] = offsets_or_ones(params.offsets(pair));
     }
     const uint4 a = make_uint4(first[0], scale[0], first[1], scale[1]);
 #pragma unroll
@@ -170,12 +177,25 @@ class HalfAccumulator {
  private:
   static constexpr uint32_t kOnes = 0x3c003c00u;
 
+  // Rows g sum offsets, but weights where g is odd.
+  static __device__ __forceinline__ uint32_t offset_rows() {
+    return Traits::kTakesWhole ? kept(threadIdx.x & 4 ? 0u : ~0u) : 0u;
+  }
+  __device__ __forceinline__ uint32_t offsets_or_ones(uint32_t offsets) const {
+    if constexpr (Traits::kTakesWhole) {
+      return (offsets & offset_rows_) | (kOnes & ~offset_rows_);
+    } else {
+      return threadIdx.x & 4 ? kOnes : offsets;
+    }
+  }
+
   // Of weights times operands: m-tiles of 16 rows; [0], [1]: row g, queries 2t, 2t + 1; [2], [3]:
   // row g + 8.
   float c_[Traits::kDim / 16][kRowSets][4] = {};
   float weights_[kRowSets][4] = {};  // their sum since the last flush, in every row
   float sums_[kRowSets][4] = {};     // rows g: of p offset, of p if g is odd; g + 8: of p scale
   float base_[kRowSets];
+  uint32_t offset_rows_ = offset_rows();
   uint32_t lift_ = kOnes;  // halves that scales are multiplied by
   float unlift_ = 1.f, scale_limit_ = 0.f;
 

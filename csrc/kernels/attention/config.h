@@ -10,9 +10,11 @@ namespace kvquant::cuda {
 constexpr int kTile = 16;        // tokens of a tensor core's step
 constexpr int kMinSplit = 256;   // tokens; shorter splits cost more than they gain
 constexpr int kMaxSplits = 256;  // of a sequence: what one block merges
-// Tokens of a split where there is work enough and sequences may be longer than kUneven: evens out
-// unequal ones (64 of 1 to 16384 tokens on an H200: 82% of the read ceiling with splits of 4096,
-// sequence by sequence, 85% with the short last splits behind all others, 88% so).
+// Tokens of a split of 8-bit rows where there is work enough and sequences may be longer than
+// kUneven: evens out unequal ones (64 of 1 to 16384 tokens on an H200: 82% of the read ceiling with
+// splits of 4096, sequence by sequence, 85% with the short last splits behind all others, 88% so).
+// Splits of smaller rows are longer: a block's other work takes the time of more of them (k4v4, 64
+// of 32768: 78% with splits of 3072, 81% of 6144; 64 of 1 to 32768: 75% and 77%).
 constexpr int kMaxSplit = 3072, kUneven = 8192;
 constexpr int kMaxStages = 2;    // of a warp's ring
 constexpr int kBlockCost = 256;  // tokens' worth of a block's other work
@@ -91,11 +93,12 @@ constexpr int split_length(int span, int splits, int step) {
 
 // The splits that finish soonest: waves of blocks, each as long as its tokens and what a block
 // costs besides (prologue and combining).
-inline int choose_splits(const AttentionShape& shape, int capacity) {
+// code_bits: of a channel's codes, of key and value together.
+inline int choose_splits(const AttentionShape& shape, int capacity, int code_bits) {
   const int most = int(std::min<int64_t>(
       {kMaxSplits, (capacity + kMinSplit - 1) / kMinSplit, 8 * shape.slots / shape.units + 1}));
   const bool uneven = shape.fills && capacity > kUneven;
-  int best = uneven ? std::min(capacity / kMaxSplit, kMaxSplits) : 1;
+  int best = uneven ? std::clamp(capacity / (kMaxSplit * 16 / code_bits), 1, kMaxSplits) : 1;
   double best_cost = 1e30;
   for (int splits = best; splits <= most; ++splits) {
     const int length = split_length(capacity, splits, shape.instance.step());
@@ -143,10 +146,10 @@ inline AttentionShape shape_attention(int batch, int tokens, int q_heads, int kv
 
 // capacity, split_size: tokens; split_size 0: as suits the sizes.
 inline AttentionPlan plan_attention(const AttentionShape& shape, int batch, int capacity,
-                                    int split_size = 0) {
+                                    int code_bits, int split_size = 0) {
   AttentionPlan plan{};
   plan.splits = split_size > 0 ? std::max(1, (capacity + split_size - 1) / split_size)
-                               : choose_splits(shape, capacity);
+                               : choose_splits(shape, capacity, code_bits);
   plan.counters = std::max(1, batch);
   plan.partial_floats =
       plan.splits > 1 ? shape.units * plan.splits * partial_floats(shape.head_dim, shape.rows) : 0;

@@ -6,194 +6,9 @@
 // and values are appended by the blocks that attend to them.
 #pragma once
 
-#include "kernels/attention/combine.cuh"
+#include "kernels/attention/main_loop.cuh"
 
 namespace kvquant::cuda {
-
-// Softcap, ALiBi and the mask on a tile's scores.
-// Tokens that no row sees may hold anything: their params become zeros. So do those of values that
-// are not finite, and the scores of rows that see them become NaN.
-template <class Traits, class Value>
-__device__ __forceinline__ void mask_scores(const AttentionCall& p,
-                                            const AttentionShared<Traits>& shared, int token, int g,
-                                            int t, TileParams<Value>& v_params,
-                                            float (&score)[Traits::kRowSets][4]) {
-  const float cap = p.softcap * kLog2e;
-#pragma unroll
-  for (int r = 0; r < Traits::kRowSets; ++r) {
-    const RowView view = shared.views[g + 8 * r];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int j = token + 4 * t + i;
-      float& s = score[r][i];
-      if (p.softcap > 0.f) s = cap * tanh_approx(s * __frcp_rn(cap));
-      s -= view.slope * fabsf(float(view.position - j));
-      if (j < view.begin || j >= view.end) s = -INFINITY;
-    }
-  }
-  const int begin = max(shared.rows.begin, shared.rows.start), end = shared.rows.end;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int j = token + 4 * t + i;
-    const bool seen = j >= begin && j < end;
-    if (seen && v_params.scale(i) <= kMaxAbs) continue;
-    v_params.set(i, {});
-#pragma unroll
-    for (int r = 0; r < Traits::kRowSets; ++r) {
-      if (seen && score[r][i] != -INFINITY) score[r][i] = NAN;
-    }
-  }
-}
-
-// A warp's way through tokens up to `end`: every kWarps-th piece of one or two tiles, the next ones
-// on their way while one is worked on. Block: the traits of the block.
-template <class Traits, class Block = Traits, class Tokens = InBlocks>
-struct MainLoop {
-  using Place = typename LoadPipeline<Traits>::Place;
-  using Value = typename Traits::Value;
-
-  const AttentionCall& p;
-  const Paging& paging;
-  const Tokens tokens;
-  LoadPipeline<Traits> pipeline;
-  const int32_t* table;  // of the sequence
-  // Tiles from clean_begin on and up to clean_end need no look at single scores.
-  int clean_begin, clean_end;
-  int end, lane_end;  // the same; of lane_end the compiler does not see that all lanes have one
-  int warp, token;    // nor of token
-  int block[Traits::kTiles];  // of the piece that was asked for last, -1: none
-
-  __device__ __forceinline__ MainLoop(const AttentionCall& p, const Paging& paging, int warp,
-                                      const Tokens& tokens = {})
-      : p(p), paging(paging), tokens(tokens), pipeline(p), warp(warp) {}
-
-  // Works out what needs no lengths.
-  __device__ __forceinline__ void find(const RowTile& rows, unsigned char* rings) {
-    table = p.seqs.block_table + rows.sequence * p.seqs.block_table_stride;
-    pipeline.find(rows.head, rings, p.stages);
-  }
-  // From `begin` on: asks for the first pieces, as many as have room.
-  __device__ __forceinline__ void start(const RowTile& rows, int first_block, int begin, int end) {
-    this->end = end, lane_end = int(kept(end));
-    token = int(kept(begin + warp * kTile * Traits::kTiles));
-#pragma unroll
-    for (int u = 0; u < Traits::kTiles; ++u) block[u] = tokens.block(first_block);
-    for (int i = 0; i < pipeline.stages(); ++i) {
-      const int at = token + i * Traits::kStep;
-      find_blocks(at, block);
-      Place places[Traits::kTiles];
-      find_places(at, block, places);
-      load_keys(at, places);
-      load_values(at, places);
-    }
-    clean_begin = p.softcap == 0.f && !p.alibi_slopes ? rows.all_begin : 1 << 30;
-    clean_end = rows.all_end - kTile;
-  }
-
-  // Blocks of the piece at `at`. Nothing to look up where a sequence has one.
-  __device__ __forceinline__ void find_blocks(int at, int (&found)[Traits::kTiles]) const {
-    if (p.seqs.max_blocks == 1) return;
-#pragma unroll
-    for (int u = 0; u < Traits::kTiles; ++u) {
-      const int index = min(tokens.token(at + u * kTile) >> paging.shift, p.seqs.max_blocks - 1);
-      found[u] = tokens.block(checked_block(p.cache, load_word(table, index)));
-    }
-  }
-  __device__ __forceinline__ void find_places(int at, const int (&blocks)[Traits::kTiles],
-                                              Place (&places)[Traits::kTiles]) const {
-#pragma unroll
-    for (int u = 0; u < Traits::kTiles; ++u) {
-      places[u] = pipeline.place(blocks[u], tokens.row(paging, at + u * kTile));
-    }
-  }
-  __device__ __forceinline__ void load_keys(int at, const Place (&places)[Traits::kTiles]) {
-#pragma unroll
-    for (int u = 0; u < Traits::kTiles; ++u) {
-      if (at + u * kTile >= lane_end) break;
-      pipeline.load_keys(u, places[u]);
-    }
-  }
-  __device__ __forceinline__ void load_values(int at, const Place (&places)[Traits::kTiles]) {
-#pragma unroll
-    for (int u = 0; u < Traits::kTiles; ++u) {
-      if (at + u * kTile >= lane_end) break;
-      pipeline.load_values(u, places[u]);
-    }
-    pipeline.commit_stage();
-  }
-  __device__ __forceinline__ void mask_tile(const AttentionShared<Block>& shared, int at,
-                                            bool usable, int g, int t, TileParams<Value>& v_params,
-                                            float (&score)[Traits::kRowSets][4]) const {
-    if (at < end && usable) {
-      return mask_scores(p, shared, tokens.token(at), g, t, v_params, score);
-    }
-    v_params = {};
-#pragma unroll
-    for (int r = 0; r < Traits::kRowSets; ++r) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) score[r][i] = -INFINITY;
-    }
-  }
-  // Takes the pieces before `until`. shared.mean_scores are of groups from first_group on; tokens
-  // from new_begin on are not in the cache yet.
-  __device__ __forceinline__ void run(const AttentionShared<Block>& shared,
-                                      const Query<Block>& query, int first_group, int until,
-                                      int new_begin, Accumulator<Block>& acc) {
-    const int g = query.g, t = query.t;
-    const float* const mean_scores = &shared.mean_scores[0][g] - first_group * Traits::kRows;
-    while (token < until) {
-      const int next = token + pipeline.stages() * Traits::kStep;
-      int next_block[Traits::kTiles];
-#pragma unroll
-      for (int u = 0; u < Traits::kTiles; ++u) next_block[u] = block[u];
-      find_blocks(next, next_block);
-      Place places[Traits::kTiles];
-      find_places(next, next_block, places);
-      pipeline.wait_stage();
-      float score[Traits::kTiles][Traits::kRowSets][4], v_scale = 0.f;
-      TileParams<Value> v_params[Traits::kTiles];
-#pragma unroll
-      for (int u = 0; u < Traits::kTiles; ++u) {
-        const int at = token + u * kTile;
-        float dot[Traits::kRowSets];
-#pragma unroll
-        for (int r = 0; r < Traits::kRowSets; ++r) {
-          dot[r] = mean_scores[(at >> paging.group_shift) * Traits::kRows + 8 * r];
-        }
-        const int first = tokens.token(at);
-        if constexpr (std::is_same_v<Traits, typename Block::Appended>) {
-          if (first + kTile > new_begin) pipeline.take_new(u, first, shared.new_tokens);
-        }
-        mma_qk(pipeline.keys(u), query, dot, score[u]);
-        v_params[u] = pipeline.value_params(u);
-        const bool usable = pipeline.usable(u, block[u]);
-        if (first < clean_begin || first > clean_end || !usable) {
-          mask_tile(shared, at, usable, g, t, v_params[u], score[u]);
-        }
-        v_scale = fmaxf(v_scale, v_params[u].largest_scale());
-      }
-      load_keys(next, places);
-      float best[Traits::kRowSets];
-#pragma unroll
-      for (int r = 0; r < Traits::kRowSets; ++r) {
-        best[r] = kNoScore;
-#pragma unroll
-        for (int u = 0; u < Traits::kTiles; ++u) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) best[r] = fmaxf(best[r], score[u][r][i]);
-        }
-      }
-      acc.rescale(best, v_scale, t);
-#pragma unroll
-      for (int u = 0; u < Traits::kTiles; ++u) acc.add(score[u], v_params[u], pipeline.values(u));
-      load_values(next, places);
-      if (token / Traits::kStep % Accumulator<Block>::kFlush == 0) acc.template flush<Value>();
-      token += Traits::kStep;
-#pragma unroll
-      for (int u = 0; u < Traits::kTiles; ++u) block[u] = next_block[u];
-    }
-  }
-};
 
 // Adds the young tokens of a split to what is settled of others.
 template <class Traits>
@@ -294,10 +109,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
                                 p.seqs.max_blocks == 1 ? first_block : -1);
   if (begins && !opens) {
     using Element = typename Traits::Element;
-    const auto append = Traits::kByAge
-                            ? append_aged<typename Traits::Pair, Element, Traits::kThreads>
-                            : append_groups<typename Traits::Pair, Element, Traits::kThreads>;
-    append(call, shared.groups, rows.stored, first_new, end_new);
+    using Pair = typename Traits::Pair;
+    if constexpr (Traits::kByAge) {
+      append_aged<Pair, Element, Traits::kThreads>(call, shared.groups, rows.stored, first_new,
+                                                   end_new);
+    } else {
+      append_groups<Pair, Element, Traits::kThreads>(call, shared.groups, rows.stored, first_new,
+                                                     end_new);
+    }
   }
   // Tokens that are not in the cache yet.
   const int new_begin = has_new && (!begins || opens) ? first_new : 1 << 30;

@@ -85,11 +85,13 @@ class RegisterPipeline {
   using Lane = LanePieces<Traits>;
   using Keys = typename Lane::Keys;
   using Values = typename Lane::Values;
+  using KeyParams = decltype(Keys::params);
+  using ValueParams = decltype(Values::params);
 
  public:
   static constexpr int kSharedBytes = 0;  // of a stage of a warp
   static constexpr int kGroups = 0;       // of copies, a piece
-  // Where a tile's rows begin, the same for all lanes of a warp.
+  // Where a tile's rows begin, the same for all lanes of a warp, or what this lane reads of them.
   struct Place {
     const uint8_t *k_codes, *k_params, *v_codes, *v_params;
   };
@@ -98,12 +100,15 @@ class RegisterPipeline {
   __device__ __forceinline__ void find(int head, unsigned char*, int) {
     pieces_ = {call_.cache.k.head_dim, call_.cache.v.head_dim, int(threadIdx.x & 31) >> 2,
                int(threadIdx.x & 3)};
+#pragma unroll
+    for (int u = 0; u < Traits::kTiles; ++u) keys_[u] = {}, values_[u] = {};
+    find_head(head);
+  }
+  __device__ __forceinline__ void find_head(int head) {
     k_codes_ = of_head(call_.k_codes, head), k_params_ = of_head(call_.k_params, head);
     v_codes_ = of_head(call_.v_codes, head), v_params_ = of_head(call_.v_params, head);
     key_offset_ = kept(pieces_.key_offset()), value_offset_ = kept(pieces_.value_offset());
     token_ = kept(pieces_.value_token(0));
-#pragma unroll
-    for (int u = 0; u < Traits::kTiles; ++u) keys_[u] = {}, values_[u] = {};
   }
   __device__ __forceinline__ constexpr int stages() const { return 1; }
   __device__ __forceinline__ void wait_stage() {}
@@ -114,9 +119,9 @@ class RegisterPipeline {
   __device__ __forceinline__ Place place(int block, int row) const {
     block = max(block, 0);
     return {k_codes_.at(block, row, pieces_.key_bytes()),
-            k_params_.at(block, row, decltype(Keys::params)::kBytes),
+            k_params_.at(block, row, KeyParams::kBytes),
             v_codes_.at(block, row, pieces_.value_bytes()),
-            v_params_.at(block, row, decltype(Values::params)::kBytes)};
+            v_params_.at(block, row, ValueParams::kBytes)};
   }
   __device__ __forceinline__ void load_keys(int u, const Place& from) {
     pieces_.template load_keys<false>(keys_[u], from.k_codes + key_offset_);
@@ -125,6 +130,25 @@ class RegisterPipeline {
   __device__ __forceinline__ void load_values(int u, const Place& from) {
     pieces_.template load_values<false>(values_[u], from.v_codes + value_offset_);
     load_params(values_[u].params, from.v_params);
+  }
+  // The same by lanes' places, which advance() moves by so many rows of a block.
+  __device__ __forceinline__ Place of_lane(const Place& place) const {
+    return {place.k_codes + key_offset_, place.k_params + token_ * KeyParams::kBytes,
+            place.v_codes + value_offset_, place.v_params + token_ * ValueParams::kBytes};
+  }
+  __device__ __forceinline__ void advance(Place& place, int rows) const {
+    place.k_codes += rows * pieces_.key_bytes(), place.k_params += rows * KeyParams::kBytes;
+    place.v_codes += rows * pieces_.value_bytes(), place.v_params += rows * ValueParams::kBytes;
+  }
+  __device__ __forceinline__ void load_lane_keys(int u, const Place& from) {
+    pieces_.template load_keys<false>(keys_[u], from.k_codes);
+  }
+  __device__ __forceinline__ void load_lane_key_params(int u, const Place& from) {
+    keys_[u].params.words = load_keep<typename KeyParams::Words>(from.k_params);
+  }
+  __device__ __forceinline__ void load_lane_values(int u, const Place& from) {
+    pieces_.template load_values<false>(values_[u], from.v_codes);
+    values_[u].params.words = load_keep<typename ValueParams::Words>(from.v_params);
   }
   __device__ __forceinline__ void commit_stage() {}
   __device__ __forceinline__ void take_new(int u, int at, const NewTokens<Traits>& new_tokens) {

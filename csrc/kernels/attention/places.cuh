@@ -8,6 +8,7 @@ namespace kvquant::cuda {
 
 // Where a loop finds its tokens, which it counts as it takes them.
 struct InBlocks {
+  static constexpr bool kInOrder = true;  // a block's rows are tokens one after the other
   __device__ __forceinline__ int token(int i) const { return i; }
   __device__ __forceinline__ int block(int found) const { return found; }
   __device__ __forceinline__ int row(const Paging& paging, int i) const { return i & paging.mask; }
@@ -15,6 +16,7 @@ struct InBlocks {
 // Young tokens of a split: of the first group, and behind `hole` others those from `from` on.
 // Blocks of their view are sequences, but none where the tokens have none.
 struct InSlab {
+  static constexpr bool kInOrder = false;
   int group, from, begin, end;  // [begin, end): as they are counted
   int sequence, ring;           // place of `from`
 

@@ -9,8 +9,7 @@
 #include "common/paging.h"
 #include "common/rows.h"
 #include "formats/formats.cuh"
-#include "kernels/attention/call.h"
-#include "kernels/attention/config.h"
+#include "kernels/attention/traits.cuh"
 
 namespace kvquant::cuda {
 
@@ -197,88 +196,6 @@ struct RowTile {
   }
 };
 
-// Whether a lane's four channels of every row can be one access.
-template <class T>
-bool is_aligned(const Rows& rows) {
-  const uint64_t any = reinterpret_cast<uintptr_t>(rows.data) / sizeof(T) |
-                       uint64_t(rows.batch_stride) | uint64_t(rows.token_stride) |
-                       uint64_t(rows.head_stride);
-  return any % 4 == 0;
-}
-
-template <class Traits>
-struct YoungTraits;
-
-// The compile-time choices of one instance. A plain call has none of the rarer features and rows
-// that fill the instance; its code is half as long, which a short call waits for.
-template <class Formats, int kHeadDim, int kRowCount, class T, bool kIsPlainCall,
-          Occupancy kOccupancy>
-struct AttentionTraits {
-  using Key = typename Formats::Key;
-  using Value = typename Formats::Value;
-  using Pair = FormatPair<Key, Value>;
-  static constexpr bool kPlainCall = kIsPlainCall;
-  static constexpr bool kByAge = Formats::kByAge, kIsYoung = false;
-  using Element = T;  // of query and output
-  // float32 weights are kept as fp16 and what fp16 left of them.
-  static constexpr bool kSplit = std::is_same_v<T, float>;
-  static constexpr int kQueryLimbs = kSplit ? 3 : 2;  // bytes of a query's integer
-  static constexpr InstanceShape kShape = instance_shape(kHeadDim, kRowCount, kSplit, kOccupancy);
-  static constexpr int kDim = kHeadDim;
-  static constexpr int kRows = kRowCount;  // query rows of a block
-  static constexpr int kWarps = kShape.warps;
-  static constexpr int kThreads = kShape.threads();
-  static constexpr int kStep = kShape.step();          // tokens a block takes at once
-  static constexpr int kTiles = kShape.tiles;          // of a warp
-  static constexpr bool kHeld = kShape.stages == 0;    // registers hold tokens on their way
-  static constexpr int kRowSets = kRows / 8;           // softmax rows of a lane
-  static constexpr int kRowsPerWarp = kRows / kWarps;  // to prepare
-  // Of 16 rows of bytes: the highest ones of all rows come first.
-  static constexpr int kFragments = (kQueryLimbs * kRows + 15) / 16;
-  static constexpr int kPartialFloats = partial_floats(kHeadDim, kRowCount);
-  // What new tokens become.
-  using Appended = std::conditional_t<kByAge, YoungTraits<AttentionTraits>, AttentionTraits>;
-
-  static constexpr int kRotation = kDim & -kDim;  // the longest that fits rows
-  static bool serves(const AttentionCall& call) {
-    return !kPlainCall ||
-           (is_aligned<T>(call.query) && is_aligned<T>(call.out) && is_aligned<T>(call.key) &&
-            is_aligned<T>(call.value) && call.cache.k.head_dim == kDim &&
-            call.cache.v.head_dim == kDim && is_rotation(call.cache.k.rotation) &&
-            is_rotation(call.cache.v.rotation) && !call.seqs.seq_starts &&
-            !call.seqs.cu_seqlens_q && !call.sliding_window && call.softcap == 0.f &&
-            !call.alibi_slopes && !call.sinks && !call.lse);
-  }
-  // None, or the longest.
-  static bool is_rotation(int length) { return length <= 1 || length == kRotation; }
-  // The call, with what is known of it as constants.
-  static __device__ __forceinline__ AttentionCall known(AttentionCall call) {
-    if constexpr (kPlainCall) {
-      call.cache.k.head_dim = call.cache.v.head_dim = kDim;
-      call.cache.k.rotation = call.cache.k.rotation > 1 ? kRotation : 1;
-      call.cache.v.rotation = call.cache.v.rotation > 1 ? kRotation : 1;
-      call.seqs.seq_starts = call.seqs.cu_seqlens_q = nullptr;
-      call.sliding_window = 0;
-      call.softcap = 0.f;
-      call.alibi_slopes = call.sinks = nullptr;
-      call.lse = nullptr;
-    }
-    return call;
-  }
-};
-
-// Of an instance by age, for its young tokens: the same warps, on rows in 8 bits.
-template <class Traits>
-struct YoungTraits : Traits {
-  using Key = Int8;
-  using Value = Int8;
-  static constexpr bool kIsYoung = true;
-  static constexpr int kTiles = Traits::kDim <= 64 ? Traits::kTiles : 1;
-  static constexpr InstanceShape kShape = {kTiles, Traits::kShape.warps, Traits::kShape.blocks,
-                                           Traits::kShape.stages};
-  static constexpr int kStep = kShape.step();
-};
-
 // The query as the tensor core's operands: a lane's four words of each fragment of 16 rows and each
 // k-step of 32 channels, which are in the order in which tiles of keys have them.
 template <class Traits>
@@ -419,17 +336,26 @@ __device__ __forceinline__ void prepare_query(const AttentionCall& p, const RawQ
 template <class Traits>
 struct Query {
   const QueryShared<Traits>& shared;
+  uint32_t
+      words;  // where this lane's are in shared memory, where instructions are few (kTakesWhole)
   RowScale scale[Traits::kRowSets];
   int g, t;
 
   __device__ __forceinline__ Query(const QueryShared<Traits>& from, const RowScale* scales, int g,
                                    int t)
       : shared(from), g(g), t(t) {
+    if constexpr (Traits::kTakesWhole) {
+      words = kept(shared_address(&from.words[0][0][threadIdx.x & 31]));
+    }
 #pragma unroll
     for (int r = 0; r < Traits::kRowSets; ++r) scale[r] = scales[g + 8 * r];
   }
   __device__ __forceinline__ uint4 fragment(int f, int step) const {
-    return shared.words[f][step][threadIdx.x & 31];
+    if constexpr (Traits::kTakesWhole) {
+      return load_shared(words + (f * QueryShared<Traits>::kSteps + step) * 32 * sizeof(uint4));
+    } else {
+      return shared.words[f][step][threadIdx.x & 31];
+    }
   }
 };
 

@@ -28,6 +28,11 @@ cuda::AttentionShape shape_of(const Problem& p) {
                                p.split_size, p.multiprocessors);
 }
 
+cuda::AttentionPlan plan_of(const Problem& p, const cuda::AttentionShape& shape) {
+  return cuda::plan_attention(shape, p.batch, capacity_of(p), code_bits(p.k_format, p.v_format),
+                              p.split_size);
+}
+
 // Split-KV flash attention on the tensor cores: decode, chunks and prompts.
 Refusal refuse_split_kv(const Problem& p) {
   if (Refusal refusal = refuse_view(p); !refusal.why.empty()) return refusal;
@@ -63,8 +68,7 @@ Schedule schedule_of(const cuda::AttentionShape& shape, const cuda::AttentionPla
 
 Schedule schedule_split_kv(const Problem& p) {
   const auto shape = shape_of(p);
-  Schedule schedule =
-      schedule_of(shape, cuda::plan_attention(shape, p.batch, capacity_of(p), p.split_size));
+  Schedule schedule = schedule_of(shape, plan_of(p, shape));
   // Blocks of one row tile do not wait for another's rows. By age, rows of a group that begins in
   // the call are not old when it is over, if groups are long enough.
   schedule.appends = p.appends && !p.packed && shape.row_tiles == 1 &&
@@ -105,7 +109,7 @@ Refusal refuse_many_rows(const Problem& p) {
 
 Schedule schedule_many_rows(const Problem& p) {
   const auto shape = many_rows_shape_of(p);
-  const auto plan = cuda::plan_attention(shape, p.batch, capacity_of(p), p.split_size);
+  const auto plan = plan_of(p, shape);
   Schedule schedule = schedule_of(shape, plan);
   schedule.kernel = AttentionKernel::kManyRows;
   return schedule;

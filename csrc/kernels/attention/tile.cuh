@@ -14,13 +14,14 @@
 
 namespace kvquant::cuda {
 
-// Scores of the tile's tokens: rows g + 8 r, tokens 4t .. 4t + 3, log2 units.
-template <class Key, class Traits>
-__device__ __forceinline__ void mma_qk(const KeyTile<Key, Traits::kDim>& keys,
-                                       const Query<Traits>& query,
-                                       const float (&mean_scores)[Traits::kRowSets],
-                                       float (&score)[Traits::kRowSets][4]) {
-  int c[Traits::kFragments][2][4] = {};
+// Products of a query's integers and a tile's codes.
+template <class Traits>
+using Products = int[Traits::kFragments][2][4];
+
+// query: has the fragments.
+template <class Traits, class Key, class Query>
+__device__ __forceinline__ void mma_qk(const KeyTile<Key, Traits::kDim>& keys, const Query& query,
+                                       Products<Traits>& c) {
 #pragma unroll
   for (int step = 0; step < Traits::kDim / 32; ++step) {
 #pragma unroll
@@ -37,12 +38,20 @@ __device__ __forceinline__ void mma_qk(const KeyTile<Key, Traits::kDim>& keys,
       }
     }
   }
+}
+
+// Scores of the tile's tokens: rows g + 8 r, tokens 4t .. 4t + 3, log2 units.
+template <class Params, class Traits>
+__device__ __forceinline__ void scale_products(const Products<Traits>& c, const Params& params,
+                                               const Query<Traits>& query,
+                                               const float (&mean_scores)[Traits::kRowSets],
+                                               float (&score)[Traits::kRowSets][4]) {
 #pragma unroll
   for (int r = 0; r < Traits::kRowSets; ++r) {
     const auto [sum, gain] = query.scale[r];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const RowAffine affine = keys.params.affine(i);
+      const RowAffine affine = params.affine(i);
       const auto limb = [&](int n) {
         const int set = n * Traits::kRowSets + r;  // of eight rows
         return c[set / 2][i / 2][set % 2 * 2 + i % 2];

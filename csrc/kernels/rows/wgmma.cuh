@@ -9,9 +9,6 @@
 
 namespace kvquant::cuda {
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return uint32_t(__cvta_generic_to_shared(p));
-}
 // What this thread has written to shared memory is there for products and bulk copies.
 __device__ __forceinline__ void publish_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

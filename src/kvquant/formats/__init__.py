@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from ..arguments import check_flag, check_integer
+from .affine import AffineRows
 from .age import GROUP_TOKENS, SPARE_TOKENS, open_start, read_from
 from .int4 import Int4
 from .int8 import Int8
@@ -80,8 +81,9 @@ class CacheFormat:
             object.__setattr__(self, "key_mean", group)
         check_flag("by_age", self.by_age)
         if self.by_age:
-            if self.key == self.value == "int8":
-                raise ValueError("by_age: expected False for keys and values in int8, got True")
+            if not _can_age(self.key, self.value):
+                both = " and ".join(dict.fromkeys((self.key, self.value)))
+                raise ValueError(f"by_age: expected False for keys and values in {both}, got True")
             if self.age_group > 4096:
                 raise ValueError(
                     f"by_age: expected a key_mean of at most 4096, got {self.key_mean}"
@@ -226,6 +228,12 @@ def _check_row_format(name: str, x: Any) -> None:
         raise TypeError(f"{name}: expected the name of a row format, got {x!r}")
     if x not in ROW_FORMATS:
         raise ValueError(f"{name}: expected one of {', '.join(ROW_FORMATS)}, got {x!r}")
+
+
+def _can_age(key: str, value: str) -> bool:
+    """Whether young int8 rows can become such rows, and some of them smaller ones."""
+    formats = [ROW_FORMATS[x] for x in (key, value)]
+    return all(issubclass(of, AffineRows) for of in formats) and any(of.bits < 8 for of in formats)
 
 
 _NAMED = {
