@@ -1,4 +1,4 @@
-"""Attention by each instruction set that this machine has: what rounds to integers, and what not."""
+"""Attention by each instruction set of this machine: what is rounded to integers, and what not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 import kvquant
 from attending import check_attention
 from kvquant.backends import build_info, native
-
 from support import DTYPES, FORMATS, empty_cache, filled_cache
 
 ISAS = build_info().get("cpu_isas", [])
