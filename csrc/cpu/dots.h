@@ -199,9 +199,9 @@ struct ValueBlock {
                                               uint8_t* to) {
     const int count = Format::code_bytes(dim) - at;
     for (int t = 0; t < tokens; t += 4, to += kStepBytes) {
-      if (at == 0) values.ask_rows(t, 4, dim);
       Bytes x[4], y[4];
       KVQUANT_UNROLL for (int i = 0; i < 4; ++i) {
+        values.ask(t + i, at * kParts);
         x[i] = load_part<kCount>(values.rows[t + i], at, count);
       }
       interleave_bytes(x, y);
