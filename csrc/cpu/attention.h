@@ -7,12 +7,11 @@
 #pragma once
 
 #include "common/mask.h"
+#include "cpu/products.h"
 #include "cpu/rows.h"
 
 namespace kvquant::cpu::KVQUANT_ISA {
 
-constexpr int kTileRows = 32;    // query rows that share a tile of keys
-constexpr int kTileTokens = 64;  // 64 rows of codes of 128 channels are 8 KB, K and V half of L1
 constexpr int kSplitTokens = 1024, kMaxSplits = 64;
 // More query rows than this keep all threads busy without splits in parallel, and the memory for
 // their partial results would be large: then one item of work goes through all splits.
@@ -68,14 +67,17 @@ struct RowTile {
 // p = e^(score - top).
 struct Softmax {
   alignas(64) float out[kTileRows * kMaxDim];  // [rows, v_dim]
-  float top[kTileRows], weight[kTileRows], shift[kTileRows];
+  // Of [rows]; vectors of four rows reach beyond.
+  alignas(64) float top[kTileRows + kWidth], weight[kTileRows + kWidth], shift[kTileRows + kWidth];
 
   KVQUANT_INLINE void clear(int rows, int dim) {
     for (int i = 0; i < rows * dim; i += kWidth) zero().store(out + i);
     for (int r = 0; r < rows; ++r) top[r] = -kInfinity, weight[r] = shift[r] = 0.f;
   }
   // Floats of a partial result.
-  static KVQUANT_INLINE int64_t size(int rows, int dim) { return int64_t(rows) * (dim + 3); }
+  static KVQUANT_INLINE constexpr int64_t size(int rows, int dim) {
+    return int64_t(rows) * (dim + 3);
+  }
   KVQUANT_INLINE void save(int rows, int dim, float* to) const {
     memcpy(to, out, size_t(rows) * dim * 4);
     to += rows * dim;
@@ -157,6 +159,7 @@ struct TileRows {
   alignas(64) float index[kTileTokens];
   Run runs[kTileTokens];
   int run_count, count;
+  bool holes;  // tokens without a row
 
   // Tokens [first, first + tokens), a multiple of 16, of which [begin, end) may be read.
   KVQUANT_INLINE void find(const CacheView& cache, const Sequences& seqs, const RowTile& tile,
@@ -164,7 +167,7 @@ struct TileRows {
     alignas(64) static constexpr uint8_t kNoRow[kMaxDim] = {};
     const int k_bytes = Key::code_bytes(cache.k.head_dim);
     const int v_bytes = Value::code_bytes(cache.v.head_dim);
-    run_count = 0, count = tokens;
+    run_count = 0, count = tokens, holes = false;
     for (int t = 0, run; t < tokens; t += run) {
       const int token = first + t;
       Place at{-1, 0};
@@ -177,6 +180,7 @@ struct TileRows {
         run = least(least(end - token, tokens - t), cache.block_size - at.row);
       }
       const bool some = at.block >= 0;
+      holes = holes || !some;
       const uint8_t *k_row = kNoRow, *v_row = kNoRow;
       Run& to = runs[run_count++];
       to = {t, run, nullptr, nullptr};

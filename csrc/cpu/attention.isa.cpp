@@ -5,14 +5,9 @@
 #include "cpu/attention.h"
 
 #include "cpu/isa.h"
-#include "cpu/tile.h"
 
 namespace kvquant::cpu::KVQUANT_ISA {
 namespace {
-
-// From as many query rows on, converting a tile's codes once, into memory, is cheaper than once
-// for every few rows in registers.
-constexpr int kConvertRows = 3 * kQkRows;
 
 // A thread's own memory, whatever the formats.
 struct Workspace {
@@ -21,68 +16,111 @@ struct Workspace {
   alignas(64) float scores[kTileRows * kTileTokens];
   alignas(64) float k_scale[kTileTokens], k_middle[kTileTokens];
   alignas(64) float v_scale[kTileTokens], v_middle[kTileTokens];
-  alignas(64) float decay[kTileRows];
-  alignas(64) float converted[kTileTokens * kMaxDim];
-  const float* converted_rows[kTileTokens];
+  alignas(64) float base[kTileRows], decay[kTileRows + kWidth];
+  alignas(64) float lanes[2][kTileRows * kWidth];
+  Products products;
+  alignas(64) float saved[Softmax::size(kTileRows, kMaxDim)];  // a split's result, of one at a time
 };
 
-template <class Rows>
-FloatRows convert_tile(Workspace& w, const Rows& rows, int tokens, int dim) {
-  for (int t = 0; t < tokens; ++t) {
-    rows.ask_rows(t, 1, dim);
-    float* const to = w.converted + t * dim;
-    for (int c = 0; c < dim; c += kWidth) rows.load(t, c).store(to + c);
-    w.converted_rows[t] = to;
+// Which tokens of a tile a query row sees.
+struct SeenAll {
+  static constexpr int count(int) { return kTileTokens; }
+  KVQUANT_INLINE Vec only(Vec, Vec x, Vec) const { return x; }
+};
+struct SeenSome {
+  Vec begin, end;
+  static constexpr int count(int count) { return count; }
+  KVQUANT_INLINE Vec only(Vec index, Vec x, Vec otherwise) const {
+    return select(both(begin <= index, index < end), x, otherwise);
   }
-  return {w.converted_rows};
-}
+};
 
-// Scores of one row from its dot products, in place; returns the largest that it sees. A score out
-// of sight becomes -inf, whatever it was.
-template <bool kPlain, class Tile>
-KVQUANT_INLINE float score_row(const AttentionParams& p, const Workspace& w, const Tile& tile,
-                               int r, int first, int at, float* scores) {
+// Scores of one row from its dot products, in place, and the largest that it sees, a lane each. A
+// score out of sight becomes -inf, whatever it was.
+template <bool kPlain, class Seen>
+KVQUANT_INLINE Vec score_row(const AttentionParams& p, const Workspace& w, const float* indices,
+                             int count, Seen seen, int r, int at, float* scores) {
   const Vec sum = Vec::set(w.query.sum[r]), mean = Vec::set(w.query.mean[r]);
-  const Vec begin = Vec::set(float(w.query.begin[r] - first));
-  const Vec end = Vec::set(float(w.query.end[r] - first));
   const Vec cap = Vec::set(p.softcap), slope = Vec::set(w.query.slope[r]);
-  const Vec distance = Vec::set(float(at - first));
+  const Vec distance = Vec::set(float(at));
   Vec top = Vec::set(-kInfinity);
-  for (int t = 0; t < tile.count; t += kWidth) {
-    const Vec index = Vec::load(tile.index + t);
+  for (int t = 0; t < seen.count(count); t += kWidth) {
+    const Vec index = Vec::load(indices + t);
     Vec s = fma(Vec::load(w.k_middle + t), sum, mean);
     s = fma(Vec::load(w.k_scale + t), Vec::load(scores + t), s);
     if constexpr (!kPlain) {
       if (p.softcap > 0.f) s = cap * tanh(s / cap);
       if (p.alibi_slopes) s = s - slope * abs(distance - index);
     }
-    s = select(both(begin <= index, index < end), s, Vec::set(-kInfinity));
+    s = seen.only(index, s, Vec::set(-kInfinity));
     s.store(scores + t);
     top = max(s, top);
   }
-  return reduce_max(top);
+  return top;
 }
 
-// Weights of one row from its scores, in place.
-template <class Tile>
-KVQUANT_INLINE void weigh_row(Workspace& w, const Tile& tile, int r, int first, float top,
-                              float decay, float* scores) {
-  const Vec begin = Vec::set(float(w.query.begin[r] - first));
-  const Vec end = Vec::set(float(w.query.end[r] - first));
-  const Vec base = Vec::set(top == -kInfinity ? 0.f : top);
+// Weights of one row from its scores, in place, and what they add up to, a lane each.
+template <class Seen>
+KVQUANT_INLINE void weigh_row(Workspace& w, const float* indices, int count, Seen seen, int r,
+                              float* scores) {
+  const Vec base = Vec::set(w.base[r]);
   Vec weight = zero(), shift = zero();
-  for (int t = 0; t < tile.count; t += kWidth) {
-    const Vec index = Vec::load(tile.index + t);
-    const Mask seen = both(begin <= index, index < end);
-    const Vec e = select(seen, exp(Vec::load(scores + t) - base), zero());
+  for (int t = 0; t < seen.count(count); t += kWidth) {
+    const Vec index = Vec::load(indices + t);
+    const Vec e = seen.only(index, exp(Vec::load(scores + t) - base), zero());
     weight = weight + e;
-    shift = shift + select(seen, e * Vec::load(w.v_middle + t), zero());
-    select(seen, e * Vec::load(w.v_scale + t), zero()).store(scores + t);
+    shift = shift + seen.only(index, e * Vec::load(w.v_middle + t), zero());
+    seen.only(index, e * Vec::load(w.v_scale + t), zero()).store(scores + t);
   }
+  weight.store(w.lanes[0] + r * kWidth), shift.store(w.lanes[1] + r * kWidth);
+}
+
+// One float of each of four rows, in the first lanes, from a lane each.
+template <class Op>
+KVQUANT_INLINE Vec reduce_rows(const float* lanes, int first, const Op& op) {
+  const float* const x = lanes + first * kWidth;
+  return reduce4(Vec::load(x), Vec::load(x + kWidth), Vec::load(x + 2 * kWidth),
+                 Vec::load(x + 3 * kWidth), op);
+}
+
+// A tile's dot products to weights, in place, and the running sums of these.
+KVQUANT_INLINE void weigh_tile(const AttentionParams& p, const RowTile& rows, int first,
+                               const float* indices, int count, bool holes, Workspace& w) {
+  const auto each_row = [&](const auto& f) {
+    for (int r = 0; r < rows.count; ++r) {
+      const int begin = w.query.begin[r] - first, end = w.query.end[r] - first;
+      if (count == kTileTokens && !holes && begin <= 0 && end >= count) {
+        f(r, SeenAll{});
+      } else {
+        f(r, SeenSome{Vec::set(float(begin)), Vec::set(float(end))});
+      }
+    }
+  };
+  const bool plain = !(p.softcap > 0.f) && !p.alibi_slopes;
+  each_row([&](int r, auto seen) {
+    float* const scores = w.scores + r * kTileTokens;
+    const int at = rows.at(r) - first;
+    const Vec top = plain ? score_row<true>(p, w, indices, count, seen, r, at, scores)
+                          : score_row<false>(p, w, indices, count, seen, r, at, scores);
+    top.store(w.lanes[0] + r * kWidth);
+  });
   Softmax& split = w.split;
-  split.weight[r] = split.weight[r] * decay + reduce_add(weight);
-  split.shift[r] = split.shift[r] * decay + reduce_add(shift);
-  split.top[r] = top;
+  for (int r = 0; r < rows.count; r += 4) {
+    const Vec best = reduce_rows(w.lanes[0], r, [](Vec a, Vec b) { return max(a, b); });
+    const Vec before = Vec::load(split.top + r), top = max(best, before);
+    const Vec base = select(Vec::set(-kInfinity) < top, top, zero());
+    exp(before - base).store4(w.decay + r);
+    base.store4(w.base + r), top.store4(split.top + r);
+  }
+  each_row(
+      [&](int r, auto seen) { weigh_row(w, indices, count, seen, r, w.scores + r * kTileTokens); });
+  const auto add = [](Vec a, Vec b) { return a + b; };
+  for (int r = 0; r < rows.count; r += 4) {
+    const Vec decay = Vec::load(w.decay + r);
+    const Vec weight = reduce_rows(w.lanes[0], r, add), shift = reduce_rows(w.lanes[1], r, add);
+    (Vec::load(split.weight + r) * decay + weight).store4(split.weight + r);
+    (Vec::load(split.shift + r) * decay + shift).store4(split.shift + r);
+  }
 }
 
 // Adds a tile of tokens from `first` on to the split's softmax, and asks for the rows of the next.
@@ -96,32 +134,9 @@ KVQUANT_INLINE void add_tile(const AttentionParams& p, const RowTile& rows, int 
   if (next) next->prefetch_params();
   const CodeRows<typename Formats::Key> keys{tile.k, next ? next->k : nullptr};
   const CodeRows<typename Formats::Value> values{tile.v, next ? next->v : nullptr};
-  const auto score = [&](const auto& keys) {
-    qk_tile(w.query.rows, k_dim, rows.count, keys, count, k_dim, w.scores, kTileTokens);
-  };
-  const auto add = [&](const auto& values) {
-    pv_tile(w.scores, kTileTokens, rows.count, values, count, v_dim, w.decay, w.split.out, v_dim);
-  };
-  const bool convert = rows.count >= kConvertRows;
-  if (convert) {
-    score(convert_tile(w, keys, count, k_dim));
-  } else {
-    score(keys);
-  }
-  const bool plain = !(p.softcap > 0.f) && !p.alibi_slopes;
-  for (int r = 0; r < rows.count; ++r) {
-    float* const scores = w.scores + r * kTileTokens;
-    const float best = plain ? score_row<true>(p, w, tile, r, first, rows.at(r), scores)
-                             : score_row<false>(p, w, tile, r, first, rows.at(r), scores);
-    const float before = w.split.top[r], top = most(before, best);
-    w.decay[r] = top == before ? 1.f : expf(before - top);
-    weigh_row(w, tile, r, first, top, w.decay[r], scores);
-  }
-  if (convert) {
-    add(convert_tile(w, values, count, v_dim));
-  } else {
-    add(values);
-  }
+  w.products.score(keys, rows.count, count, k_dim, w.scores);
+  weigh_tile(p, rows, first, tile.index, count, tile.holes, w);
+  w.products.add(values, w.scores, rows.count, count, v_dim, w.decay, w.split.out);
 }
 
 // A tile of either age.
@@ -258,7 +273,13 @@ Status attend(Formats formats, const AttentionParams& p, int threads) {
     auto* const w = static_cast<Workspace*>(thread_scratch(Scratch::kWorker, sizeof(Workspace)));
     if (!w) return __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
     w->query.load(p, rows);
-    float* const saved = partials ? partials + tile * splits * partial : w->converted;
+    const auto set_query = [&](auto format) {
+      w->products.set_query(format, p.dtype, cache.k.rotation > 1, w->query.rows, w->query.sum,
+                            rows.count, cache.k.head_dim);
+    };
+    set_query(typename decltype(formats)::Key{});
+    if (p.seqs.young.data) set_query(Int8{});
+    float* const saved = partials ? partials + tile * splits * partial : w->saved;
     if (splits > 1) {
       add_split(formats, p, rows, mine.first + split, *w);
       w->split.save(rows.count, cache.v.head_dim, saved + split * partial);

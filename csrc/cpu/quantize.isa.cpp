@@ -84,12 +84,12 @@ struct RowPairs {
   alignas(64) float scale[kPairRows], zero_point[kPairRows], inverse[kPairRows];
 
   KVQUANT_INLINE void set4(int i, const Range (&of)[4]) {
-    reduce4(
-        of[0].lowest(), of[1].lowest(), of[2].lowest(), of[3].lowest(),
-        [](Vec a, Vec b) { return min(a, b); }, low + i);
-    reduce4(
-        of[0].high, of[1].high, of[2].high, of[3].high, [](Vec a, Vec b) { return max(a, b); },
-        high + i);
+    reduce4(of[0].lowest(), of[1].lowest(), of[2].lowest(), of[3].lowest(), [](Vec a, Vec b) {
+      return min(a, b);
+    }).store4(low + i);
+    reduce4(of[0].high, of[1].high, of[2].high, of[3].high, [](Vec a, Vec b) {
+      return max(a, b);
+    }).store4(high + i);
   }
   KVQUANT_INLINE void make(float qmin, float qmax) {
     for (int i = 0; i < kPairRows; i += kWidth) {

@@ -57,6 +57,7 @@ struct CodeRows {
     if (ahead) __builtin_prefetch(ahead[t] + Format::code_bytes(channel), 0, 2);
   }
   KVQUANT_INLINE CodeRows asked() const { return {rows, nullptr}; }
+  KVQUANT_INLINE CodeRows from(int t) const { return {rows + t, ahead ? ahead + t : nullptr}; }
 };
 
 template <int kRows, class Rows>
@@ -76,7 +77,7 @@ KVQUANT_INLINE void qk_block(const float* x, int x_stride, const Rows& tile, int
   }
   const auto add = [](Vec a, Vec b) { return a + b; };
   for (int r = 0; r < kRows; ++r) {
-    reduce4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], add, scores + r * scores_stride);
+    reduce4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], add).store4(scores + r * scores_stride);
   }
 }
 

@@ -12,6 +12,9 @@ namespace kvquant::cpu::KVQUANT_ISA {
 //   store            codes, which are rounded half to even
 // and of kWidth neighbouring rows:
 //   load_affine      x = scale * (code - kMiddleCode) + middle
+// and of a register of bytes, for instruction sets that multiply these:
+//   kPerByte         codes in a byte
+//   split            codes with a byte each: codes[i] has those of channels i, kPerByte + i, ...
 template <class Format>
 struct Codes;
 

@@ -20,6 +20,11 @@ struct Codes<Int4> {
   static KVQUANT_INLINE void load_affine(const Int4::Params* params, Vec& scale, Vec& middle) {
     load_middle(params, Int4::kMiddleCode, scale, middle);
   }
+  static constexpr int kPerByte = 2;
+  template <class Bytes>
+  static KVQUANT_INLINE void split(Bytes packed, Bytes (&codes)[kPerByte]) {
+    codes[0] = packed.low_nibbles(), codes[1] = packed.high_nibbles();
+  }
 };
 
 }  // namespace kvquant::cpu::KVQUANT_ISA

@@ -20,6 +20,11 @@ struct Codes<Int8> {
   static KVQUANT_INLINE void load_affine(const Int8::Params* params, Vec& scale, Vec& middle) {
     load_middle(params, Int8::kMiddleCode, scale, middle);
   }
+  static constexpr int kPerByte = 1;
+  template <class Bytes>
+  static KVQUANT_INLINE void split(Bytes packed, Bytes (&codes)[kPerByte]) {
+    codes[0] = packed;
+  }
 };
 
 }  // namespace kvquant::cpu::KVQUANT_ISA

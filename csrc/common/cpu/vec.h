@@ -12,6 +12,9 @@
 // codes, the low four bits of each byte first; load_nibbles_centered() as q - 8; store_nibbles()
 // writes codes from 0 to 15 like that.
 //
+// reduce4(a, b, c, d, op) has four reductions by an operation in the first four lanes, which
+// store4() stores; the other lanes mean nothing.
+//
 // store_codes4(p, a, b, c, d, low, high) stores four vectors side by side as bytes, rounded half to
 // even and then within [low, high], 0 to 255. They are at most 2^21, or a NaN, which becomes low.
 // With `past_cache`, straight to memory where the instruction set and the address allow;

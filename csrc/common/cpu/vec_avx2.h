@@ -39,6 +39,7 @@ struct Vec {
   }
   static KVQUANT_INLINE Vec iota() { return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)}; }
   KVQUANT_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+  KVQUANT_INLINE void store4(float* p) const { _mm_storeu_ps(p, _mm256_castps256_ps128(v)); }
   KVQUANT_INLINE void store_half(uint16_t* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -126,13 +127,12 @@ KVQUANT_INLINE float reduce_max(Vec a) {
 
 // Four reductions at once, by any of the operations on two vectors.
 template <class Op>
-KVQUANT_INLINE void reduce4(Vec a, Vec b, Vec c, Vec d, const Op& op, float* to) {
+KVQUANT_INLINE Vec reduce4(Vec a, Vec b, Vec c, Vec d, const Op& op) {
   const auto halved = [&](Vec a, Vec b) {
     return op(Vec{_mm256_shuffle_ps(a.v, b.v, 0x88)}, Vec{_mm256_shuffle_ps(a.v, b.v, 0xdd)});
   };
   const Vec quads = halved(halved(a, b), halved(c, d));
-  const Vec all = op(quads, Vec{_mm256_permute2f128_ps(quads.v, quads.v, 1)});
-  _mm_storeu_ps(to, _mm256_castps256_ps128(all.v));
+  return op(quads, Vec{_mm256_permute2f128_ps(quads.v, quads.v, 1)});
 }
 
 // Four vectors' codes, as store_codes4() of vec.h says.

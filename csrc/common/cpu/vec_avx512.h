@@ -51,6 +51,7 @@ struct Vec {
     return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
   }
   KVQUANT_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+  KVQUANT_INLINE void store4(float* p) const { _mm_storeu_ps(p, _mm512_castps512_ps128(v)); }
   KVQUANT_INLINE void store_half(uint16_t* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -114,14 +115,13 @@ KVQUANT_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
 // Four reductions at once, by any of the operations on two vectors: a quarter of the shuffles.
 template <class Op>
-KVQUANT_INLINE void reduce4(Vec a, Vec b, Vec c, Vec d, const Op& op, float* to) {
+KVQUANT_INLINE Vec reduce4(Vec a, Vec b, Vec c, Vec d, const Op& op) {
   const Vec ab = op(Vec{_mm512_unpacklo_ps(a.v, b.v)}, Vec{_mm512_unpackhi_ps(a.v, b.v)});
   const Vec cd = op(Vec{_mm512_unpacklo_ps(c.v, d.v)}, Vec{_mm512_unpackhi_ps(c.v, d.v)});
   const Vec quads =
       op(Vec{_mm512_shuffle_ps(ab.v, cd.v, 0x44)}, Vec{_mm512_shuffle_ps(ab.v, cd.v, 0xee)});
   const Vec pairs = op(quads, Vec{_mm512_shuffle_f32x4(quads.v, quads.v, 0x4e)});
-  const Vec all = op(pairs, Vec{_mm512_shuffle_f32x4(pairs.v, pairs.v, 0xb1)});
-  _mm_storeu_ps(to, _mm512_castps512_ps128(all.v));
+  return op(pairs, Vec{_mm512_shuffle_f32x4(pairs.v, pairs.v, 0xb1)});
 }
 
 // Four vectors' codes, as store_codes4() of vec.h says.

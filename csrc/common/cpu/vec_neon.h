@@ -39,6 +39,7 @@ struct Vec {
     return load(lanes);
   }
   KVQUANT_INLINE void store(float* p) const { vst1q_f32(p, v); }
+  KVQUANT_INLINE void store4(float* p) const { store(p); }
   KVQUANT_INLINE void store_half(uint16_t* p) const {
     vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v)));
   }
@@ -107,11 +108,11 @@ KVQUANT_INLINE float reduce_min(Vec a) { return vminvq_f32(a.v); }
 KVQUANT_INLINE float reduce_max(Vec a) { return vmaxvq_f32(a.v); }
 // Four reductions at once, by any of the operations on two vectors.
 template <class Op>
-KVQUANT_INLINE void reduce4(Vec a, Vec b, Vec c, Vec d, const Op& op, float* to) {
+KVQUANT_INLINE Vec reduce4(Vec a, Vec b, Vec c, Vec d, const Op& op) {
   const auto halved = [&](Vec a, Vec b) {
     return op(Vec{vuzp1q_f32(a.v, b.v)}, Vec{vuzp2q_f32(a.v, b.v)});
   };
-  halved(halved(a, b), halved(c, d)).store(to);
+  return halved(halved(a, b), halved(c, d));
 }
 
 // Four vectors' codes, as store_codes4() of vec.h says. The conversion makes a NaN 0.

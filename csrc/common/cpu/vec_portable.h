@@ -79,6 +79,7 @@ struct Vec {
   }
   static KVQUANT_INLINE Vec iota() { return {Floats{0, 1, 2, 3}}; }
   KVQUANT_INLINE void store(float* p) const { memcpy(p, &v, 16); }
+  KVQUANT_INLINE void store4(float* p) const { store(p); }
   KVQUANT_INLINE void store_half(uint16_t* p) const {
     for (int i = 0; i < 4; ++i) p[i] = to_half(v[i]);
   }
@@ -137,9 +138,9 @@ KVQUANT_INLINE float reduce_max(Vec a) {
 }
 // Four reductions at once, by any of the operations on two vectors.
 template <class Op>
-KVQUANT_INLINE void reduce4(Vec a, Vec b, Vec c, Vec d, const Op& op, float* to) {
+KVQUANT_INLINE Vec reduce4(Vec a, Vec b, Vec c, Vec d, const Op& op) {
   const auto lane = [&](int i) { return Vec{Floats{a.v[i], b.v[i], c.v[i], d.v[i]}}; };
-  op(op(lane(0), lane(2)), op(lane(1), lane(3))).store(to);
+  return op(op(lane(0), lane(2)), op(lane(1), lane(3)));
 }
 
 // Four vectors' codes, as store_codes4() of vec.h says.
