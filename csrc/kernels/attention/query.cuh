@@ -336,8 +336,7 @@ __device__ __forceinline__ void prepare_query(const AttentionCall& p, const RawQ
 template <class Traits>
 struct Query {
   const QueryShared<Traits>& shared;
-  uint32_t
-      words;  // where this lane's are in shared memory, where instructions are few (kTakesWhole)
+  uint32_t words;  // kTakesWhole: where this lane's are in shared memory
   RowScale scale[Traits::kRowSets];
   int g, t;
 

@@ -18,10 +18,9 @@ namespace kvquant::cuda {
 template <class Traits>
 using Products = int[Traits::kFragments][2][4];
 
-// query: has the fragments.
-template <class Traits, class Key, class Query>
-__device__ __forceinline__ void mma_qk(const KeyTile<Key, Traits::kDim>& keys, const Query& query,
-                                       Products<Traits>& c) {
+template <class Traits, class Key>
+__device__ __forceinline__ void mma_qk(const KeyTile<Key, Traits::kDim>& keys,
+                                       const Query<Traits>& query, Products<Traits>& c) {
 #pragma unroll
   for (int step = 0; step < Traits::kDim / 32; ++step) {
 #pragma unroll
