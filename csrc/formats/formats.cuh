@@ -1,13 +1,17 @@
 // How CUDA's kernels read and write the codes of each row format, by template specialisations:
 //
 //   LaneCodes<Format>          neighbouring channels of a lane: append, gather, a step's new rows
-//   KeyTile<Format, kDim>      a lane's share of 16 tokens' keys: the tensor core's B operands
+//   KeyTile<Format, kDim, ..>  a lane's share of 16 tokens' keys: the tensor core's B operands
 //   ValueTile<Format, kDim>    likewise of values: its A operands
 //
 // A tile's lane is (g, t) = (lane / 4, lane % 4). Which bytes of a row it reads, and what it makes
 // of them, is the format's. The kernel needs to know only
-//   KeyTile    first_byte(), load_row(): where a lane's part of a row begins, and the way to it
-//              operands(j, step): two words of four codes for k-step `step`, of token j of the lane
+//   KeyTile    kColumns: of the operand that a token has, 1 or 2. With two, the even one has the
+//              channels of some k-steps, the odd one those of the others, and a lane has four
+//              tokens instead of two
+//              first_byte(), load_row(): where a lane's part of a row begins, and the way to it
+//              operands(j, step): two words of four codes for k-step `step`, of token j of the
+//              lane; column(step): in which of the token's columns they are some
 //              place(c): at which place of the k-steps channel c is. The query is laid out alike,
 //              so the order is free; kInOrder: eight neighbouring channels are eight bytes
 //              channel(step, t): where a lane's eight channels of a k-step, which are neighbours,
@@ -28,7 +32,7 @@ namespace kvquant::cuda {
 
 template <class Format>
 struct LaneCodes;
-template <class Format, int kDim>
+template <class Format, int kDim, int kColumns = 1>
 struct KeyTile;
 template <class Format, int kDim>
 struct ValueTile;

@@ -46,18 +46,21 @@ struct LaneCodes<Int4> {
 };
 
 template <int kDim>
-struct KeyTile<Int4, kDim> {
+struct KeyTile<Int4, kDim, 1> {
+  static constexpr int kColumns = 1;
   TileParams<Int4> params;
   uint2 codes[2][kDim / 64];  // of the lane's token j: channels 64 s + 16 t ...
 
-  static __device__ __forceinline__ int first_byte(int head_dim, int t) {
+  static __device__ __forceinline__ constexpr int column(int) { return 0; }
+  static __device__ __forceinline__ int first_byte(int head_dim, int, int t) {
     return min(t * 8, head_dim / 2 - 8);
   }
   template <bool kShared>
-  __device__ __forceinline__ void load_row(int j, const uint8_t* first, int head_dim, int t) {
+  __device__ __forceinline__ void load_row(int j, const uint8_t* first, int head_dim, int g,
+                                           int t) {
 #pragma unroll
     for (int s = 0; s < kDim / 64; ++s) {
-      const int step = min(s * 32 + t * 8, head_dim / 2 - 8) - first_byte(head_dim, t);
+      const int step = min(s * 32 + t * 8, head_dim / 2 - 8) - first_byte(head_dim, g, t);
       codes[j][s] = load_piece<uint2, kShared>(first + step);
     }
   }

@@ -1,7 +1,9 @@
 // 8-bit rows on CUDA: a byte a channel, in their order (Byte..., which any such format may take).
 //
 //   Q K^T  A lane reads 16 consecutive bytes of a key: with the channels of a k-step permuted alike
-//          in A and B, two of its words are one k-step's B fragment as they are.
+//          in A and B, two of its words are one k-step's B fragment as they are. From memory eight
+//          lanes read 128 bytes of one key, a whole line: each key has two columns then, and half
+//          of the products are of no use. Half lines would be twice as many requests to L2.
 //   P V    A lane reads the same 16 channels of 4 tokens and transposes 4 x 4 bytes with
 //          byte-permutes.
 //
@@ -44,24 +46,29 @@ struct ByteCodes {
   }
 };
 
-template <int kDim>
+template <int kDim, int kTokenColumns>
 struct ByteKeys {
-  uint4 codes[2][kDim / 64];  // of the lane's token j: channels 64 s + 16 t ...
+  static constexpr int kColumns = kTokenColumns, kPieces = kDim / 64 / kColumns;
+  static_assert(kDim % (64 * kColumns) == 0);
+  uint4 codes[2 * kColumns][kPieces];  // of the lane's token j: 16 channels each
 
-  static __device__ __forceinline__ int first_byte(int head_dim, int t) {
-    return min(t * 16, head_dim - 16);
+  static __device__ __forceinline__ int first_byte(int head_dim, int g, int t) {
+    return min(piece(0, g, t), head_dim - 16);
   }
   // `first`: the row's first_byte.
   template <bool kShared>
-  __device__ __forceinline__ void load_row(int j, const uint8_t* first, int head_dim, int t) {
+  __device__ __forceinline__ void load_row(int j, const uint8_t* first, int head_dim, int g,
+                                           int t) {
 #pragma unroll
-    for (int s = 0; s < kDim / 64; ++s) {
-      const int step = min(s * 64 + t * 16, head_dim - 16) - first_byte(head_dim, t);
-      codes[j][s] = load_piece<uint4, kShared>(first + step);
+    for (int i = 0; i < kPieces; ++i) {
+      const int step = min(piece(i, g, t), head_dim - 16) - first_byte(head_dim, g, t);
+      codes[j][i] = load_piece<uint4, kShared>(first + step);
     }
   }
+  // Two k-steps are 64 channels; an odd column has every second 64.
+  static __device__ __forceinline__ constexpr int column(int step) { return step / 2 % kColumns; }
   __device__ __forceinline__ uint2 operands(int j, int step) const {
-    const uint4& u = codes[j][step / 2];
+    const uint4& u = codes[j][step / 2 / kColumns];
     return step % 2 ? make_uint2(u.z, u.w) : make_uint2(u.x, u.y);
   }
   static __device__ __forceinline__ OperandPlace place(int c) {
@@ -74,6 +81,12 @@ struct ByteKeys {
   template <class Words>
   static __device__ __forceinline__ Words in_order(const Words& x) {
     return x;
+  }
+
+ private:
+  // The first channel of codes[..][i].
+  static __device__ __forceinline__ int piece(int i, int g, int t) {
+    return i * (kColumns * 64) + (g % kColumns * 4 + t) * 16;
   }
 };
 
@@ -132,8 +145,8 @@ struct LaneCodes<Int8> : ByteCodes {};
 // Offset is rounded down and scale up: code <= 255 (1 + 2^-22), which rounds to 255.
 template <>
 constexpr bool kCodesFit<Int8> = true;
-template <int kDim>
-struct KeyTile<Int8, kDim> : ByteKeys<kDim> {
+template <int kDim, int kColumns>
+struct KeyTile<Int8, kDim, kColumns> : ByteKeys<kDim, kColumns> {
   TileParams<Int8> params;
 };
 template <int kDim>

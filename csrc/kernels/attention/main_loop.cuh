@@ -193,7 +193,7 @@ struct MainLoop {
           if (first + kTile > new_begin) pipeline.take_new(u, first, shared.new_tokens);
         }
         const auto& keys = pipeline.keys(u);
-        Products<Block> products = {};
+        Products<Block, std::decay_t<decltype(keys)>::kColumns> products;
         mma_qk<Block>(keys, query, products);
         scale_products(products, keys.params, query, dot, score[u]);
         v_params[u] = pipeline.value_params(u);
@@ -235,7 +235,7 @@ struct MainLoop {
       for (int u = 0; u < Traits::kTiles; ++u) pipeline.advance(places[u], Traits::kStep);
       const int next = token + Traits::kStep;
       float score[Traits::kTiles][Traits::kRowSets][4], v_scale = 0.f;
-      Products<Block> products[Traits::kTiles] = {};
+      Products<Block, std::decay_t<decltype(pipeline.keys(0))>::kColumns> products[Traits::kTiles];
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) {
         mma_qk<Block>(pipeline.keys(u), query, products[u]);

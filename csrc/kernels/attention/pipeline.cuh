@@ -12,19 +12,22 @@ template <class Traits>
 struct LanePieces {
   using Key = typename Traits::Key;
   using Value = typename Traits::Value;
-  using Keys = KeyTile<Key, Traits::kDim>;
+  using Keys = KeyTile<Key, Traits::kDim, Traits::template kKeyColumns<Key>>;
   using Values = ValueTile<Value, Traits::kDim>;
+  static constexpr int kKeyTokens = 2 * Keys::kColumns, kKeyStep = 2 / Keys::kColumns;
   int k_dim, v_dim, g, t;
 
   // The tokens, of 16, whose keys a lane has as j, and whose values as i.
-  __device__ __forceinline__ int key_token(int j) const { return 4 * (g >> 1) + (g & 1) + 2 * j; }
+  __device__ __forceinline__ int key_token(int j) const {
+    return 4 * (g >> 1) + (Keys::kColumns == 1 ? g & 1 : 0) + kKeyStep * j;
+  }
   __device__ __forceinline__ int value_token(int i) const { return 4 * t + i; }
 
   __device__ __forceinline__ int key_bytes() const { return Key::code_bytes(k_dim); }
   __device__ __forceinline__ int value_bytes() const { return Value::code_bytes(v_dim); }
 
   // Where the first piece of a row is, and of this lane's first row.
-  __device__ __forceinline__ int first_key() const { return Keys::first_byte(k_dim, t); }
+  __device__ __forceinline__ int first_key() const { return Keys::first_byte(k_dim, g, t); }
   __device__ __forceinline__ int first_value() const { return Values::first_byte(v_dim, g); }
   __device__ __forceinline__ int key_offset() const {
     return key_token(0) * key_bytes() + first_key();
@@ -36,7 +39,7 @@ struct LanePieces {
   // `first`: the row's first piece.
   template <bool kShared>
   __device__ __forceinline__ void load_key(Keys& keys, int j, const uint8_t* first) const {
-    keys.template load_row<kShared>(j, first, k_dim, t);
+    keys.template load_row<kShared>(j, first, k_dim, g, t);
   }
   template <bool kShared>
   __device__ __forceinline__ void load_value(Values& values, int i, const uint8_t* first) const {
@@ -46,7 +49,9 @@ struct LanePieces {
   template <bool kShared>
   __device__ __forceinline__ void load_keys(Keys& keys, const uint8_t* first) const {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) load_key<kShared>(keys, j, first + j * 2 * key_bytes());
+    for (int j = 0; j < kKeyTokens; ++j) {
+      load_key<kShared>(keys, j, first + j * kKeyStep * key_bytes());
+    }
   }
   template <bool kShared>
   __device__ __forceinline__ void load_values(Values& values, const uint8_t* first) const {
@@ -156,7 +161,7 @@ class RegisterPipeline {
       return at + token < new_tokens.end ? at + token - new_tokens.begin : -1;
     };
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
+    for (int j = 0; j < Lane::kKeyTokens; ++j) {
       const int i = find(pieces_.key_token(j));
       if (i < 0) continue;
       pieces_.template load_key<true>(keys_[u], j, new_tokens.keys.codes[i] + pieces_.first_key());
