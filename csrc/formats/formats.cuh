@@ -6,9 +6,9 @@
 //
 // A tile's lane is (g, t) = (lane / 4, lane % 4). Which bytes of a row it reads, and what it makes
 // of them, is the format's. The kernel needs to know only
-//   KeyTile    kColumns: of the operand that a token has, 1 or 2. With two, the even one has the
-//              channels of some k-steps, the odd one those of the others, and a lane has four
-//              tokens instead of two
+//   KeyTile    kColumns: of the operand that a token has, 1 or, if kMostColumns allows it, 2: the
+//              even one then has the channels of some k-steps, the odd one those of the others, and
+//              a lane has four tokens instead of two
 //              first_byte(), load_row(): where a lane's part of a row begins, and the way to it
 //              operands(j, step): two words of four codes for k-step `step`, of token j of the
 //              lane; column(step): in which of the token's columns they are some

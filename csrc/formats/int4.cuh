@@ -47,7 +47,7 @@ struct LaneCodes<Int4> {
 
 template <int kDim>
 struct KeyTile<Int4, kDim, 1> {
-  static constexpr int kColumns = 1;
+  static constexpr int kMostColumns = 1, kColumns = 1;
   TileParams<Int4> params;
   uint2 codes[2][kDim / 64];  // of the lane's token j: channels 64 s + 16 t ...
 

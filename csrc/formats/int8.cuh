@@ -48,6 +48,7 @@ struct ByteCodes {
 
 template <int kDim, int kTokenColumns>
 struct ByteKeys {
+  static constexpr int kMostColumns = kDim % 128 == 0 ? 2 : 1;
   static constexpr int kColumns = kTokenColumns, kPieces = kDim / 64 / kColumns;
   static_assert(kDim % (64 * kColumns) == 0);
   uint4 codes[2 * kColumns][kPieces];  // of the lane's token j: 16 channels each

@@ -22,10 +22,11 @@ struct Products {
 
   // Of row `row` of 16 of the fragment, g or g + 8, with token 4 t + i.
   __device__ __forceinline__ int at(int f, int row, int i) const {
-    if constexpr (kColumns == 1)
+    if constexpr (kColumns == 1) {
       return c[f][i / 2][0][row / 8 * 2 + i % 2];
-    else
+    } else {
       return c[f][i][0][row / 8 * 2] + c[f][i][1][row / 8 * 2 + 1];
+    }
   }
 };
 

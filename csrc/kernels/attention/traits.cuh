@@ -52,8 +52,7 @@ struct AttentionTraits {
   // Columns that a key of Key's format has in the products, see KeyTile. Two, so that it is read by
   // whole lines, where memory is the limit: elsewhere the further products cost more than that.
   template <class Key>
-  static constexpr int kKeyColumns =
-      kHeld && !kTakesWhole && kDim % 128 == 0 && Key::code_bytes(128) == 128 ? 2 : 1;
+  static constexpr int kKeyColumns = kHeld && !kTakesWhole ? KeyTile<Key, kDim>::kMostColumns : 1;
   static constexpr int kRowSets = kRows / 8;           // softmax rows of a lane
   static constexpr int kRowsPerWarp = kRows / kWarps;  // to prepare
   // Of 16 rows of bytes: the highest ones of all rows come first.
