@@ -250,6 +250,7 @@ class ByteProducts {
     query_digits_ = rotated ? weight_digits_ : 3;
     with_digits(query_digits_, [&](auto digits) {
       constexpr int kDigits = decltype(digits)::value;
+      static_assert(int(Format::kTag) < RowFormats::kCount);
       auto& lines = query_[int(Format::kTag)];
       lines.template set<kDigits, Codes<Format>::kPerByte == 2>(x, dim, rows, dim,
                                                                 int(Format::kMiddleCode));
@@ -363,7 +364,8 @@ class ByteProducts {
   }
 
   int query_digits_ = 2, weight_digits_ = 2;
-  Lines<kRows, kMaxDim> query_[2];  // as each format's keys have their channels, by tag
+  // As each format's keys have their channels, by tag.
+  Lines<kRows, kMaxDim> query_[RowFormats::kCount];
   Lines<kRows, kTokens> weights_;
   alignas(64) int32_t sums_[2 * kLines * kColumns];  // of two calls, [kLines, kColumns]
   // A part of the tile: kColumns keys, or two times kColumns channels of all values.

@@ -10,8 +10,11 @@
 
 namespace kvquant {
 
+// Their tags count from 0.
 template <class... Format>
-struct FormatList {};
+struct FormatList {
+  static constexpr int kCount = sizeof...(Format);
+};
 using RowFormats = FormatList<Int8, Int4>;
 
 // Calls f with the format of this tag; false if there is none.
