@@ -1,6 +1,7 @@
 // Append of rows by age: in two launches, since new rows take the place of those that are closed.
 #include "kernels/append/ages.cuh"
 #include "kernels/append/call.cuh"
+#include "kernels/append/group_means.cuh"
 #include "kernels/device.cuh"
 
 namespace kvquant::cuda {

@@ -4,6 +4,7 @@
 // group begins in this call, the block first takes its mean: of the incoming rows of the group
 // before (rotated once, as a sum) and of those that are stored. So no block waits for another.
 // The rows are read twice for that; the second read comes from L2.
+#include "kernels/append/group_means.cuh"
 #include "kernels/append/prompt.cuh"
 #include "kernels/device.cuh"
 

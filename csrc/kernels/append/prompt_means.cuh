@@ -2,6 +2,7 @@
 // the block that has the next group.
 #pragma once
 
+#include "kernels/append/group_means.cuh"
 #include "kernels/append/prompt_rows.cuh"
 
 namespace kvquant::cuda {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/append/ages.cuh"
+#include "kernels/append/group_means.cuh"
 #include "kernels/attention/query.cuh"
 
 namespace kvquant::cuda {
