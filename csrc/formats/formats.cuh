@@ -6,23 +6,24 @@
 //
 // A tile's lane is (g, t) = (lane / 4, lane % 4). Which bytes of a row it reads, and what it makes
 // of them, is the format's. The kernel needs to know only
-//   KeyTile    kColumns: of the operand that a token has, 1 or, if kMostColumns allows it, 2: the
-//              even one then has the channels of some k-steps, the odd one those of the others, and
+//   KeyTile    kColumns: a token's columns of the operand, 1 or 2 (at most kMostColumns). With 2,
+//   the
+//              even column has the channels of some k-steps, the odd one those of the others, and
 //              a lane has four tokens instead of two
-//              first_byte(), load_row(): where a lane's part of a row begins, and the way to it
-//              operands(j, step): two words of four codes for k-step `step`, of token j of the
-//              lane; column(step): in which of the token's columns they are some
+//              first_byte(): where a lane's part of a row begins; load_row(): reads it from there
+//              operands(j, step): two words of four codes of token j of the lane, for k-step
+//              `step`, which is one of column(step); products in the other column are of no use
 //              place(c): at which place of the k-steps channel c is. The query is laid out alike,
 //              so the order is free; kInOrder: eight neighbouring channels are eight bytes
 //              channel(step, t): where a lane's eight channels of a k-step, which are neighbours,
-//              begin; in_order(): their halves, or bytes, in the order of the operands' bytes
+//              begin; in_order(): fp16 values, or bytes, of a k-step in the order of the operands
 //   ValueTile  first_byte(), load_row(): as above
 //              for_operands<kCentered>(f): f(w, even, odd) with the A fragments of m-tiles 2 w and
 //              2 w + 1, of code - middle(false) in rows g and of code - middle(true) in rows
-//              g + 8, or of code 2^-24
-//              part(): what the rows of an m-tile have summed up, to the sums of channels
-//              channel(w, g): the four channels that rows g and g + 8 of m-tiles 2 w and 2 w + 1
-//              are
+//              g + 8, or of code * 2^-24
+//              part(): turns the sums of an m-tile's rows into those of channels
+//              channel(w, g): the first of the four channels that rows g and g + 8 of m-tiles 2 w
+//              and 2 w + 1 are
 #pragma once
 
 #include "common/cuda/row.cuh"
@@ -37,8 +38,7 @@ struct KeyTile;
 template <class Format, int kDim>
 struct ValueTile;
 
-// Whether the codes of a row whose channels are finite and within fp16's range are within theirs
-// before they are clamped.
+// Whether a row of finite channels within fp16's range has codes of 0 .. kMaxCode without a clamp.
 template <class Format>
 constexpr bool kCodesFit = false;
 

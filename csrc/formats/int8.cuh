@@ -1,9 +1,9 @@
 // 8-bit rows on CUDA: a byte a channel, in their order (Byte..., which any such format may take).
 //
 //   Q K^T  A lane reads 16 consecutive bytes of a key: with the channels of a k-step permuted alike
-//          in A and B, two of its words are one k-step's B fragment as they are. From memory eight
-//          lanes read 128 bytes of one key, a whole line: each key has two columns then, and half
-//          of the products are of no use. Half lines would be twice as many requests to L2.
+//          in A and B, two of its words are one k-step's B fragment as they are. With one column
+//          a key, four lanes read 64 bytes of it at once; with two, eight lanes read 128, a whole
+//          line, which is half as many requests to L2.
 //   P V    A lane reads the same 16 channels of 4 tokens and transposes 4 x 4 bytes with
 //          byte-permutes.
 //
@@ -66,7 +66,7 @@ struct ByteKeys {
       codes[j][i] = load_piece<uint4, kShared>(first + step);
     }
   }
-  // Two k-steps are 64 channels; an odd column has every second 64.
+  // Two k-steps are 64 channels. Of two columns, the odd one has the second 64 of each 128.
   static __device__ __forceinline__ constexpr int column(int step) { return step / 2 % kColumns; }
   __device__ __forceinline__ uint2 operands(int j, int step) const {
     const uint4& u = codes[j][step / 2 / kColumns];

@@ -63,14 +63,14 @@ struct StoredRows {
   }
 };
 
-// Sums the usable ones into the scratch. A decode step waits for it: rows are asked for several at
-// a time, without a branch between them.
+// Sums the usable ones into the scratch: those in a block, whose scale is no NaN. A decode step
+// waits for it: rows are asked for several at a time, without a branch between them.
 template <class Format>
 __device__ __noinline__ void sum_stored(const StoredRows rows, MeanScratch& scratch, int warps) {
   constexpr int kAsked = 8;
   using Codes = LaneCodes<Format>;
   using Params = typename Format::Params;
-  // Of the group, in whose block the mean is; padding may hide it.
+  // The group's first token, in whose block its mean is; padding may end behind it.
   const int start = rows.begin >> rows.paging.group_shift << rows.paging.group_shift;
 #pragma unroll 1
   for (int warp = threadIdx.x / 32; warp < kStoredWarps; warp += warps) {
@@ -125,7 +125,8 @@ __device__ __noinline__ void sum_stored(const StoredRows rows, MeanScratch& scra
   }
 }
 
-// Adds the usable incoming rows of tokens [begin, end), not rotated, to this lane's sum.
+// Adds the usable incoming rows of tokens [begin, end), not rotated, to this lane's sum; returns
+// how many they are.
 template <class Format, class T>
 __device__ __forceinline__ int sum_incoming(const Source<Format, T>& src, const RowSlot& at,
                                             int begin, int end, float (&sum)[kLaneChannels]) {
@@ -141,7 +142,7 @@ __device__ __forceinline__ int sum_incoming(const Source<Format, T>& src, const 
   return count;
 }
 
-// The sums of all slots, added in their order to sum[dim]; returns how many rows there are. All
+// The sums of all slots, in their order, into sum[dim]; returns how many rows there are. All
 // threads of the block must call.
 template <int kThreads>
 __device__ __forceinline__ int sum_slots(const MeanScratch& scratch, int slots, int dim,
@@ -213,14 +214,14 @@ __device__ __forceinline__ __half stored_mean(float mean) {
   return __float2half_rn(fminf(fmaxf(mean, -kMaxAbs), kMaxAbs));
 }
 
-// Means as they are found.
+// Room to find a mean in.
 struct GroupScratch {
   MeanScratch rows;
   float incoming[256], mean[256];
 };
 
 // Takes the mean of the group of tokens [start, end), which begins in this call, and stores it: the
-// mean of the group before, else of its own rows if they are enough, else none.
+// mean of the group before, else of its own rows if they are enough, else zeros.
 template <int kThreads, class Format, class T>
 __device__ __forceinline__ void open_group(const Source<Format, T>& src, int start, int end,
                                            __half* slot, GroupScratch& scratch) {
@@ -239,7 +240,7 @@ __device__ __forceinline__ void open_group(const Source<Format, T>& src, int sta
 }
 
 // Where the keys of the group of tokens [start, end) have their mean, taken now if the group begins
-// in this call; null: they have none.
+// in this call; null: values, formats without means, and groups whose block is lost.
 template <int kThreads, class Format, class T>
 __device__ __forceinline__ const __half* find_mean(const Source<Format, T>& src, int start, int end,
                                                    GroupScratch& scratch) {

@@ -1,26 +1,27 @@
 // The scores of one warp's 16 tokens, from a tile in registers. How codes become operands, the
 // formats say (formats/formats.cuh).
 //
-//   Q K^T  of integers: A = query rows, B = tokens. Its C fragment (query g, tokens 2t, 2t + 1) is
-//          the B fragment of P V (accumulate.cuh).
+//   Q K^T  of integers: A = query rows, B = tokens. Its C fragment (query g, columns 2t, 2t + 1)
+//          becomes the B fragment of P V (accumulate.cuh).
 //   Tokens within 16: n-tile j, column c is token 4 (c >> 1) + (c & 1) + 2 j, so that a lane's four
-//          scores are neighbours and their params one read. Where a token has two columns, c and
-//          c + 1 of n-tile j, it is 4 (c >> 1) + j.
+//          scores are neighbours and their params one read. With two columns a token, columns c
+//          and c + 1 of n-tile j, c even, are token 4 (c >> 1) + j.
 //
 // With q' = R q / unit, the score of a token is unit softmax_scale log2(e) times
-//   scale q'.q_t + offset sum(q') + q'.mean
+//   scale q'.codes + offset sum(q') + q'.mean
 #pragma once
 
 #include "kernels/attention/pipeline.cuh"
 
 namespace kvquant::cuda {
 
-// Products of a query's integers and a tile's codes, of each column that a token has.
+// Products of a query's integers and a tile's codes: [..][n-tile][column] sums the k-steps of that
+// column of the tokens; of C's columns, those of the other one are of no use.
 template <class Traits, int kColumns>
 struct Products {
   int c[Traits::kFragments][2 * kColumns][kColumns][4] = {};
 
-  // Of row `row` of 16 of the fragment, g or g + 8, with token 4 t + i.
+  // Of row g + `row` of the fragment, row 0 or 8, with token 4 t + i.
   __device__ __forceinline__ int at(int f, int row, int i) const {
     if constexpr (kColumns == 1) {
       return c[f][i / 2][0][row / 8 * 2 + i % 2];

@@ -49,10 +49,11 @@ struct AttentionTraits {
   static constexpr bool kTakesWhole =
       kPlainCall && kHeld && kDim <= 128 &&
       (kByAge || kDim <= 64 || kShape.has_room() || Key::code_bytes(8) + Value::code_bytes(8) <= 8);
-  // Columns that a key of Key's format has in the products, see KeyTile. Two, so that it is read by
-  // whole lines, where memory is the limit: elsewhere the further products cost more than that.
+  // Columns of a key of Key's format in the products, see KeyTile. Two, so that it is read by whole
+  // lines, where memory is the limit; not by age, whose second loop lacks the registers.
   template <class Key>
-  static constexpr int kKeyColumns = kHeld && !kTakesWhole ? KeyTile<Key, kDim>::kMostColumns : 1;
+  static constexpr int kKeyColumns =
+      kHeld && !kTakesWhole && !kByAge ? KeyTile<Key, kDim>::kMostColumns : 1;
   static constexpr int kRowSets = kRows / 8;           // softmax rows of a lane
   static constexpr int kRowsPerWarp = kRows / kWarps;  // to prepare
   // Of 16 rows of bytes: the highest ones of all rows come first.
