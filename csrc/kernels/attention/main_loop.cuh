@@ -84,6 +84,7 @@ template <class Traits, class Block = Traits, class Tokens = InBlocks>
 struct MainLoop {
   using Place = typename LoadPipeline<Traits>::Place;
   using Value = typename Traits::Value;
+  using TileProducts = Products<Block, Traits::template kKeyColumns<typename Traits::Key>>;
 
   const AttentionCall& p;
   const Paging& paging;
@@ -193,7 +194,7 @@ struct MainLoop {
           if (first + kTile > new_begin) pipeline.take_new(u, first, shared.new_tokens);
         }
         const auto& keys = pipeline.keys(u);
-        Products<Block, std::decay_t<decltype(keys)>::kColumns> products;
+        TileProducts products;
         mma_qk<Block>(keys, query, products);
         scale_products(products, keys.params, query, dot, score[u]);
         v_params[u] = pipeline.value_params(u);
@@ -235,7 +236,7 @@ struct MainLoop {
       for (int u = 0; u < Traits::kTiles; ++u) pipeline.advance(places[u], Traits::kStep);
       const int next = token + Traits::kStep;
       float score[Traits::kTiles][Traits::kRowSets][4], v_scale = 0.f;
-      Products<Block, std::decay_t<decltype(pipeline.keys(0))>::kColumns> products[Traits::kTiles];
+      TileProducts products[Traits::kTiles];
 #pragma unroll
       for (int u = 0; u < Traits::kTiles; ++u) {
         mma_qk<Block>(pipeline.keys(u), query, products[u]);

@@ -21,12 +21,12 @@ template <class Traits, int kColumns>
 struct Products {
   int c[Traits::kFragments][2 * kColumns][kColumns][4] = {};
 
-  // Of row g + `row` of the fragment, row 0 or 8, with token 4 t + i.
-  __device__ __forceinline__ int at(int f, int row, int i) const {
+  // Of row g of a half of the fragment's 16 rows with token 4 t + i.
+  __device__ __forceinline__ int at(int f, int half, int i) const {
     if constexpr (kColumns == 1) {
-      return c[f][i / 2][0][row / 8 * 2 + i % 2];
+      return c[f][i / 2][0][half * 2 + i % 2];
     } else {
-      return c[f][i][0][row / 8 * 2] + c[f][i][1][row / 8 * 2 + 1];
+      return c[f][i][0][half * 2] + c[f][i][1][half * 2 + 1];
     }
   }
 };
@@ -68,7 +68,7 @@ __device__ __forceinline__ void scale_products(const Products<Traits, kColumns>&
       const RowAffine affine = params.affine(i);
       const auto limb = [&](int n) {
         const int set = n * Traits::kRowSets + r;  // of eight rows
-        return products.at(set / 2, set % 2 * 8, i);
+        return products.at(set / 2, set % 2, i);
       };
       float dot = float(256 * limb(Traits::kQueryLimbs - 2) + limb(Traits::kQueryLimbs - 1));
       if constexpr (Traits::kQueryLimbs == 3) dot = fmaf(65536.f, float(limb(0)), dot);

@@ -44,8 +44,7 @@ struct AttentionTraits {
   static constexpr bool kHeld = kShape.stages == 0;  // registers hold tokens on their way
   // Pieces that need no look at single tokens have a loop of their own, and what loops read time
   // and again is kept in registers, where a warp's time is that of its instructions. With 8-bit
-  // keys at head_dim 128 it waits for memory, and fewer instructions were 1 to 2% slower: the
-  // faster a warp asks, the further warps drift apart.
+  // keys at head_dim 128 it waits for memory, and such a loop was measured 1 to 2% slower.
   static constexpr bool kTakesWhole =
       kPlainCall && kHeld && kDim <= 128 &&
       (kByAge || kDim <= 64 || kShape.has_room() || Key::code_bytes(8) + Value::code_bytes(8) <= 8);
