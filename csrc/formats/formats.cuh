@@ -6,9 +6,8 @@
 //
 // A tile's lane is (g, t) = (lane / 4, lane % 4). Which bytes of a row it reads, and what it makes
 // of them, is the format's. The kernel needs to know only
-//   KeyTile    kColumns: a token's columns of the operand, 1 or 2 (at most kMostColumns). With 2,
-//   the
-//              even column has the channels of some k-steps, the odd one those of the others, and
+//   KeyTile    kColumns: a token's columns of the operand, 1 or 2 (at most kMostColumns). Of two,
+//              the even one has the channels of some k-steps, the odd one those of the others, and
 //              a lane has four tokens instead of two
 //              first_byte(): where a lane's part of a row begins; load_row(): reads it from there
 //              operands(j, step): two words of four codes of token j of the lane, for k-step
