@@ -216,13 +216,11 @@ __device__ __forceinline__ void combine_splits(const Partial<Traits>& partial, i
   }
 }
 
-// Sinks, division by the sum, the values' rotation; writes the row and its log-sum-exp.
-template <class Traits>
-__device__ __forceinline__ void write_result(const AttentionCall& p, const RowTile& rows, int row,
-                                             RowResult<Traits>& result) {
-  using Element = typename Traits::Element;
-  using Row = WarpRow<Traits::kDim>;
-  float max = result.max, sum = result.sum, weight = 1.f;
+// What a row's sums are to be multiplied by: sinks are counted, and it is divided by the sum of
+// weights. writes: its log-sum-exp, where it is wanted.
+__device__ __forceinline__ float normalize(const AttentionCall& p, const RowTile& rows, int row,
+                                           float max, float sum, bool writes) {
+  float weight = 1.f;
   if (sum == 0.f) max = -INFINITY, weight = 0.f;  // sees nothing
   if (p.sinks) {
     const float sink = p.sinks[rows.head_of(row)] * kLog2e, most = fmaxf(max, sink);
@@ -232,18 +230,33 @@ __device__ __forceinline__ void write_result(const AttentionCall& p, const RowTi
   }
   // A NaN may have no maximum to weigh it against a sink.
   const float factor = isnan(sum) ? sum : weight == 0.f ? 0.f : __fdividef(weight, sum);
-  float x[1][Row::kCount];
-#pragma unroll
-  for (int i = 0; i < Row::kCount; ++i) x[0][i] = result.x[i] * factor;
-  if (p.lse && threadIdx.x % 32 == 0) {
+  if (p.lse && writes) {
     p.lse[(rows.first_call_row + rows.token_of(row)) * p.num_q_heads + rows.head_of(row)] =
         sum == 0.f ? -INFINITY : (max + log2f(sum)) * kLn2;
   }
+  return factor;
+}
+// Where a row's output goes.
+template <class Element>
+__device__ __forceinline__ Element* output_of(const AttentionCall& p, const RowTile& rows,
+                                              int row) {
+  return static_cast<Element*>(p.out.data) +
+         row_offset(p.out, p.seqs, {rows.first_call_row, 0}, rows.sequence, rows.token_of(row)) +
+         rows.head_of(row) * p.out.head_stride;
+}
+
+// Normalizes, rotates the values back; writes the row and its log-sum-exp.
+template <class Traits>
+__device__ __forceinline__ void write_result(const AttentionCall& p, const RowTile& rows, int row,
+                                             RowResult<Traits>& result) {
+  using Element = typename Traits::Element;
+  using Row = WarpRow<Traits::kDim>;
+  const float factor = normalize(p, rows, row, result.max, result.sum, threadIdx.x % 32 == 0);
+  float x[1][Row::kCount];
+#pragma unroll
+  for (int i = 0; i < Row::kCount; ++i) x[0][i] = result.x[i] * factor;
   if (p.cache.v.rotation > 1) rotate_warp<Traits::kDim>(x, p.cache.v.rotation);
-  Element* const out =
-      static_cast<Element*>(p.out.data) +
-      row_offset(p.out, p.seqs, {rows.first_call_row, 0}, rows.sequence, rows.token_of(row)) +
-      rows.head_of(row) * p.out.head_stride;
+  Element* const out = output_of<Element>(p, rows, row);
   Row::pieces([&](auto width, int i, int c) {
     alignas(16) Element y[width()];
 #pragma unroll

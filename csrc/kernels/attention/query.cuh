@@ -261,6 +261,30 @@ struct RowScale {
   float sum, gain;
 };
 
+// Neighbours times `inverse` as integers of two signed bytes: the high ones, the low ones; adds to
+// the integers' sum.
+template <int kCount>
+__device__ __forceinline__ void round_to_bytes(const float* x, float inverse, uint32_t& high,
+                                               uint32_t& low, int& sum) {
+  // Where a float's last bit is 1, adding rounds to integers: its low half is theirs + 128.
+  constexpr float kShift = 0x1.8p23f + 128.f;
+  constexpr uint32_t kShiftBits = 0x4b400000u + 128u;
+  uint32_t words[kCount];
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    words[j] = __float_as_uint(fmaf(x[j], inverse, kShift));
+    sum += int(words[j] - kShiftBits);
+  }
+  const auto bytes = [&](uint32_t of_pair) {
+    const uint32_t pair = __byte_perm(words[0], words[1], of_pair);
+    return kCount == 2
+               ? pair
+               : __byte_perm(pair, __byte_perm(words[kCount - 2], words[kCount - 1], of_pair),
+                             0x5410);
+  };
+  high = bytes(0x0051), low = bytes(0x0040) ^ 0x80808080u;
+}
+
 // Rotates, scales and rounds this warp's rows, of `count`. Scores of rows that are none are zero
 // or a NaN, and belong to nobody.
 template <class Traits, class Shared>
@@ -301,17 +325,21 @@ __device__ __forceinline__ void prepare_query(const AttentionCall& p, const RawQ
     int sum = 0;
     Row::pieces([&](auto width, int k, int c) {
       uint32_t bytes[Traits::kQueryLimbs] = {};  // of each limb, the highest one first
+      if constexpr (Traits::kQueryLimbs == 2) {
+        round_to_bytes<width()>(x[i] + k, inverse, bytes[0], bytes[1], sum);
+      } else {
 #pragma unroll
-      for (int j = 0; j < width(); ++j) {
-        int rest = __float2int_rn(x[i][k + j] * inverse);
-        sum += rest;
+        for (int j = 0; j < width(); ++j) {
+          int rest = __float2int_rn(x[i][k + j] * inverse);
+          sum += rest;
 #pragma unroll
-        for (int n = 0; n < Traits::kQueryLimbs; ++n) {
-          const int shift = 8 * (Traits::kQueryLimbs - 1 - n),
-                    half = shift ? 0x8080 >> (16 - shift) : 0;
-          const int limb = (rest + half) >> shift;
-          rest -= limb << shift;
-          bytes[n] |= uint32_t(limb & 0xff) << (8 * j);
+          for (int n = 0; n < Traits::kQueryLimbs; ++n) {
+            const int shift = 8 * (Traits::kQueryLimbs - 1 - n),
+                      half = shift ? 0x8080 >> (16 - shift) : 0;
+            const int limb = (rest + half) >> shift;
+            rest -= limb << shift;
+            bytes[n] |= uint32_t(limb & 0xff) << (8 * j);
+          }
         }
       }
 #pragma unroll
