@@ -127,8 +127,9 @@ def cache_cases() -> Iterator[Case]:
         ((128, 128), (4, 2), tokens, torch.float16, 512, kvquant.CacheFormat(), {}, 8)
         for tokens in (1, 4)
     ]
-    rows = [  # many query rows: tiles of tokens as a whole, and in pieces
-        ((dim, dim), (4, 2), 40, dtype, block, kvquant.CacheFormat(), extra)
+    rows = [  # many query rows, 64 or 32 a block: tiles of tokens as a whole, and in pieces
+        ((dim, dim), (4, 2), tokens, dtype, block, kvquant.CacheFormat(), extra)
+        for tokens in (40, 12)
         for dim, dtype, block, extra in (
             (128, torch.float16, 512, {}), (128, torch.bfloat16, 32, {}),
             (64, torch.bfloat16, 64, {"sliding_window": 100, "softcap": 20.0}),

@@ -25,7 +25,7 @@ from support import (
 pytestmark = pytest.mark.gpu
 
 HEADS = (8, 2)
-TOKENS = 9  # of four heads each: more than 32 rows
+TOKENS = 9  # of four heads each: more than one block of 32 rows
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,10 @@ def queries(cache: Cache, count: int, heads: int, dtype: str = "fp16") -> list[t
         ("paged256", "mean64", "bf16"),
     ],
 )
-@pytest.mark.parametrize(("count", "heads"), [(TOKENS, HEADS), (16, HEADS), (100, (7, 1))])
+@pytest.mark.parametrize(
+    ("count", "heads"),
+    [(5, HEADS), (8, HEADS), (3, (7, 1)), (TOKENS, HEADS), (16, HEADS), (100, (7, 1))],
+)
 def test_shapes(dim, layout, fmt, dtype, count, heads):
     cache = make(dim=dim, dtype=dtype, kv_heads=heads[1], layout=layout, fmt=fmt)
     check_attention(cache, queries(cache, count, heads[0], dtype))
@@ -91,14 +94,15 @@ def test_shapes(dim, layout, fmt, dtype, count, heads):
     ids=lambda options: "-".join(options),
 )
 @pytest.mark.parametrize("starts", [None, (9, 0, 64, 290)])
-def test_features(options, starts):
+@pytest.mark.parametrize("count", [7, 40])
+def test_features(options, starts, count):
     cache = make(dtype="bf16", layout="paged16", starts=starts)
     vectors = {
         name: torch.rand(HEADS[0], device="cuda") * options[name]
         for name in ("sinks", "alibi_slopes")
         if name in options
     }
-    check_attention(cache, queries(cache, 40, HEADS[0], "bf16"), **{**options, **vectors})
+    check_attention(cache, queries(cache, count, HEADS[0], "bf16"), **{**options, **vectors})
 
 
 def test_scores_that_jump():
@@ -108,7 +112,8 @@ def test_scores_that_jump():
     key *= 2.0 ** torch.randint(-3, 5, (1000, 1, 1), device="cuda")
     cache.append([key], [value])
     for scale in (1, 4, 40):
-        check_attention(cache, [scale * torch.randn(40, 8, 128, device="cuda").to(FP16)])
+        for count in (8, 40):
+            check_attention(cache, [scale * torch.randn(count, 8, 128, device="cuda").to(FP16)])
 
 
 def test_the_largest_values():
@@ -149,7 +154,7 @@ def test_tokens_whose_block_is_lost_are_left_out():
     torch.testing.assert_close(dense(cache, query), wanted, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("count", [TOKENS, 16, 100])
+@pytest.mark.parametrize("count", [5, 8, TOKENS, 16, 100])
 def test_the_same_bits(count):
     """Every run, in every layout, of rows at any address."""
     cache = make((9000, 300, 4000), kv_heads=4, layout="paged64")

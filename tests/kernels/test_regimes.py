@@ -200,6 +200,8 @@ MANY = {"capability": 90}
 @pytest.mark.parametrize(
     ("tokens", "dim", "expected"),
     [  # query rows of a block, warps, blocks of a multiprocessor
+        (5, 128, (32, 4, 3)),
+        (8, 64, (32, 4, 3)),
         (9, 128, (64, 4, 3)),
         (64, 64, (64, 4, 3)),
         (2000, 128, (64, 4, 3)),
@@ -222,7 +224,7 @@ def test_what_many_rows_refuses_by_name(choose):
 
     assert why(capability=89) == "compute capability 8.9, not 9.0"
     assert why(capability=100) == "compute capability 10.0, not 9.0"
-    assert why(tokens=8) == "32 query rows of a KV head, fewer than 33"
+    assert why(tokens=4) == "16 query rows of a KV head, fewer than 17"
     assert why(dims=(128, 64)) == why(dims=(80, 80)) == "head_dims other than 64 and 128"
     assert why(float32=True) == "float32"
     assert why(k_format="int8", v_format="int4") == "rows that are not int8"

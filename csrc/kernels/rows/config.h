@@ -5,11 +5,10 @@
 
 namespace kvquant::cuda {
 
-constexpr int kBlockRows = 64;  // query rows of a block
-constexpr int kRowsTile = 64;   // tokens that a block takes at once
-// Query rows of a KV head from which on it is worth it: 32 still are one block's of the other
-// kernel, and as fast there.
-constexpr int kFewestRows = 33;
+constexpr int kRowsTile = 64;  // tokens that a block takes at once
+// Query rows of a KV head from which on it is worth it: 16 are faster in the other kernel.
+constexpr int kFewestRows = 17;
+
 constexpr InstanceShape kRowsShape{1, 4, 3, 2};
 static_assert(kRowsShape.step() == kRowsTile);
 
@@ -18,11 +17,11 @@ inline AttentionShape shape_many_rows(int batch, int tokens, int q_heads, int kv
   AttentionShape shape{};
   const int64_t query_rows = std::max<int64_t>(1, int64_t(tokens) * (q_heads / kv_heads));
   shape.head_dim = head_dim;
-  shape.rows = kBlockRows;
-  shape.row_tiles = int((query_rows + kBlockRows - 1) / kBlockRows);
+  shape.rows = query_rows <= 32 ? 32 : 64;
+  shape.row_tiles = int((query_rows + shape.rows - 1) / shape.rows);
   shape.units = std::max<int64_t>(1, int64_t(batch) * kv_heads * shape.row_tiles);
   shape.instance = kRowsShape;
-  shape.slots = int64_t(multiprocessors) * kRowsShape.blocks;
+  shape.slots = int64_t(multiprocessors) * shape.instance.blocks;
   shape.fills = shape.row_tiles == 1 && shape.units >= shape.slots;
   return shape;
 }

@@ -25,6 +25,12 @@ __device__ __forceinline__ void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
 }
 
+// True in one lane of the warp, which the compiler then knows to be alone.
+__device__ __forceinline__ bool is_elected() {
+  uint32_t is = 0;
+  asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(is));
+  return is != 0;
+}
 // A barrier in shared memory that counts arrivals and the bytes of bulk copies.
 __device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
@@ -50,21 +56,22 @@ __device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t phase) {
       "r"(phase)
       : "memory");
 }
-// Copies by the copy engine: of bytes that lie one after the other, and of a box of one block's
-// and head's rows.
-__device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes, uint32_t barrier) {
+// Copies by the copy engine: of bytes that lie one after the other, and of a box of a block
+// and head.
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, int bytes,
+                                          uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared_address(to)),
+          "r"(to),
       "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
-__device__ __forceinline__ void copy_box(void* to, const CUtensorMap& map, int row, int head,
-                                         int block, uint32_t barrier) {
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& map, int x, int y,
+                                         int head, int block, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address(to)),
-      "l"(&map), "r"(barrier), "r"(0), "r"(row), "r"(head), "r"(block)
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(head), "r"(block)
       : "memory");
 }
 
