@@ -51,12 +51,13 @@ def cache_case(
     format: kvquant.CacheFormat,
     options: dict[str, Any],
     spare: int = 0,
+    longest: int = 300,
 ) -> list[Tensor]:
     """Append a ragged prompt, take a decode step, then attend and gather.
 
-    ``spare``: blocks of a sequence that stay empty.
+    ``spare``: blocks of a sequence that stay empty. ``longest``: tokens of the longer prompt.
     """
-    lens, kv_heads = (300, 17), heads[1]
+    lens, kv_heads = (longest, 17), heads[1]
     blocks = -(-(max(lens) + tokens) // block) + spare
     table = move(torch.randperm(2 * blocks, dtype=torch.int32).view(2, blocks))
     view = kvquant.CacheView.allocate(
@@ -135,9 +136,14 @@ def cache_cases() -> Iterator[Case]:
             (64, torch.bfloat16, 64, {"sliding_window": 100, "softcap": 20.0}),
         )
     ]  # fmt: skip
-    for arguments in cases + many + wide + rows:
+    trees = [  # splits' blocks that take in others' and are taken in
+        ((128, 128), (4, 2), tokens, torch.float16, 512, kvquant.CacheFormat(), {}, 0, 1500)
+        for tokens in (40, 12)
+    ]
+    for arguments in cases + many + wide + rows + trees:
         dims, heads, tokens, dtype, block, *_ = arguments
-        name = f"attention {dims} {heads} heads {tokens} tokens {dtype} {block}"
+        splits = ", a tree" if arguments in trees else ""
+        name = f"attention {dims} {heads} heads {tokens} tokens {dtype} {block}{splits}"
         yield name, TOLERANCE[dtype], partial(_run, cache_case, arguments)
 
 

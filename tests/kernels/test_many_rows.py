@@ -127,6 +127,28 @@ def test_the_largest_values():
     assert (out - ref).norm() <= 1e-2 * ref.norm()
 
 
+@pytest.mark.parametrize("count", [8, 40])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_values_at_the_end_of_fp16(sign, count):
+    """The middles of such rows round to halves that leave less room than the range."""
+    cache = empty_cache((640,), k_dim=128, device="cuda")
+    key, value = torch.randn(2, 640, 2, 128, device="cuda", dtype=FP16)
+    value[::2] = sign * torch.empty_like(value[::2]).uniform_(-65504, -14432)
+    value[::2, :, 0], value[::2, :, 1] = sign * -65504, sign * -14432
+    cache.append([key], [value])
+    given = [8 * torch.randn(count, 8, 128, device="cuda", dtype=FP16)]
+    out, ref = attend(cache, given), expected(cache, given)[0]
+    assert out.isfinite().all()
+    assert (out - ref).norm() <= 1e-2 * ref.norm()
+
+
+@pytest.mark.parametrize("scale", [-0.3, -2.0])
+@pytest.mark.parametrize("count", [8, 40])
+def test_negative_scales(scale, count):
+    cache = make((1000,))
+    check_attention(cache, queries(cache, count, HEADS[0]), softmax_scale=scale)
+
+
 @pytest.mark.parametrize("part", ["k", "v"])
 def test_who_sees_a_row_that_is_not_finite(part):
     """NaN for the rows that see it, and for no one else."""

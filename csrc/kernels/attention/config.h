@@ -9,7 +9,7 @@ namespace kvquant::cuda {
 
 constexpr int kTile = 16;        // tokens of a tensor core's step
 constexpr int kMinSplit = 256;   // tokens; shorter splits cost more than they gain
-constexpr int kMaxSplits = 256;  // of a sequence: what one block merges
+constexpr int kMaxSplits = 256;  // of a sequence
 // Tokens of a split of 8-bit rows where there is work enough and sequences may be longer than
 // kUneven: evens out unequal ones (64 of 1 to 16384 tokens on an H200: 82% of the read ceiling with
 // splits of 4096, sequence by sequence, 85% with the short last splits behind all others, 88% so).

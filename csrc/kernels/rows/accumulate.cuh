@@ -87,7 +87,7 @@ class RowsAccumulator {
     keep(out_);
   }
 
-  // The sum of row r's weights, of all lanes that have tokens of it.
+  // Sums of weights: of all lanes that have tokens of a row.
   __device__ __forceinline__ void sum_lanes() {
 #pragma unroll
     for (float& total : total_) {
@@ -101,11 +101,12 @@ class RowsAccumulator {
 #pragma unroll
     for (int j = 0; j < 4; ++j) x[j] = out_[at(r, i, j)];
   }
-  // Takes in what another split has of row r, whose weights are of another base.
+  // A row's base, and the sum of its weights.
   struct Weighed {
     float base, sum;
   };
   __device__ __forceinline__ Weighed total(int r) const { return {base_[r], total_[r]}; }
+  // Takes in what another split has of row r, whose weights are of another base.
   __device__ __forceinline__ void take_in(int r, const Weighed& total,
                                           const float (&x)[kFours][4]) {
     const float base = fmaxf(base_[r], total.base);
@@ -149,10 +150,9 @@ class RowsAccumulator {
     float best[kThreadRows];
 #pragma unroll
     for (int r = 0; r < kThreadRows; ++r) {
-      best[r] = y[r][0];
+      best[r] = y[r][0] * by[r];
 #pragma unroll
-      for (int i = 1; i < kRowsTile / 4; ++i) best[r] = fmaxf(best[r], y[r][i]);
-      best[r] *= by[r];
+      for (int i = 1; i < kRowsTile / 4; ++i) best[r] = fmaxf(best[r], y[r][i] * by[r]);
     }
     reduce_rows(best);
 #pragma unroll

@@ -154,11 +154,12 @@ __device__ __forceinline__ void prepare_params(RowsShared<Traits>& shared, int s
   }
   const RowAffine affine = Traits::Value::affine(shared.v_params[stage][row]);
   constexpr float kMiddle = Traits::Value::kMiddleCode;
-  const float middle = fminf(fmaxf(fmaf(kMiddle, affine.scale, affine.offset), -kMaxAbs), kMaxAbs);
+  const __half middle =
+      __float2half_rn(fminf(fmaxf(fmaf(kMiddle, affine.scale, affine.offset), -kMaxAbs), kMaxAbs));
   // A code may stand for more than fp16 holds, by less than a step: then steps are shorter.
-  const float most = (kMaxAbs - fabsf(middle)) * (1.f / kMiddle);
+  const float most = (kMaxAbs - fabsf(__half2float(middle))) * (1.f / kMiddle);
   ValueSteps steps{half2_bits(__half2half2(__float2half_rz(fminf(affine.scale, most)))),
-                   half2_bits(__float2half2_rn(middle))};
+                   half2_bits(__half2half2(middle))};
   const bool is_finite = affine.scale <= kMaxAbs;
   if (!is_finite) steps = {kNanHalves, kNanHalves};
   if (!shared.is_clean[stage]) {
