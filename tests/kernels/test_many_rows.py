@@ -77,7 +77,7 @@ def queries(cache: Cache, count: int, heads: int, dtype: str = "fp16") -> list[t
 )
 def test_shapes(dim, layout, fmt, dtype, count, heads):
     cache = make(dim=dim, dtype=dtype, kv_heads=heads[1], layout=layout, fmt=fmt)
-    check_attention(cache, queries(cache, count, heads[0], dtype))
+    check_attention(cache, queries(cache, count, heads[0], dtype), max_seqlen_q=count)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,8 @@ def test_features(options, starts, count):
         for name in ("sinks", "alibi_slopes")
         if name in options
     }
-    check_attention(cache, queries(cache, count, HEADS[0], "bf16"), **{**options, **vectors})
+    given = queries(cache, count, HEADS[0], "bf16")
+    check_attention(cache, given, max_seqlen_q=count, **{**options, **vectors})
 
 
 def test_scores_that_jump():
@@ -146,7 +147,8 @@ def test_values_at_the_end_of_fp16(sign, count):
 @pytest.mark.parametrize("count", [8, 40])
 def test_negative_scales(scale, count):
     cache = make((1000,))
-    check_attention(cache, queries(cache, count, HEADS[0]), softmax_scale=scale)
+    given = queries(cache, count, HEADS[0])
+    check_attention(cache, given, max_seqlen_q=count, softmax_scale=scale)
 
 
 @pytest.mark.parametrize("part", ["k", "v"])
