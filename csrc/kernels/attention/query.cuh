@@ -287,9 +287,9 @@ __device__ __forceinline__ void round_to_bytes(const float* x, float inverse, ui
 
 // Rotates, scales and rounds this warp's rows, of `count`. Scores of rows that are none are zero
 // or a NaN, and belong to nobody.
-template <class Traits, class Shared>
+template <class Traits>
 __device__ __forceinline__ void prepare_query(const AttentionCall& p, const RawQuery<Traits>& raw,
-                                              int warp, int count, Shared& shared,
+                                              int warp, int count, QueryShared<Traits>& shared,
                                               RowScale* scales) {
   using Row = WarpRow<Traits::kDim>;
   constexpr int kPerWarp = Traits::kRowsPerWarp;

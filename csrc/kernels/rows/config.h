@@ -6,7 +6,8 @@
 namespace kvquant::cuda {
 
 constexpr int kRowsTile = 64;  // tokens that a block takes at once
-// Query rows of a KV head from which on it is worth it: 16 are faster in the other kernel.
+// Query rows of a KV head from which on it is worth it: the other kernel reads the tokens of 16 at
+// the ceiling.
 constexpr int kFewestRows = 17;
 
 constexpr InstanceShape kRowsShape{1, 4, 3, 2};

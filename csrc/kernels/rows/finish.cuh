@@ -80,48 +80,28 @@ class RowsPartial {
 };
 
 // Rotates a thread's rows back, of which it has four neighbours of each 16 channels, its quad the
-// others.
+// others. Not normalized.
 template <int kThreadRows, int kFours>
-__device__ __forceinline__ void rotate_quads(float (&x)[kThreadRows][kFours][4], int length) {
+__device__ __forceinline__ void rotate_quads(float (&x)[kThreadRows][kFours][4]) {
   const auto butterfly = [](float& a, float& b) {
     const float sum = a + b;
     b = a - b, a = sum;
   };
-  if (length <= 1) return;
 #pragma unroll
   for (auto& row : x) {
 #pragma unroll
     for (auto& four : row) {
       butterfly(four[0], four[1]), butterfly(four[2], four[3]);
-      if (length > 2) butterfly(four[0], four[2]), butterfly(four[1], four[3]);
-    }
-  }
+      butterfly(four[0], four[2]), butterfly(four[1], four[3]);
 #pragma unroll
-  for (int step = 1; step < 4; step <<= 1) {
-    if (4 * step >= length) break;
-    const float sign = threadIdx.x & step ? -1.f : 1.f;
-#pragma unroll
-    for (auto& row : x) {
-#pragma unroll
-      for (auto& four : row) {
+      for (int step = 1; step < 4; step <<= 1) {
+        const float sign = threadIdx.x & step ? -1.f : 1.f;
 #pragma unroll
         for (float& y : four) y = fmaf(y, sign, __shfl_xor_sync(kFullWarp, y, step));
       }
     }
   }
-#pragma unroll
-  for (int step = 1; step < kFours; step <<= 1) {
-    if (16 * step >= length) break;
-#pragma unroll
-    for (auto& row : x) {
-#pragma unroll
-      for (int i = 0; i < kFours; ++i) {
-        if (i & step) continue;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) butterfly(row[i][j], row[i + step][j]);
-      }
-    }
-  }
+  rotate_sixteens(x);
 }
 
 // Writes the block's rows, or leaves them for another split of the unit. row: the thread's first
@@ -159,7 +139,7 @@ __device__ __forceinline__ void finish_rows(const AttentionCall& p, const RowTil
       for (float& y : x[r][i]) y *= factor;
     }
   }
-  rotate_quads(x, p.cache.v.rotation);
+  if (p.cache.v.rotation > 1) rotate_quads(x);
 #pragma unroll
   for (int r = 0; r < kThreadRows; ++r) {
     if (!is_row[r]) continue;

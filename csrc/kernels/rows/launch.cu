@@ -47,8 +47,10 @@ cudaError_t map_cache(const CacheView& cache, int max_blocks, RowsMaps& maps) {
   map_codes(maps.k, cache.k.codes,
             dim == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
   map_codes(maps.v, cache.v.codes, CU_TENSOR_MAP_SWIZZLE_NONE);
-  map_params(maps.k_params, cache.k.params);
-  map_params(maps.v_params, cache.v.params);
+  if (is_whole) {
+    map_params(maps.k_params, cache.k.params);
+    map_params(maps.v_params, cache.v.params);
+  }
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

@@ -68,6 +68,26 @@ __device__ __forceinline__ float max_or_nan(float x, float y) {
   return z;
 }
 
+// Butterflies between rows' pieces of 16 channels, of which a thread has four each.
+template <int kThreadRows, int kSteps>
+__device__ __forceinline__ void rotate_sixteens(float (&x)[kThreadRows][kSteps][4]) {
+#pragma unroll
+  for (int step = 1; step < kSteps; step <<= 1) {
+#pragma unroll
+    for (auto& row : x) {
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        if (i & step) continue;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float a = row[i][j], b = row[i + step][j];
+          row[i][j] = a + b, row[i + step][j] = a - b;
+        }
+      }
+    }
+  }
+}
+
 // A thread's part of its warp's rows, g and g + 8: of each 16 channels the four from 4 t on.
 template <class Traits>
 class RowsOfThread {
@@ -116,7 +136,7 @@ class RowsOfThread {
       for (int step = 1; step < 4; step <<= 1) {
         most = max_or_nan(most, __shfl_xor_sync(kFullWarp, most, step));
       }
-      // As prepare_query's. A division's call would cost registers for its sake.
+      // As prepare_query's. A precise division is a call, which costs registers.
       const float unit = most * (1.f / (127.f * 256.f));
       const float inverse = unit > 1e-37f ? __fdividef(1.f, unit) : 0.f;
       int total = 0;
@@ -136,19 +156,20 @@ class RowsOfThread {
  private:
   uint2 asked_[kThreadRows][kSteps];
 
-  // Not normalized. Within 16 channels by a matrix of ones, whose rows and columns are in the order
-  // in which threads have channels.
+  // If they are rotated; not normalized. Within 16 channels by a matrix of ones, whose rows and
+  // columns are in the order in which threads have channels.
   __device__ __forceinline__ void rotate(const AttentionCall& p, float (&x)[kThreadRows][kSteps][4],
                                          int g, int t) const {
-    const int length = max(p.cache.k.rotation, 1);
+    const bool is_rotated = p.cache.k.rotation > 1;
     const uint32_t one = p.dtype == Dtype::kFloat16 ? 0x3c00u : 0x3f80u;
     uint32_t b[2][2] = {};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int half = i / 4, pair = i / 2 % 2, j = i % 2;
       const int from = 4 * t + 2 * pair + j, to = g / 2 * 4 + 2 * half + g % 2;
-      const uint32_t sign = uint32_t(__popc(from & to & (length - 1)) & 1) << 15;
-      if ((from ^ to) < length) b[half][pair] |= (one | sign) << (16 * j);
+      const uint32_t sign = uint32_t(__popc(from & to) & 1) << 15;
+      const uint32_t of = is_rotated ? one | sign : from == to ? one : 0;
+      b[half][pair] |= of << (16 * j);
     }
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
@@ -165,22 +186,7 @@ class RowsOfThread {
         }
       }
     }
-#pragma unroll
-    for (int step = 1; step < kSteps; step <<= 1) {
-      if (16 * step >= length) break;
-#pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        if (i & step) continue;
-#pragma unroll
-        for (int r = 0; r < kThreadRows; ++r) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const float a = x[r][i][j], c = x[r][i + step][j];
-            x[r][i][j] = a + c, x[r][i + step][j] = a - c;
-          }
-        }
-      }
-    }
+    if (is_rotated) rotate_sixteens(x);
   }
 };
 

@@ -37,7 +37,7 @@ struct RowsShared {
 };
 
 // The cache as the copy engine takes it, codes as [block, head, row, channel], params as [block,
-// head, 1, row]; in boxes of a whole tile where blocks hold them, else of 16 tokens.
+// head, 1, row]; in boxes of a whole tile where blocks hold them, else codes alone, of 16 tokens.
 struct RowsMaps {
   CUtensorMap k, v, k_params, v_params;
 };
