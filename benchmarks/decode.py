@@ -41,6 +41,18 @@ SHAPES = [  # batch, q_heads, kv_heads, tokens, head_dim, query tokens
     (64, 32, 8, 8192, 128, 8),
     (8, 32, 8, 8192, 128, 16),
 ]
+SEVERAL = [  # of several query tokens, measured alone
+    (8, 32, 8, 4096, 128, 8),
+    (1, 32, 8, 4096, 128, 8),
+    (1, 32, 8, 4096, 128, 16),
+    (1, 32, 8, 32768, 128, 8),
+    (64, 32, 8, 1024, 128, 8),
+    (64, 32, 8, 1024, 128, 16),
+    (32, 28, 4, 4096, 128, 4),
+    (8, 64, 8, 4096, 128, 4),
+    (64, 32, 8, 4096, 64, 8),
+    (1, 32, 8, 4096, 128, 64),
+]
 FORMATS = {
     "int8": kvquant.CacheFormat(),
     "k8v4": kvquant.CacheFormat(value="int4"),
@@ -163,6 +175,23 @@ def layouts(ceiling: float, formats: list[str]) -> Report:
     return report
 
 
+def several(ceiling: float, formats: list[str]) -> Report:
+    """Several query tokens."""
+    report = Report("Several query tokens; shapes end with their number")
+    for shape in SEVERAL:
+        for name in formats:
+            own, nbytes = own_graphs(FORMATS[name], *shape)
+            times = graphs_ms(own)
+            ms, spread = times[""]
+            report.add(
+                shape=",".join(map(str, shape)), format=name, ms=ms, spread=spread,
+                step_ms=times["step_"][0], percent=nbytes / ms / 1e9 / ceiling * 100,
+            )  # fmt: skip
+            del own
+            torch.cuda.empty_cache()
+    return report
+
+
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG here.")] = None,
@@ -185,6 +214,9 @@ def main(
     others = layouts(ceiling, named)
     others.print()
     report.facts["layouts"] = others.rows
+    more = several(ceiling, named)
+    more.print()
+    report.facts["several"] = more.rows
     report.finish(json)
     if plot:
         draw(report, plot)
