@@ -115,14 +115,19 @@ struct GatherParams {
 // [first, first + tokens) of each sequence into contiguous rows; those of [low, high) are stored. A
 // token that is not finite, not stored, or has no place, becomes a NaN key and a zero value: dense
 // attention is NaN then for whoever sees it, and for no one else.
+struct Piece {
+  void *key, *value;  // out, [batch, num_kv_heads, tokens, dim]
+  int32_t first, tokens, low, high;
+  bool backwards;  // row i is token first + tokens - 1 - i
+};
+constexpr int kMostPieces = 4;
 struct PieceParams {
   CacheView cache;
-  Sequences seqs;     // block_table, batch, max_blocks and young
-  void *key, *value;  // out, [batch, num_kv_heads, tokens, dim]
-  Dtype dtype;
-  int32_t first, tokens, low, high;
+  Sequences seqs;  // block_table, batch, max_blocks and young
+  Piece pieces[kMostPieces];
+  int32_t count;
   int32_t young_from;  // by age: tokens from this one on are young, and those of the first group
-  bool backwards;      // row i is token first + tokens - 1 - i
+  Dtype dtype;         // fp16 or bf16
 };
 
 // Merges attention over several sets of tokens to that over all of them, by their log-sum-exps.

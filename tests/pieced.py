@@ -15,7 +15,7 @@ from kvquant.backends.pieces import Pieces
 from kvquant.backends.reference import REFERENCE, _Memory
 from kvquant.backends.reference_age import Held
 from kvquant.backends.reference_rows import rotate
-from kvquant.backends.steps import History, Result, Steps
+from kvquant.backends.steps import MOST_READS, History, Read, Result, Steps
 
 
 def dense(
@@ -52,16 +52,19 @@ def merge(results: list[Result], sinks: Tensor | None, out: Tensor, lse: Tensor 
         lse.copy_(total)
 
 
-def read(
-    view: kvquant.CacheView, history: History, first: int, stored: tuple[int, int],
-    backwards: bool, key: Tensor, value: Tensor,
-) -> None:  # fmt: skip
+def read(view: kvquant.CacheView, history: History, reads: list[Read]) -> None:
     """Dequantized tokens, by the reference's formula."""
-    table, count = history.table, key.shape[2]
+    assert 0 < len(reads) <= MOST_READS
+    for one in reads:
+        _read(view, history, one)
+
+
+def _read(view: kvquant.CacheView, history: History, one: Read) -> None:
+    table, key, value, stored = history.table, one.key, one.value, one.stored
     seqs = kvquant.Sequences(table, table.new_zeros(len(table)), young=history.young)
     memory = _Memory(view, seqs)
-    tokens = torch.arange(first, first + count, device=key.device)
-    if backwards:
+    tokens = torch.arange(one.first, one.first + key.shape[2], device=key.device)
+    if one.is_backwards:
         tokens = tokens.flip(0)
     for b in range(len(table)):
         held = Held(table[b], b, history.young_from)

@@ -204,7 +204,8 @@ def piece_case(
     move: Move, dims: tuple[int, int], dtype: torch.dtype, block: int, backwards: bool
 ) -> list[Tensor]:
     """What attention by dense kernels needs besides them: a piece of the history, a merge."""
-    blocks, tokens, first, heads = -(-320 // block), 150, 37, 3
+    blocks, heads = -(-320 // block), 3
+    spans = (37, 150), (200, 40)  # two pieces: their first token, and how many
     table = move(torch.randperm(2 * blocks, dtype=torch.int32).view(2, blocks))
     view = kvquant.CacheView.allocate(2 * blocks, heads, block, *dims, device=table.device)
     lens = move(torch.zeros(2, dtype=torch.int32))
@@ -215,17 +216,26 @@ def piece_case(
     sums = [move(torch.randn(2, 50, 4)) for _ in range(3)]
     sinks = move(torch.randn(4))
     if not table.is_cuda:
-        rows = [x[:, first : first + tokens] for x in kvquant.gather(view, **where, dtype=dtype)]
+        stored = kvquant.gather(view, **where, dtype=dtype)
+        rows = [x[:, at : at + count] for at, count in spans for x in stored]
         rows = [(x.flip(1) if backwards else x).transpose(1, 2) for x in rows]
         outs[0], sums[0] = (x.flip(1) if backwards else x for x in (outs[0], sums[0]))
         weights = torch.stack([*sums, sinks.expand_as(sums[0])]).softmax(0)[:3]
         out = (weights[..., None] * torch.stack(outs).float()).sum(0)
         return [*rows, out.to(dtype), torch.stack([*sums, sinks.expand_as(sums[0])]).logsumexp(0)]
     from kvquant.backends.cuda import CUDA
-    from kvquant.backends.pieces import History, Result
+    from kvquant.backends.steps import History, Read, Result
 
-    rows = [torch.empty(2, heads, tokens, dim, dtype=dtype, device=table.device) for dim in dims]
-    CUDA.steps.read(view, History(table), first, (first, first + tokens), backwards, *rows)
+    rows = [
+        torch.empty(2, heads, count, dim, dtype=dtype, device=table.device)
+        for _, count in spans
+        for dim in dims
+    ]
+    reads = [
+        Read(at, (at, at + count), backwards, *rows[2 * i : 2 * i + 2])
+        for i, (at, count) in enumerate(spans)
+    ]
+    CUDA.steps.read(view, History(table), reads)
     pairs = enumerate(zip(outs, sums, strict=True))
     results = [Result(*pair, backwards and i == 0) for i, pair in pairs]
     folded = torch.empty(outs[0].shape, dtype=torch.float32, device=table.device)
@@ -247,7 +257,7 @@ def cases() -> Iterator[Case]:
     yield from cache_cases()
     yield from age_cases()
     for dims, dtype, (block, backwards) in itertools.product(
-        [(128, 128), (80, 64), (48, 256)], DTYPES[:2], [(16, False), (320, True)]
+        [(64, 64), (128, 128), (256, 256), (80, 64)], DTYPES[:2], [(16, False), (320, True)]
     ):
         name = f"pieces {dims} {dtype} {block}"
         yield name, TOLERANCE[dtype], partial(_run, piece_case, (dims, dtype, block, backwards))

@@ -1,4 +1,4 @@
-// read_piece and merge: what attention by dense kernels needs besides them.
+// read_pieces and merge: what attention by dense kernels needs besides them.
 #include "bindings/bindings.h"
 #include "bindings/fields.h"
 
@@ -12,11 +12,11 @@ Rows rows_of(const py::handle& given) {
           t[3].cast<int64_t>()};
 }
 
-// young: (address, bytes between sequences, between heads), zeros: there are none.
-void read_piece(const CacheView& cache, uintptr_t block_table, int64_t table_stride, int batch,
-                int max_blocks, const py::tuple& young, int young_from, int first, int tokens,
-                int low, int high, bool backwards, uintptr_t key, uintptr_t value, int dtype,
-                int device, uintptr_t queue) {
+// young: (address, bytes between sequences, between heads), zeros: there are none. pieces: (key,
+// value, first, tokens, low, high, backwards) each.
+void read_pieces(const CacheView& cache, uintptr_t block_table, int64_t table_stride, int batch,
+                 int max_blocks, const py::tuple& young, int young_from, const py::list& pieces,
+                 int dtype, int device, uintptr_t queue) {
   Sequences seqs{};
   seqs.block_table = pointer<const int32_t>(block_table);
   seqs.block_table_stride = table_stride;
@@ -24,16 +24,24 @@ void read_piece(const CacheView& cache, uintptr_t block_table, int64_t table_str
   assign(young, seqs.young);
   PieceParams params{};
   params.cache = cache, params.seqs = seqs;
-  params.key = pointer<void>(key), params.value = pointer<void>(value);
-  params.dtype = Dtype(dtype), params.backwards = backwards;
-  params.first = first, params.tokens = tokens, params.low = low, params.high = high;
-  params.young_from = young_from;
+  if (pieces.size() > kMostPieces) throw py::value_error("so many pieces at once");
+  for (const py::handle& given : pieces) {
+    const auto t = py::reinterpret_borrow<py::tuple>(given);
+    params.pieces[params.count++] = {pointer<void>(t[0].cast<uintptr_t>()),
+                                     pointer<void>(t[1].cast<uintptr_t>()),
+                                     t[2].cast<int>(),
+                                     t[3].cast<int>(),
+                                     t[4].cast<int>(),
+                                     t[5].cast<int>(),
+                                     t[6].cast<bool>()};
+  }
+  params.dtype = Dtype(dtype), params.young_from = young_from;
   Status status;
   {
     py::gil_scoped_release release;
-    status = KVQUANT_CUDA_OR_REFUSE(cuda::read_piece(params, {device, pointer<void>(queue)}));
+    status = KVQUANT_CUDA_OR_REFUSE(cuda::read_pieces(params, {device, pointer<void>(queue)}));
   }
-  check(status, "read_piece");
+  check(status, "read_pieces");
 }
 
 // sources: (out, lse, float32, backwards) each; sizes: (batch, tokens, heads, dim).
@@ -62,7 +70,7 @@ void merge(const py::list& sources, const py::tuple& sizes, int dtype, const py:
 }  // namespace
 
 void define_pieces(py::module_& m) {
-  m.def("read_piece", &read_piece);
+  m.def("read_pieces", &read_pieces);
   m.def("merge", &merge);
 }
 

@@ -20,7 +20,7 @@ Status attention(const AttentionParams& params, Launch launch);
 // An append to dense sequences and the attention of its tokens: in one launch where they are few.
 Status attend(const AppendParams& append, const AttentionParams& params, Launch launch);
 Status gather(const GatherParams& params, Launch launch);
-Status read_piece(const PieceParams& params, Launch launch);
+Status read_pieces(const PieceParams& params, Launch launch);
 Status merge(const MergeParams& params, Launch launch);
 Status quantize(const QuantizeParams& params, Launch launch);
 Status dequantize(const DequantizeParams& params, Launch launch);

@@ -157,6 +157,14 @@ def test_the_first_prompt_sees_exact_rows(kind, device):
     assert cache.seq_lens_of(0).tolist() == cache.seq_lens_of(1).tolist() == [50] * 3
     later = cache.attend(0, query, key, value)  # not empty any more
     assert later.shape == out.shape
+    for _ in range(2):  # of calls that are known by now
+        cache.reset()
+        assert torch.equal(cache.attend(0, query, key, value), out)
+        assert torch.equal(cache.attend(0, query, key, value), later)
+        assert torch.equal(cache.attend(1, query, key, value, exact_prompt=False), quantized)
+        cache.reset()
+        assert torch.equal(cache.attend(1, query, key, value), out)
+        assert not torch.allclose(cache.attend(0, query, key, value, exact_prompt=False), exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

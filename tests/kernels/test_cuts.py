@@ -20,7 +20,7 @@ def costs(heads: int = 32, memory: int = MEMORY) -> Costs:
     return Costs(heads * 260, TOKEN, memory, 2 * heads * 256)
 
 
-def coverage(run: Run, call: Call, passes: list[cuts.Pass]) -> torch.Tensor:
+def coverage(run: Run, call: Call, passes: tuple[cuts.Pass, ...]) -> torch.Tensor:
     """How often each sequence's row meets each token, ``(sequences, rows, tokens)``."""
     met = torch.zeros(run.batch, run.rows, run.length, dtype=torch.int8)
     for part in passes:
@@ -55,7 +55,7 @@ def taken(run: Run, part: cuts.Pass, of: Costs, is_whole: bool) -> int:
     start=st.integers(0, 900),
     causal=st.booleans(),
     window=st.one_of(st.just(0), st.integers(1, 1500)),
-    memory=st.sampled_from([11 << 20, 20 << 20, MEMORY]),
+    memory=st.sampled_from([13 << 20, 20 << 20, MEMORY]),
     whole=st.booleans(),
 )
 def test_every_row_meets_what_it_sees_once(
@@ -104,6 +104,20 @@ def test_sizes_are_few():
                         assert kind != FULL or tokens == b - a
     assert len({tokens for _, _, tokens in sizes}) <= 24
     assert len({rows for _, rows, _ in sizes}) <= 16
+
+
+@pytest.mark.parametrize("window", [0, 4096])
+def test_small_pieces_are_read_together(window):
+    """In order, and in no more memory than the widest one takes."""
+    run, call = Run(0, 1, 2000, 131072, 0, True), Call(True, window)
+    for part in cuts.cut(run, call, costs(), True):
+        groups = cuts.together(part, 4)
+        assert tuple(piece for group in groups for piece in group) == part.pieces
+        for group in groups:
+            assert len(group) <= 4
+            assert sum(cuts.tokens_of(piece, 2048) for piece in group) <= cuts.widest(part)
+        assert window or len(groups) < len(part.pieces)
+        assert cuts.together(part, 1) == tuple((piece,) for piece in part.pieces)
 
 
 @pytest.mark.parametrize(("x", "size"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 6), (7, 8), (12, 12),

@@ -1,150 +1,149 @@
 // Dequantizes a piece of every sequence's history for dense attention kernels, in the basis of the
 // caller's rows. It is bound by memory: a byte an element is read, two are written.
-#include "common/age.h"
-#include "common/paging.h"
-#include "formats/formats.cuh"
 #include "kernels/device.cuh"
+#include "kernels/pieces/tile.cuh"
 
 namespace kvquant::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * 32;
 constexpr int kRows = 2;  // of a thread, on their way at once
+constexpr int kTileWarps = 4, kTileThreads = kTileWarps * 32;
 
-// Two neighbouring lanes have 64 bytes of a row: each access of a warp writes whole sectors.
-template <class T>
-__device__ __forceinline__ void store_pairs(T* row, const float (&x)[kLaneChannels],
-                                            const RowLanes& at, bool mine) {
-  if constexpr (sizeof(T) == 4) {
-    if (mine) store16(row + at.channel(), x);
-  } else {
-    if (at.lanes % 2) {
-      if (mine) store16(row + at.channel(), x);
-      return;
-    }
-    uint4 words[2];
-    T part[kLaneChannels];
+// What a block reads and where it goes. grid: (chunks of pieces' tokens, num_kv_heads, batch * 2):
+// K and V are even and odd in z.
+struct Task {
+  Piece piece;
+  int first;  // of the piece's tokens
+  bool is_key;
+  int sequence, head;
+  const RowsView& rows;
+  uint16_t* out;  // of the piece's first token
+
+  // Of a kernel whose blocks take `count` tokens.
+  __device__ __forceinline__ Task(const PieceParams& p, int count)
+      : is_key(blockIdx.z % 2 == 0),
+        sequence(blockIdx.z / 2),
+        head(blockIdx.y),
+        rows(is_key ? p.cache.k : p.cache.v) {
+    int at = 0, chunk = blockIdx.x;
+    const auto chunks = [&] { return (p.pieces[at].tokens + count - 1) / count; };
+    for (; chunk >= chunks(); ++at) chunk -= chunks();
+    piece = p.pieces[at], first = chunk * count;
+    const int64_t row = (int64_t(sequence) * p.cache.num_kv_heads + head) * piece.tokens;
+    out = static_cast<uint16_t*>(is_key ? piece.key : piece.value) + row * rows.head_dim;
+  }
+  __device__ __forceinline__ PieceRow row(const PieceParams& p, const Paging& paging, int i) const {
+    return row_of_piece(p, piece, paging, is_key, sequence, head, i);
+  }
+};
+
+// Rows of any kind.
+__global__ void __launch_bounds__(kThreads, 3) read_rows(const PieceParams p) {
+  const RowLanes at(blockIdx.z % 2 == 0 ? p.cache.k.head_dim : p.cache.v.head_dim);
+  const Task task(p, kRows * kWarps * at.rows);
+  const Paging paging(p.cache, p.seqs.max_blocks);
+  const int first = task.first + int(threadIdx.x / 32) * at.rows + at.row;
+  const auto row_index = [&](int r) {
+    return at.row >= 0 ? first + r * kWarps * at.rows : task.piece.tokens;
+  };
+  float x[kRows][kLaneChannels] = {};
+  RowAffine affine[kRows];
+  const __half* mean[kRows];
 #pragma unroll
-    for (int c = 0; c < kLaneChannels; ++c) part[c] = from_float<T>(x[c]);
-    memcpy(words, part, sizeof(words));
-    const bool odd = at.index % 2;
-    uint4 give = odd ? words[0] : words[1];
-    give.x = __shfl_xor_sync(kFullWarp, give.x, 1), give.y = __shfl_xor_sync(kFullWarp, give.y, 1);
-    give.z = __shfl_xor_sync(kFullWarp, give.z, 1), give.w = __shfl_xor_sync(kFullWarp, give.w, 1);
-    if (!mine) return;
-    // The even lane's 32 bytes, then the odd one's; each lane writes its half of both.
-    uint4* const to = reinterpret_cast<uint4*>(row + (at.channel() & ~31)) + odd;
-    to[0] = odd ? give : words[0];
-    to[2] = odd ? words[1] : give;
+  for (int r = 0; r < kRows; ++r) {
+    const PieceRow row = task.row(p, paging, row_index(r));
+    affine[r] = row.affine, mean[r] = row.mean;
+    if (!row.codes) continue;
+    with_format(row.format, RowFormats{}, [&](auto format) {
+      LaneCodes<decltype(format)>::load(row.codes, at.channel(), x[r]);
+    });
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    float shift[kLaneChannels] = {};
+    if (mean[r]) load16(mean[r] + at.channel(), shift);
+#pragma unroll
+    for (int c = 0; c < kLaneChannels; ++c) {
+      x[r][c] = fmaf(affine[r].scale, x[r][c], affine[r].offset) + shift[c];
+    }
+    rotate(x[r], task.rows.rotation, at);
+    const int i = row_index(r);
+    store_sixteen(task.out + int64_t(i) * task.rows.head_dim, x[r], at.channel(), p.dtype,
+                  at.lanes % 2 == 0, at.index % 2, i < task.piece.tokens);
   }
 }
 
-// grid: (chunks of tokens, num_kv_heads, batch * 2): K and V are even and odd in z.
-template <class Formats, bool kByAge, class T>
-__global__ void __launch_bounds__(kThreads, 3) read_kernel(const PieceParams p) {
-  const CacheView& cache = p.cache;
-  const bool is_key = blockIdx.z % 2 == 0;
-  const int sequence = blockIdx.z / 2, head = blockIdx.y;
-  const RowsView& own = is_key ? cache.k : cache.v;
-  const RowLanes at(own.head_dim);
-  const Paging paging(cache, p.seqs.max_blocks);
-  const int first = (int(blockIdx.x) * kRows * kWarps + int(threadIdx.x / 32)) * at.rows + at.row;
-  T* const out = static_cast<T*>(is_key ? p.key : p.value) +
-                 (int64_t(sequence) * cache.num_kv_heads + head) * p.tokens * own.head_dim;
-  with_rows(Formats{}, is_key, [&](auto format) {
-    using Format = decltype(format);
-    using KeyParams = typename Formats::Key::Params;
-    using ValueParams = typename Formats::Value::Params;
-    float x[kRows][kLaneChannels];
-    RowAffine affine[kRows];
-    const __half* mean[kRows];
-    bool usable[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int i = first + r * kWarps * at.rows;
-      const bool mine = at.row >= 0 && i < p.tokens;
-      const int token = p.first + (p.backwards ? p.tokens - 1 - i : i);
-      const bool stored = mine && token >= p.low && token < p.high;
-      const Place from = stored ? place_of(cache, p.seqs, paging, sequence, token) : Place{-1, 0};
-      usable[r] = from.block >= 0;
-      mean[r] = nullptr;
-      affine[r] = {0.f, 0.f};
-#pragma unroll
-      for (int c = 0; c < kLaneChannels; ++c) x[r][c] = 0.f;
-      if (!usable[r]) continue;
-      RowAffine key, value;
-      const int age = kByAge ? chunk_tokens(cache) : 0;
-      if (kByAge && (token < age || token >= p.young_from)) {
-        const Young young(cache, p.seqs, sequence, head, p.young_from);
-        const int row = young.row(token);
-        LaneCodes<Int8>::load(young.codes(is_key, row), at.channel(), x[r]);
-        const auto affine_of = [&](bool of_key) {
-          return Int8::affine(*reinterpret_cast<Int8::Params*>(young.params(of_key, row)));
-        };
-        key = affine_of(true), value = affine_of(false);
-      } else {
-        LaneCodes<Format>::load(rows_of<uint8_t>(own.codes, from.block, head) +
-                                    int64_t(from.row) * Format::code_bytes(own.head_dim),
-                                at.channel(), x[r]);
-        key = Formats::Key::affine(rows_of<KeyParams>(cache.k.params, from.block, head)[from.row]);
-        value = Formats::Value::affine(
-            rows_of<ValueParams>(cache.v.params, from.block, head)[from.row]);
-      }
-      affine[r] = is_key ? key : value;
-      usable[r] = !isnan(key.scale) && !isnan(value.scale);
-      if (is_key && cache.mean_group) {
-        mean[r] = mean_of<__half>(cache, p.seqs, paging, sequence, head, token);
-      }
+// Rows that PieceTile takes.
+template <int kDim>
+__global__ void __launch_bounds__(kTileThreads, kDim > 128 ? 3 : 4)
+    read_tiles(const PieceParams p) {
+  __shared__ __align__(16) float means[kTileWarps][kDim];
+  const Task task(p, kTileWarps * kTileTokens);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int first = task.first + warp * kTileTokens, i = first + lane;
+  if (first >= task.piece.tokens) return;
+  const Paging paging(p.cache, p.seqs.max_blocks);
+  const PieceRow row = task.row(p, paging, i);
+  uint16_t* const out = task.out + int64_t(first) * kDim;
+  const bool has_mean = task.is_key && p.cache.mean_group;
+  // A pass takes the tokens of one group and format; those without codes go with any.
+  const int group = has_mean ? token_of(task.piece, i) >> paging.group_shift : 0;
+  const int kind = row.codes ? group * RowFormats::kCount + int(row.format) : -1;
+  const unsigned readable = __ballot_sync(kFullWarp, row.codes != nullptr);
+  unsigned left = __ballot_sync(kFullWarp, i < task.piece.tokens);
+  while (left) {
+    const int lead = __ffs(left & readable ? left & readable : left) - 1;
+    const int of = __shfl_sync(kFullWarp, kind, lead);
+    PieceTile<kDim> tile{};
+    tile.tokens = __ballot_sync(kFullWarp, kind == of || kind < 0) & left;
+    left &= ~tile.tokens;
+    tile.scale = row.affine.scale, tile.offset = row.affine.offset, tile.dtype = p.dtype;
+    if (of < 0) {
+      tile.fill(out);
+      continue;
     }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      float shift[kLaneChannels] = {};
-      if (mean[r]) load16(mean[r] + at.channel(), shift);
-#pragma unroll
-      for (int c = 0; c < kLaneChannels; ++c) {
-        x[r][c] = fmaf(affine[r].scale, x[r][c], affine[r].offset) + shift[c];
-      }
-      rotate(x[r], own.rotation, at);
-      const float odd = is_key ? NAN : 0.f;
-#pragma unroll
-      for (int c = 0; c < kLaneChannels; ++c) {  // rounding must not lead to an infinity
-        x[r][c] = usable[r] ? fminf(fmaxf(x[r][c], -kMaxAbs), kMaxAbs) : odd;
-      }
-      const int i = first + r * kWarps * at.rows;
-      store_pairs(out + int64_t(i) * own.head_dim, x[r], at, at.row >= 0 && i < p.tokens);
+    const uint8_t* const other = shuffle_pointer(row.codes, lead);
+    tile.codes = kind == of ? row.codes : other;
+    tile.is_rotated = task.rows.rotation > 1;
+    if (has_mean) {
+      const __half* const mean = shuffle_pointer(row.mean, lead);
+      tile.take_mean(mean, means[warp]);
     }
-  });
+    const auto format = RowFormat(__shfl_sync(kFullWarp, int(row.format), lead));
+    with_format(format, RowFormats{}, [&](auto of) { tile.template write<decltype(of)>(out); });
+  }
 }
 
 }  // namespace
 
-Status read_piece(const PieceParams& params, Launch launch) {
+Status read_pieces(const PieceParams& params, Launch launch) {
   const CacheView& cache = params.cache;
-  if (params.tokens == 0 || params.seqs.batch == 0) return Status::ok();
-  const int dim = most(cache.k.head_dim, cache.v.head_dim);
-  const int rows = kRows * kWarps * (32 / (dim / kLaneChannels));
-  const dim3 grid(ceil_div(params.tokens, rows), unsigned(cache.num_kv_heads),
-                  unsigned(params.seqs.batch * 2));
-  if (grid.z > 65535) return Status::unsupported("batch over 32767");
-  return with_pair(cache.k.format, cache.v.format, [&](auto formats) {
-    return launch_on(launch, [&](cudaStream_t stream) {
-      const auto start = [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        using Formats = decltype(formats);
-        if constexpr (can_age(Formats{})) {
-          if (params.seqs.young.data) {
-            read_kernel<Formats, true, T><<<grid, kThreads, 0, stream>>>(params);
-            return;
-          }
-        }
-        read_kernel<Formats, false, T><<<grid, kThreads, 0, stream>>>(params);
-      };
-      if (params.dtype == Dtype::kFloat16) {
-        start(static_cast<__half*>(nullptr));
-      } else {
-        start(static_cast<__nv_bfloat16*>(nullptr));
-      }
-    });
+  if (params.seqs.batch > 32767) return Status::unsupported("batch over 32767");
+  // Of a kernel whose blocks take `count` tokens.
+  const auto grid = [&](int count) {
+    unsigned chunks = 0;
+    for (int i = 0; i < params.count; ++i) chunks += ceil_div(params.pieces[i].tokens, count);
+    return dim3(chunks, unsigned(cache.num_kv_heads), unsigned(params.seqs.batch * 2));
+  };
+  const dim3 tiles = grid(kTileWarps * kTileTokens);
+  if (tiles.x == 0 || tiles.z == 0) return Status::ok();
+  const auto is_whole = [&](const RowsView& rows) {
+    return rows.head_dim == cache.k.head_dim &&
+           (rows.rotation < 2 || rows.rotation == rows.head_dim);
+  };
+  const bool are_whole = is_whole(cache.k) && is_whole(cache.v);
+  return launch_on(launch, [&](cudaStream_t stream) {
+    if (are_whole && cache.k.head_dim == 64) {
+      read_tiles<64><<<tiles, kTileThreads, 0, stream>>>(params);
+    } else if (are_whole && cache.k.head_dim == 128) {
+      read_tiles<128><<<tiles, kTileThreads, 0, stream>>>(params);
+    } else if (are_whole && cache.k.head_dim == 256) {
+      read_tiles<256><<<tiles, kTileThreads, 0, stream>>>(params);
+    } else {
+      const int lanes = most(cache.k.head_dim, cache.v.head_dim) / kLaneChannels;
+      read_rows<<<grid(kRows * kWarps * (32 / lanes)), kThreads, 0, stream>>>(params);
+    }
   });
 }
 

@@ -17,7 +17,7 @@ from .affine import DTYPES
 from .base import Prepared, Problem
 from .compiled import Compiled, view_twin, young_field
 from .cuts import MIN_ROWS
-from .steps import History, Result, Steps
+from .steps import History, Read, Result, Steps
 
 __all__ = ["CUDA"]
 
@@ -48,7 +48,7 @@ class _Cuda(Compiled):
         self._workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by device and stream
         self._parts: dict[Problem, Prepared] = {}
         self.steps = Steps(
-            self._read_piece, _dense_kernels, self._merge, self.append, self._prepare_codes,
+            self._read, _dense_kernels, self._merge, self.append, self._prepare_codes,
             lambda x: self.is_capturing(self.queue(x)),
         )  # fmt: skip
 
@@ -76,15 +76,14 @@ class _Cuda(Compiled):
             found = self._parts[problem] = prepared
         return found
 
-    def _read_piece(
-        self, view: CacheView, history: History, first: int, stored: tuple[int, int],
-        backwards: bool, key: Tensor, value: Tensor,
-    ) -> None:  # fmt: skip
-        table = history.table
-        native.module.read_piece(
+    def _read(self, view: CacheView, history: History, reads: list[Read]) -> None:
+        table, key = history.table, reads[0].key
+        native.module.read_pieces(
             view_twin(view), table.data_ptr(), table.stride(0), *table.shape,
-            young_field(history.young), history.young_from, first, key.shape[2], *stored,
-            backwards, key.data_ptr(), value.data_ptr(), DTYPES[key.dtype], *self.queue(key),
+            young_field(history.young), history.young_from,
+            [(x.key.data_ptr(), x.value.data_ptr(), x.first, x.key.shape[2], *x.stored,
+              x.is_backwards) for x in reads],
+            DTYPES[key.dtype], *self.queue(key),
         )  # fmt: skip
 
     def _merge(

@@ -13,6 +13,7 @@ left of a history is a piece for a kernel that knows no sizes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -35,15 +36,19 @@ __all__ = [
     "least_memory",
     "runs_of",
     "size_from",
+    "together",
+    "tokens_of",
+    "widest",
 ]
 
 MIN_ROWS = 64  # shorter chunks go to the kernels that read codes
 MIN_WINDOW = 512  # of narrower windows, triangles are too small
 MIN_WORK = 3e10  # floating-point operations: below, launches cost more than they gain (estimate)
 MIN_PIECE = 1024  # tokens; what is left of a history is one piece that is shorter
-FOLD = 4  # results that are kept before they are merged into one of float32
+FOLD = 6  # results that are kept before they are merged into one of float32
 
 _FEW_ROWS = 128
+_MOST_KNOWN = 256  # answers that are remembered
 
 FULL = "full"  # every row sees every token
 CAUSAL = "causal"  # as many tokens as rows: row i sees the tokens 0 .. i
@@ -125,7 +130,8 @@ def is_worth_it(run: Run, call: Call, costs: Costs) -> bool:
     return run.batch * pairs * costs.work >= MIN_WORK
 
 
-def cut(run: Run, call: Call, costs: Costs, is_whole: bool) -> list[Pass]:
+@lru_cache(_MOST_KNOWN)
+def cut(run: Run, call: Call, costs: Costs, is_whole: bool) -> tuple[Pass, ...]:
     """The passes of a run of sequences that are alike, none of which takes more than the memory.
 
     Args:
@@ -138,7 +144,35 @@ def cut(run: Run, call: Call, costs: Costs, is_whole: bool) -> list[Pass]:
     passes: list[Pass] = []
     for first, end in _row_blocks(run, call, begin):
         passes += _fit(run, call, costs, first, end, is_whole and not begin)
-    return passes
+    return tuple(passes)
+
+
+def tokens_of(piece: Piece, filled: int) -> int:
+    """How many tokens a kernel takes of a piece, with ``filled`` rows."""
+    return piece.end - piece.first if piece.kind == FULL else filled
+
+
+@lru_cache(_MOST_KNOWN)
+def widest(part: Pass) -> int:
+    """The most tokens of a pass's pieces."""
+    filled = size_from(part.end - part.begin)
+    return max(tokens_of(piece, filled) for piece in part.pieces)
+
+
+@lru_cache(_MOST_KNOWN)
+def together(part: Pass, most: int) -> tuple[tuple[Piece, ...], ...]:
+    """A pass's pieces in order, as they fit in the widest one's place: at most ``most`` at once."""
+    filled, room = size_from(part.end - part.begin), widest(part)
+    found: list[list[Piece]] = []
+    left = 0
+    for piece in part.pieces:
+        tokens = tokens_of(piece, filled)
+        if tokens > left or len(found[-1]) == most:
+            found.append([])
+            left = room
+        found[-1].append(piece)
+        left -= tokens
+    return tuple(tuple(pieces) for pieces in found)
 
 
 def blind_rows(run: Run, call: Call) -> int:
@@ -218,8 +252,8 @@ def _pieces(
         spans = list(_spans(low, high, size, is_same and size == total))
         results = others + len(spans)
         kept = results if results <= FOLD else FOLD + 2  # one of them in float32
-        widest = max([filled if others else 0, *(b - a for a, b in spans)])
-        taken = batch * (widest * costs.token + kept * filled * costs.row)
+        most = max([filled if others else 0, *(b - a for a, b in spans)])
+        taken = batch * (most * costs.token + kept * filled * costs.row)
         if direct and results == 1 and filled == rows:
             taken -= batch * rows * costs.row
         if taken <= costs.memory:

@@ -19,7 +19,7 @@ __all__ = ["error", "module"]
 _USED = (
     "CacheView", "Call", "MatmulParams", "Place", "Sequences", "append", "append_floats",
     "build_info", "capture_id", "dequantize", "fields", "gather", "graph_workspace", "merge",
-    "pv_matmul", "qk_matmul", "quantize", "read_piece", "refuse_rows", "use_openmp",
+    "pv_matmul", "qk_matmul", "quantize", "read_pieces", "refuse_rows", "use_openmp",
 )  # fmt: skip
 
 

@@ -20,10 +20,10 @@ from ..formats import GROUP_TOKENS, read_from
 from ..view import CacheView, Sequences
 from . import cuts
 from .base import Outputs, Prepared, Problem, look_of
-from .cuts import EDGE, FOLD, FULL, Call, Costs, Pass, Run
-from .dense import DTYPES
+from .cuts import EDGE, FOLD, FULL, Call, Costs, Pass, Piece, Run
+from .dense import DTYPES, Dense
 from .runs import runs_of_call
-from .steps import History, Result, Steps
+from .steps import MOST_READS, History, Read, Result, Steps
 
 __all__ = ["Pieces", "costs_of", "refuses"]
 
@@ -108,26 +108,20 @@ class Pieces(Prepared):
         out: Tensor | None = None,
         lse: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        runs = self._runs(query, view, seqs, key)
+        steps, kernels = self._steps, tuple[Dense, ...]()
+        if not view.spec.is_empty and query.numel() and not steps.is_capturing(query):
+            kernels = steps.kernels(self._problem)
+        runs = tuple[Run, ...]()
+        if kernels:
+            runs = runs_of_call(query, view, seqs, key is not None, self._problem.max_seqlen_q)
         if not any(cuts.is_worth_it(run, self._call, self._costs) for run in runs):
             return self.otherwise.launch(
                 query, view, seqs, key, value, sinks, alibi_slopes, out, lse
             )
-        work = _Work(self, query, view, seqs, key is not None, sinks)
+        work = _Work(self, query, view, seqs, key is not None, sinks, kernels)
         if key is not None and value is not None:
-            self._steps.append(key, value, view, seqs, None)
+            steps.append(key, value, view, seqs, None)
         return work.run(runs, out, lse)
-
-    def _runs(
-        self, query: Tensor, view: CacheView, seqs: Sequences, key: Tensor | None
-    ) -> list[Run]:
-        """The call's runs; none where the kernel that reads codes has to see to it."""
-        if view.spec.is_empty or not query.numel() or not self._steps_serve(query):
-            return []
-        return runs_of_call(query, view, seqs, key is not None, self._problem.max_seqlen_q)
-
-    def _steps_serve(self, query: Tensor) -> bool:
-        return not self._steps.is_capturing(query) and bool(self._steps.kernels(self._problem))
 
 
 def _filled(query: Tensor, rows: int) -> Tensor:
@@ -165,16 +159,17 @@ class _Work:
         seqs: Sequences,
         appends: bool,
         sinks: Tensor | None,
+        kernels: tuple[Dense, ...],
     ) -> None:
         self._plan, self._steps, self._problem = plan, plan._steps, plan._problem
         self._query, self._view, self._seqs = query, view, seqs
         self._must_count = appends and not seqs.advance
         self._sinks, self._scale = sinks, plan._problem.options.softmax_scale
-        self._kernels = plan._steps.kernels(plan._problem)
+        self._kernels = kernels
         self._buffer: Tensor | None = None
 
     def run(
-        self, runs: list[Run], out: Tensor | None, lse: Tensor | None
+        self, runs: tuple[Run, ...], out: Tensor | None, lse: Tensor | None
     ) -> Tensor | tuple[Tensor, Tensor]:
         call, costs = self._plan._call, self._plan._costs
         worth = [cuts.is_worth_it(run, call, costs) for run in runs]
@@ -212,7 +207,7 @@ class _Work:
             try:
                 results = self._attend(part, query, run)
             except _Unserved:
-                self._run_rest([run], row, run.batch * run.rows, whole, whole_lse)
+                self._run_rest((run,), row, run.batch * run.rows, whole, whole_lse)
                 return
             at = slice(part.first - run.first, part.first - run.first + part.batch)
             rows = slice(part.begin, part.end)
@@ -220,7 +215,7 @@ class _Work:
                 results, self._sinks, out[at, rows], None if lse is None else lse[at, rows]
             )
 
-    def _direct(self, run: Run, passes: list[Pass]) -> Result | None:
+    def _direct(self, run: Run, passes: tuple[Pass, ...]) -> Result | None:
         """The one piece of a call, which is the output as it is; None: there are more."""
         is_all = run.batch * run.rows == self._query.shape[:-2].numel()
         if len(passes) != 1 or len(passes[0].pieces) != 1 or passes[0].begin or not is_all:
@@ -241,31 +236,33 @@ class _Work:
     def _attend(self, part: Pass, query: Tensor, run: Run) -> list[Result]:
         """A pass's results, but for the last merge."""
         at = part.first - run.first
-        q = query[at : at + part.batch, part.begin : part.end]
-        history = self._history(run, slice(part.first, part.first + part.batch))
+        q = query
+        if (part.batch, part.begin, part.end) != (len(q), 0, q.shape[1]):  # a view takes its time
+            q = query[at : at + part.batch, part.begin : part.end]
+        history = self._history(run, part)
         rows, results = q.shape[1], list[Result]()
         filled = cuts.size_from(rows)
-        for piece in part.pieces:
-            if len(results) == FOLD:
-                results = [self._fold(results)]
-            is_edge, is_full = piece.kind == EDGE, piece.kind == FULL
-            tokens = piece.end - piece.first if is_full else filled
-            first = piece.end - tokens if is_edge else piece.first
-            key, value = self._scratch(part, tokens)
-            self._steps.read(
-                self._view, history, first, (piece.first, piece.end), is_edge, key, value
-            )
-            query = _filled(q.flip(1) if is_edge else q, filled)
-            out, lse = self._dense(query, key, value, not is_full, piece.recurs)
-            results.append(Result(out[:, :rows], lse[:, :rows], is_edge))
+        for pieces in cuts.together(part, MOST_READS):
+            reads = self._reads(part, pieces, filled)
+            self._steps.read(self._view, history, reads)
+            for piece, read in zip(pieces, reads, strict=True):
+                if len(results) == FOLD:
+                    results = [self._fold(results)]
+                given = _filled(q.flip(1) if read.is_backwards else q, filled)
+                out, lse = self._dense(
+                    given, read.key, read.value, piece.kind != FULL, piece.recurs
+                )
+                results.append(Result(out[:, :rows], lse[:, :rows], read.is_backwards))
         return results
 
-    def _history(self, run: Run, at: slice) -> History:
-        seqs, group = self._seqs, self._view.mean_group or GROUP_TOKENS
-        if seqs.young is None:
-            return History(seqs.block_table[at])
-        young_from = read_from(group, run.length, run.rows)
-        return History(seqs.block_table[at], seqs.young[at], young_from)
+    def _history(self, run: Run, part: Pass) -> History:
+        table, young, group = self._seqs.block_table, self._seqs.young, self._view.mean_group
+        if part.batch != len(table):
+            at = slice(part.first, part.first + part.batch)
+            table, young = table[at], None if young is None else young[at]
+        if young is None:
+            return History(table)
+        return History(table, young, read_from(group or GROUP_TOKENS, run.length, run.rows))
 
     def _dense(
         self, query: Tensor, key: Tensor, value: Tensor, causal: bool, recurs: bool
@@ -287,26 +284,32 @@ class _Work:
         self._steps.merge(results, None, out, lse)
         return Result(out, lse)
 
-    def _scratch(self, part: Pass, tokens: int) -> tuple[Tensor, Tensor]:
-        """Memory for a piece's keys and values, which all pieces of the call share."""
+    def _reads(self, part: Pass, pieces: tuple[Piece, ...], filled: int) -> list[Read]:
+        """Pieces that are read together, one behind the other in memory that all of them share."""
         view = self._view.spec
-        lead = part.batch, view.num_kv_heads
-        dims = view.head_dim, view.v_head_dim
-        count = lead[0] * lead[1] * tokens * sum(dims)
+        lead, dims = (part.batch, view.num_kv_heads), (view.head_dim, view.v_head_dim)
+        rows = part.batch * view.num_kv_heads
+        count = rows * sum(dims) * cuts.widest(part)
         if self._buffer is None or self._buffer.numel() < count:
             self._buffer = None  # before the next one is made
-            sizes = [piece.end - piece.first for piece in part.pieces]
-            widest = max(tokens, *sizes, cuts.size_from(part.end - part.begin))
-            self._buffer = self._query.new_empty(count // tokens * widest)
-        edge = count // sum(dims) * dims[0]
-        parts = self._buffer[:edge], self._buffer[edge:count]
-        key, value = (x.view(*lead, tokens, dim) for x, dim in zip(parts, dims, strict=True))
-        return key, value
+            self._buffer = self._query.new_empty(count)
+        reads, at = list[Read](), 0
+        for piece in pieces:
+            tokens = cuts.tokens_of(piece, filled)
+            is_edge = piece.kind == EDGE
+            both = []
+            for dim in dims:
+                size = rows * tokens * dim
+                both.append(self._buffer[at : at + size].view(*lead, tokens, dim))
+                at += size
+            first = piece.end - tokens if is_edge else piece.first
+            reads.append(Read(first, (piece.first, piece.end), is_edge, both[0], both[1]))
+        return reads
 
     # ------------------------------------------------------------------------------ all others
 
     def _run_rest(
-        self, runs: list[Run], row: int, rows: int, out: Tensor, lse: Tensor | None
+        self, runs: tuple[Run, ...], row: int, rows: int, out: Tensor, lse: Tensor | None
     ) -> None:
         """Neighbouring sequences by the kernel that reads codes; their rows are stored."""
         first, count = runs[0].first, sum(run.batch for run in runs)
@@ -344,4 +347,4 @@ class _Work:
         if self._problem.seqs.is_packed:
             packed = x[row : row + run.batch * run.rows]
             return packed.reshape(run.batch, run.rows, *x.shape[1:])
-        return x[run.first : run.first + run.batch]
+        return x if run.batch == len(x) else x[run.first : run.first + run.batch]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -17,7 +18,7 @@ _SMALL_TABLE = 4096  # entries
 
 def runs_of_call(
     query: Tensor, view: CacheView, seqs: Sequences, appends: bool, most_rows: int
-) -> list[Run]:
+) -> tuple[Run, ...]:
     """The runs of a call of at most ``most_rows`` rows a sequence.
 
     None where a sequence is no usual one: rows that have no place, or more rows than tokens.
@@ -27,18 +28,27 @@ def runs_of_call(
     if known is None:
         known = _read_back(seqs, view, appends, 0 if is_packed else query.shape[1])
     if known is None:
-        return []
-    rows = known.rows or (query.shape[1],) * batch
+        return ()
+    if known.rows is None:
+        known = known._replace(rows=(query.shape[1],) * batch)
+    elif is_packed and sum(known.rows) > query.shape[0]:
+        return ()
+    return _runs_of(known, appends, most_rows, seqs.spec.max_blocks * view.block_size)
+
+
+@lru_cache(64)
+def _runs_of(known: HostLengths, appends: bool, most_rows: int, room: int) -> tuple[Run, ...]:
+    rows, batch = known.rows, len(known.seq_lens)
+    assert rows is not None
     added = rows if appends else (0,) * batch
     lengths = [n + new for n, new in zip(known.seq_lens, added, strict=True)]
+    starts = [max(0, n) for n in known.seq_starts or (0,) * batch]
     is_odd = (
-        (is_packed and sum(rows) > query.shape[0])
-        or max(rows) > most_rows
-        or max(lengths) > seqs.spec.max_blocks * view.block_size
+        max(rows) > most_rows
+        or max(lengths) > room
         or any(n < new for n, new in zip(lengths, rows, strict=True))
     )
-    starts = [max(0, n) for n in known.seq_starts or (0,) * batch]
-    return [] if is_odd else runs_of(lengths, list(rows), starts)
+    return () if is_odd else tuple(runs_of(lengths, list(rows), starts))
 
 
 def _read_back(seqs: Sequences, view: CacheView, appends: bool, tokens: int) -> HostLengths | None:

@@ -11,7 +11,9 @@ from ..view import CacheView, Sequences
 from .base import Prepared, Problem
 from .dense import Dense
 
-__all__ = ["History", "Result", "Steps"]
+__all__ = ["MOST_READS", "History", "Read", "Result", "Steps"]
+
+MOST_READS = 4
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,25 @@ class History:
     table: Tensor
     young: Tensor | None = None
     young_from: int = 0
+
+
+@dataclass(frozen=True)
+class Read:
+    """Tokens of a history that are dequantized together.
+
+    Attributes:
+        first: Of them.
+        stored: Those that may be read, from one to before another.
+        is_backwards: They come in reverse order.
+        key: Where they go, ``(n, kv_heads, tokens, head_dim)``.
+        value: Likewise.
+    """
+
+    first: int
+    stored: tuple[int, int]
+    is_backwards: bool
+    key: Tensor
+    value: Tensor
 
 
 @dataclass(frozen=True)
@@ -49,11 +70,10 @@ class Steps:
     """What runs on the device.
 
     Attributes:
-        read: ``(view, history, first, stored, is_backwards, key, value)``: dequantizes the tokens
-            from ``first`` on of each sequence into ``(n, kv_heads, tokens, dim)``, in reverse
-            order if asked to. A token that is not finite, has no place, or is not of the
-            range ``stored`` becomes a NaN key and a zero value, so that attention is NaN for those
-            who see it, and for no one else.
+        read: ``(view, history, reads)``: dequantizes tokens of each sequence, at most `MOST_READS`
+            times. A token that is not finite, has no place, or is not of the range ``stored``
+            becomes a NaN key and a zero value, so that attention is NaN for those who see it, and
+            for no one else.
         kernels: Dense attentions, the fastest first; none: pieces do not serve here. Waits for the
             device when it is first called.
         merge: ``(results, sinks, out, lse)``: the softmax over all results, and sinks (heads,).
@@ -62,7 +82,7 @@ class Steps:
         is_capturing: Whether launches on a tensor's device are being captured in a graph.
     """
 
-    read: Callable[[CacheView, History, int, tuple[int, int], bool, Tensor, Tensor], None]
+    read: Callable[[CacheView, History, list[Read]], None]
     kernels: Callable[[Problem], tuple[Dense, ...]]
     merge: Callable[[list[Result], Tensor | None, Tensor, Tensor | None], None]
     append: Callable[[Tensor, Tensor, CacheView, Sequences, None], None]

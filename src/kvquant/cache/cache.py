@@ -191,10 +191,11 @@ class QuantizedKVCache(StoredCache):
         """
         state = self._state
         is_layer = type(layer) is int and 0 <= layer < len(state.room)
+        is_first = is_layer and key is not None and not state.lengths.high[layer]
         asked = (
-            state.kinds[layer] if is_layer else None, key is None, softmax_scale, sliding_window,
-            type(sliding_window), softcap, split_size, return_lse, sinks is None,
-            alibi_slopes is None, backends.forced(),
+            state.kinds[layer] if is_layer else None, key is None,
+            is_first and exact_prompt is True, softmax_scale, sliding_window, type(sliding_window),
+            softcap, split_size, return_lse, sinks is None, alibi_slopes is None, backends.forced(),
         )  # fmt: skip
         plan = self._known_plan(asked) if is_layer else None
         if (
@@ -214,7 +215,6 @@ class QuantizedKVCache(StoredCache):
                 elif (
                     state.room[layer] >= (tokens := key.shape[1])
                     and tokens <= state.most_at_once[layer]
-                    and not (exact_prompt and tokens > 1 and not state.lengths.high[layer])
                     and ops.is_plain(query)
                 ):
                     lengths = state.lengths
@@ -267,8 +267,10 @@ class QuantizedKVCache(StoredCache):
             was_stale = state.lengths.stale
             view = state.view(layer)
             if key is not None:
+                before = view, seqs
                 view, seqs = self._with_room(layer, seqs, counts)
-                plan = planned(query, view, seqs, key, value, options, **wanted)
+                if view is not before[0] or seqs is not before[1]:
+                    plan = planned(query, view, seqs, key, value, options, **wanted)
             if plan.reads_lengths:
                 is_known = cu_seqlens_q is not None and cu_seqlens_q.device.type == "cpu"
                 seqs = state.told(layer, seqs, counts if is_known else None)
@@ -280,7 +282,7 @@ class QuantizedKVCache(StoredCache):
                 self._recover()
                 raise
             state.lengths.stale = was_stale
-        if is_layer and cu_seqlens_q is None and plan.backend != "torch":
+        if is_layer and cu_seqlens_q is None:
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
             self._known[asked] = plan
