@@ -128,12 +128,17 @@ def cache_cases() -> Iterator[Case]:
         ((128, 128), (4, 2), tokens, torch.float16, 512, kvquant.CacheFormat(), {}, 8)
         for tokens in (1, 4)
     ]
+    k8v4 = kvquant.CacheFormat(value="int4")
+    k4v4 = kvquant.CacheFormat(key="int4", value="int4")
     rows = [  # many query rows, 64 or 32 a block: tiles of tokens as a whole, and in pieces
-        ((dim, dim), (4, 2), tokens, dtype, block, kvquant.CacheFormat(), extra)
+        ((dim, dim), (4, 2), tokens, dtype, block, format, extra)
         for tokens in (40, 12)
-        for dim, dtype, block, extra in (
-            (128, torch.float16, 512, {}), (128, torch.bfloat16, 32, {}),
-            (64, torch.bfloat16, 64, {"sliding_window": 100, "softcap": 20.0}),
+        for dim, dtype, block, format, extra in (
+            (128, torch.float16, 512, kvquant.CacheFormat(), {}),
+            (128, torch.bfloat16, 32, kvquant.CacheFormat(), {}),
+            (64, torch.bfloat16, 64, kvquant.CacheFormat(),
+             {"sliding_window": 100, "softcap": 20.0}),
+            (128, torch.bfloat16, 32, k4v4, {}), (64, torch.float16, 512, k8v4, {}),
         )
     ]  # fmt: skip
     trees = [  # splits' blocks that take in others' and are taken in
@@ -141,9 +146,10 @@ def cache_cases() -> Iterator[Case]:
         for tokens in (40, 12)
     ]
     for arguments in cases + many + wide + rows + trees:
-        dims, heads, tokens, dtype, block, *_ = arguments
+        dims, heads, tokens, dtype, block, format, *_ = arguments
         splits = ", a tree" if arguments in trees else ""
-        name = f"attention {dims} {heads} heads {tokens} tokens {dtype} {block}{splits}"
+        kind = "" if format.value == "int8" else f" {format.key} {format.value}"
+        name = f"attention {dims} {heads} heads {tokens} tokens {dtype} {block}{kind}{splits}"
         yield name, TOLERANCE[dtype], partial(_run, cache_case, arguments)
 
 

@@ -1,6 +1,7 @@
 // How CUDA's kernels read and write the codes of each row format, by template specialisations:
 //
-//   LaneCodes<Format>          neighbouring channels of a lane: append, gather, a step's new rows
+//   LaneCodes<Format>          neighbouring channels of a lane: append, gather, a step's new rows,
+//                              attention of many query rows
 //   KeyTile<Format, kDim, ..>  a lane's share of 16 tokens' keys: the tensor core's B operands
 //   ValueTile<Format, kDim>    likewise of values: its A operands
 //

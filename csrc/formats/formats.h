@@ -28,13 +28,15 @@ inline const char* name_of(RowFormat tag) {
   with_format(tag, RowFormats{}, [&](auto format) { name = format.kName; });
   return name;
 }
+// Bytes of a row's codes.
+inline int code_bytes(RowFormat tag, int head_dim) {
+  int bytes = 0;
+  with_format(tag, RowFormats{}, [&](auto format) { bytes = format.code_bytes(head_dim); });
+  return bytes;
+}
 // Bits of a channel's codes, of key and value together.
 inline int code_bits(RowFormat key, RowFormat value) {
-  int bits = 0;
-  for (const RowFormat tag : {key, value}) {
-    with_format(tag, RowFormats{}, [&](auto format) { bits += format.code_bytes(8); });
-  }
-  return bits;
+  return code_bytes(key, 8) + code_bytes(value, 8);
 }
 // The format of this name; false if there is none.
 template <class... Format>

@@ -33,6 +33,15 @@ struct LaneCodes<Int4> {
   static __device__ __forceinline__ Word ask(const uint8_t* row, int channel) {
     return *reinterpret_cast<const Word*>(row + channel / 2);
   }
+  static __device__ __forceinline__ uint4 bytes(Word word) {
+    const auto low = [](uint32_t u) { return u & 0x0f0f0f0fu; };
+    const auto eight = [&](uint32_t u) {
+      const uint32_t even = low(u), odd = low(u >> 4);
+      return make_uint2(__byte_perm(even, odd, 0x5140), __byte_perm(even, odd, 0x7362));
+    };
+    const uint2 a = eight(word.x), b = eight(word.y);
+    return make_uint4(a.x, a.y, b.x, b.y);
+  }
   static __device__ __forceinline__ void decode(Word word, float (&codes)[kLaneChannels]) {
 #pragma unroll
     for (int i = 0; i < kLaneChannels; ++i) {

@@ -37,6 +37,7 @@ struct ByteCodes {
   static __device__ __forceinline__ Word ask(const uint8_t* row, int channel) {
     return *reinterpret_cast<const Word*>(row + channel);
   }
+  static __device__ __forceinline__ uint4 bytes(Word word) { return word; }
   static __device__ __forceinline__ void decode(Word word, float (&codes)[kLaneChannels]) {
     decode16(word, codes);
   }

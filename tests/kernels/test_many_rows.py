@@ -69,6 +69,10 @@ def queries(cache: Cache, count: int, heads: int, dtype: str = "fp16") -> list[t
         ("paged32", "rotated", "fp16"),
         ("paged64", "plain", "fp16"),
         ("paged256", "mean64", "bf16"),
+        ("contiguous", "k8v4", "fp16"),
+        ("paged16", "k8v4", "bf16"),
+        ("paged32", "k4v4", "fp16"),
+        ("paged64", "k4v4", "bf16"),
     ],
 )
 @pytest.mark.parametrize(
@@ -95,8 +99,9 @@ def test_shapes(dim, layout, fmt, dtype, count, heads):
 )
 @pytest.mark.parametrize("starts", [None, (9, 0, 64, 290)])
 @pytest.mark.parametrize("count", [7, 40])
-def test_features(options, starts, count):
-    cache = make(dtype="bf16", layout="paged16", starts=starts)
+@pytest.mark.parametrize("fmt", ["default", "k4v4"])
+def test_features(options, starts, count, fmt):
+    cache = make(dtype="bf16", layout="paged16", fmt=fmt, starts=starts)
     vectors = {
         name: torch.rand(HEADS[0], device="cuda") * options[name]
         for name in ("sinks", "alibi_slopes")
@@ -152,9 +157,10 @@ def test_negative_scales(scale, count):
 
 
 @pytest.mark.parametrize("part", ["k", "v"])
-def test_who_sees_a_row_that_is_not_finite(part):
+@pytest.mark.parametrize("fmt", ["default", "k4v4"])
+def test_who_sees_a_row_that_is_not_finite(part, fmt):
     """NaN for the rows that see it, and for no one else."""
-    cache = make((500,), layout="paged64")
+    cache = make((500,), layout="paged64", fmt=fmt)
     query = torch.randn(1, 32, 8, 128, device="cuda", dtype=FP16)
     before = dense(cache, query)
     position, head = 490, 1
@@ -179,9 +185,10 @@ def test_tokens_whose_block_is_lost_are_left_out():
 
 
 @pytest.mark.parametrize("count", [5, 8, TOKENS, 16, 100])
-def test_the_same_bits(count):
+@pytest.mark.parametrize("fmt", ["default", "k8v4", "k4v4"])
+def test_the_same_bits(count, fmt):
     """Every run, in every layout, of rows at any address."""
-    cache = make((9000, 300, 4000), kv_heads=4, layout="paged64")
+    cache = make((9000, 300, 4000), kv_heads=4, layout="paged64", fmt=fmt)
     query = torch.randn(3, count, 16, 128, device="cuda", dtype=FP16)
     first = dense(cache, query)
     for _ in range(50):
@@ -214,3 +221,63 @@ def test_a_captured_chunk_while_lengths_grow():
         cache.lens.copy_(index(lens, "cuda"))
         graph.replay()
         assert torch.equal(out, dense(cache, query))
+
+
+AGES = {"k8v4": ("int8", "int4"), "k4v4": ("int4", "int4")}
+BY_AGE_LENGTHS = (40, 250, 256, 300, 512, 700, 1040, 3000)
+
+
+def by_age(
+    name: str, dim: int, dtype: torch.dtype, heads: tuple[int, int] = HEADS, **layout: Any
+) -> tuple[kvquant.QuantizedKVCache, torch.Tensor]:
+    """A cache by age, longer than any call, and keys and values for it."""
+    cache = kvquant.QuantizedKVCache(
+        1, 2, heads[1], dim, format=kvquant.CacheFormat.named(name), device="cuda", **layout
+    )
+    return cache, torch.randn(2, 2, 3200, heads[1], dim, device="cuda").to(dtype)
+
+
+@pytest.mark.parametrize("name", AGES)
+@pytest.mark.parametrize("layout", [{"max_seq_len": 3200}, {"block_size": 16}, {"block_size": 64}])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_rows_by_age(name, layout, dim, dtype):
+    """Calls of a few tokens and of many, at every place of a group and of the ring."""
+    cache, rows = by_age(name, dim, DTYPES[dtype], **layout)
+    for end in BY_AGE_LENGTHS:
+        begin = cache.max_length
+        cache.append(0, *rows[:, :, begin:end])
+        for count in (3, 9, 33):
+            query = torch.randn(2, count, HEADS[0], dim, device="cuda").to(DTYPES[dtype])
+            for options in ({}, {"sliding_window": 100}):
+                out = cache.attend(0, query, **options)
+                with kvquant.use_backend("reference"):
+                    ref = cache.attend(0, query, **options).double()
+                assert out.isfinite().all()
+                assert (out - ref).norm() <= (4e-3 if dtype == "fp16" else 2e-2) * ref.norm()
+                assert torch.equal(cache.attend(0, query, **options), out)
+
+
+@pytest.mark.parametrize("name", AGES)
+def test_captured_steps_of_several_tokens_by_age(name):
+    """A graph of append and attention across the edges of groups, as eager calls."""
+    cache, rows = by_age(name, 128, FP16, block_size=64)
+    other = by_age(name, 128, FP16, block_size=64)[0]
+    for x in (cache, other):
+        x.reserve(3000)
+        x.append(0, *rows[:, :, :500])
+    query, key, value = (
+        torch.randn(2, 4, n, 128, device="cuda").to(FP16) for n in (HEADS[0], 2, 2)
+    )
+    graph = torch.cuda.CUDAGraph()
+    warm = torch.cuda.Stream()
+    with torch.cuda.stream(warm):
+        cache.attend(0, query)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = cache.attend(0, query, key, value)
+    for i in range(80):
+        query.normal_(), key.normal_(), value.normal_()
+        graph.replay()
+        expected = other.attend(0, query, key, value)
+        assert torch.equal(out, expected), i

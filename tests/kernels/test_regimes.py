@@ -227,8 +227,26 @@ def test_what_many_rows_refuses_by_name(choose):
     assert why(tokens=4) == "16 query rows of a KV head, fewer than 17"
     assert why(dims=(128, 64)) == why(dims=(80, 80)) == "head_dims other than 64 and 128"
     assert why(float32=True) == "float32"
-    assert why(k_format="int8", v_format="int4") == "rows that are not int8"
     assert why(mean_group=32) == "key means of fewer than 64 tokens"
+    by_age = "rows by age in groups of fewer than 64 tokens"
+    assert why(mean_group=0, age_group=32) == by_age
+
+
+@pytest.mark.parametrize("key", ["int8", "int4"])
+def test_many_rows_of_four_bits(choose, key):
+    """By age already where the other kernel would take rows 32 at a time, but for decode steps."""
+    four = {**MANY, "k_format": key, "v_format": "int4"}
+
+    def regime(tokens, heads=32, **rest):
+        return choose(8, tokens, heads, 8, 128, 128, False, 8192, SMS, **four, **rest)["regime"]
+
+    assert [regime(tokens) for tokens in (4, 5, 100)] == ["split_kv", "many_rows", "many_rows"]
+    by_age = {"age_group": 256}
+    assert [regime(tokens, **by_age) for tokens in (1, 2, 3)] == [
+        "split_kv", "split_kv", "many_rows",
+    ]  # fmt: skip
+    assert regime(1, heads=128, **by_age) == "split_kv"
+    assert regime(1, heads=136, **by_age) == "many_rows"
 
 
 def test_formats_are_refused_by_name():

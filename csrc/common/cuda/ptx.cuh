@@ -64,7 +64,16 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return uint32_t(__cvta_generic_to_shared(p));
 }
 // Read where this stands, however often: the compiler would take what loops need to registers.
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+template <class T = uint4>
+__device__ __forceinline__ T load_shared(uint32_t address);
+template <>
+__device__ __forceinline__ uint2 load_shared<uint2>(uint32_t address) {
+  uint2 u;
+  asm volatile("ld.volatile.shared.v2.u32 {%0,%1}, [%2];" : "=r"(u.x), "=r"(u.y) : "r"(address));
+  return u;
+}
+template <>
+__device__ __forceinline__ uint4 load_shared<uint4>(uint32_t address) {
   uint4 u;
   asm volatile("ld.volatile.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(u.x), "=r"(u.y), "=r"(u.z), "=r"(u.w)

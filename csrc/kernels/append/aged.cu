@@ -10,19 +10,24 @@ namespace {
 constexpr int kThreads = kRowWarps * 32;
 constexpr int kCloseShares = 4;  // blocks that share a group that closes
 
+// The view of young rows, in shared memory: a thread's own would be in local memory, and written
+// time and again. All threads must call.
+__device__ __forceinline__ void share_young_view(const AppendParams& p, CacheView& slabs) {
+  if (threadIdx.x == 0) slabs = young_view(p.cache, p.seqs);
+  __syncthreads();
+}
+
 // The young rows of a block of a grid (.., kv_heads, batch * 2), where K and V are even and odd in
 // z, and the same in the blocks of the view.
 template <class Formats, class T>
 struct Aged {
   const AppendParams& p;
-  const CacheView slabs;
   const bool is_key = blockIdx.z % 2 == 0;
   const Source<Int8, T> young;
   const Ages ages;
 
-  __device__ __forceinline__ explicit Aged(const AppendParams& p)
+  __device__ __forceinline__ Aged(const AppendParams& p, const CacheView& slabs)
       : p(p),
-        slabs(young_view(p.cache, p.seqs)),
         young(source<Int8>(slabs, chunk_tokens(p.cache))),
         ages(p.cache, young.length, young.call.count) {}
 
@@ -35,22 +40,26 @@ struct Aged {
   __device__ __forceinline__ void with_old(F&& f) const {
     with_rows(Formats{}, is_key, [&](auto format) { f(source<decltype(format)>(p.cache)); });
   }
-  // The first token behind the group that was open; whether that group's mean is of stored rows.
-  __device__ __forceinline__ int next() const { return ages.was_open + ages.group; }
+  // Whether a group is the one behind that which was open: its mean is of stored rows.
   __device__ __forceinline__ bool is_next(int start) const {
-    return young.length > 0 && start == next();
+    return young.length > 0 && start == ages.was_open + ages.group;
   }
 };
 
 // Takes the mean of the group behind the open one, and closes this, where the call begins that.
 // grid: (kCloseShares, kv_heads, batch * 2).
 template <class Formats, class T>
-__global__ void __launch_bounds__(kThreads, 4) close_kernel(const AppendParams p) {
+__global__ void __launch_bounds__(kThreads, 4)
+    close_kernel(const __grid_constant__ AppendParams p) {
   __shared__ GroupScratch scratch;
   __shared__ ClosingRows closing[kRowWarps];
-  const Aged<Formats, T> aged(p);
-  const int next = aged.next(), total = aged.young.length + aged.young.call.count;
-  if (!aged.is_next(next) || next >= total) return;
+  __shared__ CacheView slabs;
+  const int sequence = blockIdx.z / 2, length = checked_length(p.seqs.seq_lens[sequence]);
+  const int total = length + call_rows(p.seqs, sequence).count;
+  const int next = open_start(chunk_tokens(p.cache), length) + chunk_tokens(p.cache);
+  if (length == 0 || next >= total) return;  // as most calls
+  share_young_view(p, slabs);
+  const Aged<Formats, T> aged(p, slabs);
   if (blockIdx.x == 0) {
     find_mean<kThreads>(aged.young, next, min(next + aged.ages.group, total), scratch);
   }
@@ -61,9 +70,12 @@ __global__ void __launch_bounds__(kThreads, 4) close_kernel(const AppendParams p
 
 // Writes the new rows. grid: (chunks, kv_heads, batch * 2).
 template <class Formats, class T>
-__global__ void __launch_bounds__(kThreads, 4) append_aged_kernel(const AppendParams p) {
+__global__ void __launch_bounds__(kThreads, 4)
+    append_aged_kernel(const __grid_constant__ AppendParams p) {
   __shared__ GroupScratch scratch;
-  const Aged<Formats, T> aged(p);
+  __shared__ CacheView slabs;
+  share_young_view(p, slabs);
+  const Aged<Formats, T> aged(p, slabs);
   const auto& young = aged.young;
   const Chunk chunk = chunk_of(p.cache, young.length, young.call.count, int(blockIdx.x));
   if (chunk.begin < chunk.end) {

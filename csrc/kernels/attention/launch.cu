@@ -11,7 +11,7 @@ namespace kvquant::cuda {
 
 template <class Formats, int kDim>
 cudaError_t launch_dim(const AttentionCall&, int rows, Occupancy, cudaStream_t);
-cudaError_t launch_many_rows(const AttentionCall&, int rows, cudaStream_t);
+Status launch_many_rows(const AttentionCall&, int rows, cudaStream_t);
 
 namespace {
 
@@ -86,7 +86,7 @@ Status launch_shape(AttentionCall call, const AttentionShape& shape, Launch laun
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   if (call.kernel == AttentionKernel::kManyRows) {
 #ifdef KVQUANT_WITH_SM90A
-    return to_status(launch_many_rows(call, shape.rows, stream));
+    return launch_many_rows(call, shape.rows, stream);
 #else
     return Status::unsupported("this build has no code for sm_90a");
 #endif

@@ -89,8 +89,14 @@ Refusal refuse_many_rows(const Problem& p) {
     const std::string minor = std::to_string(p.capability % 10);
     return {"compute capability " + std::to_string(p.capability / 10) + "." + minor + ", not 9.0"};
   }
-  if (p.k_format != RowFormat::kInt8 || p.v_format != RowFormat::kInt8) {
-    return {"rows that are not int8"};
+  bool is_served = false;
+  with_pair(p.k_format, p.v_format, [&](auto pair) {
+    is_served = cuda::can_have_many_rows(pair);
+    return Status::ok();
+  });
+  if (!is_served) {
+    return {std::string("keys in ") + name_of(p.k_format) + " with values in " +
+            name_of(p.v_format)};
   }
   if (p.head_dim != p.v_head_dim || (p.head_dim != 64 && p.head_dim != 128)) {
     return {"head_dims other than 64 and 128"};
@@ -99,10 +105,14 @@ Refusal refuse_many_rows(const Problem& p) {
   if (p.mean_group && p.mean_group < cuda::kRowsTile) {
     return {"key means of fewer than " + std::to_string(cuda::kRowsTile) + " tokens"};
   }
+  if (p.age_group && p.age_group < cuda::kRowsTile) {
+    return {"rows by age in groups of fewer than " + std::to_string(cuda::kRowsTile) + " tokens"};
+  }
   const int64_t rows = int64_t(p.max_seqlen_q) * (p.num_q_heads / p.num_kv_heads);
-  if (rows < cuda::kFewestRows) {
+  const int fewest = cuda::fewest_rows(p.max_seqlen_q, p.age_group > 0);
+  if (rows < fewest) {
     return {std::to_string(rows) + " query rows of a KV head, fewer than " +
-            std::to_string(cuda::kFewestRows)};
+            std::to_string(fewest)};
   }
   return {};
 }

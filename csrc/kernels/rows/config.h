@@ -1,14 +1,25 @@
 // Shapes of the kernel for many query rows, as pure functions of numbers.
 #pragma once
 
+#include <type_traits>
+
+#include "formats/formats.h"
 #include "kernels/attention/config.h"
 
 namespace kvquant::cuda {
 
 constexpr int kRowsTile = 64;  // tokens that a block takes at once
 // Query rows of a KV head from which on it is worth it: the other kernel reads the tokens of 16 at
-// the ceiling.
-constexpr int kFewestRows = 17;
+// the ceiling. By age that one has instances for 8 rows and for 32 alone; a decode step, whose
+// append it takes along, is its own even so.
+constexpr int fewest_rows(int tokens, bool by_age) { return by_age && tokens > 1 ? 9 : 17; }
+
+// Whether a pair's rows have the params that it reads, and codes of up to a byte.
+template <class Pair>
+constexpr bool can_have_many_rows(Pair) {
+  return std::is_same_v<typename Pair::Key::Params, AffineParams> &&
+         std::is_same_v<typename Pair::Value::Params, AffineParams>;
+}
 
 constexpr InstanceShape kRowsShape{1, 4, 3, 2};
 static_assert(kRowsShape.step() == kRowsTile);

@@ -1,10 +1,10 @@
 // Attention of many query rows on Hopper, by the products of a warpgroup (wgmma).
 //
 // A block takes 32 or 64 query rows (query tokens x heads of one KV head) and one split of the
-// tokens, 64 at a time. Keys meet the query as they are stored, on the integer tensor cores: of 64
-// rows first with its high bytes, then with its low ones, of 32 with both at once. Values become
-// fp16 in shared memory, once a tile. A thread's scores are its weights' operand as they are.
-// Blocks of a multiprocessor fill each other's waits.
+// tokens, 64 at a time. Keys meet the query as bytes, on the integer tensor cores: of 64 rows first
+// with its high bytes, then with its low ones, of 32 with both at once. Values become fp16 in
+// shared memory, once a tile. A thread's scores are its weights' operand as they are. Blocks of a
+// multiprocessor fill each other's waits.
 #pragma once
 
 #include "kernels/rows/finish.cuh"
@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   // Tiles between them need no look at single scores.
   const int clean_begin = p.softcap == 0.f && !p.alibi_slopes ? rows.all_begin : 1 << 30;
   const RowsSpan of{begin, end, max(rows.begin, rows.start), clean_begin, rows.all_end - kRowsTile};
-  RowsPipeline<Traits> pipeline(p, maps, paging, shared, rows, of, warp);
+  const RowsAges ages = Traits::kByAge ? RowsAges(p, rows) : RowsAges();
+  RowsPipeline<Traits> pipeline(p, maps, paging, shared, rows, of, ages, warp);
   if (threadIdx.x < Traits::kRows) shared.views[threadIdx.x] = rows.view(p, threadIdx.x);
   float sum[kThreadRows], gain[kThreadRows];
   own.prepare(p, shared.query, sum, gain, row, g, t);
@@ -65,11 +66,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
       Swizzle<128>::descriptor(shared_address(shared.values), Values::kHalfBytes);
   int stage = 0;
   uint32_t phase = 0;
-  // Waits for the tile at `token` and prepares its params, which all threads have then at the next
-  // barrier.
+  // Waits for the tile at `token` and prepares its params and keys, which all threads have then at
+  // the next barrier.
+  bool are_young = false;
   const auto await = [&](int token) {
     wait_barrier(shared_address(&shared.full[stage]), phase);
-    prepare_params(shared, stage, token, of);
+    if constexpr (Traits::kByAge) are_young = ages.are_young(token);
+    prepare_params(shared, stage, token, of, are_young);
+    if constexpr (Traits::kUnpacksKeys) {
+      if (!are_young) {
+        unpack_keys<Traits>(shared.k[stage]);
+        publish_shared();
+      }
+    }
   };
   if (begin < end) await(begin);
 #pragma unroll 1
@@ -78,11 +87,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
     const uint64_t codes =
         Swizzle<kDim>::descriptor(shared_address(shared.k[0])) + ((stage * kRowsTile * kDim) >> 4);
     typename Values::Half halves[2];
-    Values::ask(shared, stage, 0, halves[0]);
+    Values::ask(shared, stage, 0, are_young, halves[0]);
     int c[32];
     multiply_query<kDim, false>(c, query, codes);
-    Values::ask(shared, stage, 1, halves[1]);
-    Values::convert(shared, 0, halves[0]);
+    Values::ask(shared, stage, 1, are_young, halves[1]);
+    Values::convert(shared, 0, are_young, halves[0]);
     float dot[kThreadRows];
     means.of(p, rows, paging, shared.query, token, last_group, warp, dot);
     if constexpr (kThreadRows == 2) {  // the low bytes are another matrix
@@ -92,7 +101,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
       for (int i = 0; i < 32; ++i) c[i] *= 256;
       multiply_query<kDim, true>(c, query + (RowsQuery<Traits>::kBytes >> 4), codes);
     }
-    Values::convert(shared, 1, halves[1]);
+    Values::convert(shared, 1, are_young, halves[1]);
     wait_products<0>();
     keep(c);
     RowScores<Traits> y;  // over gain

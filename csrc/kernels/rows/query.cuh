@@ -9,10 +9,11 @@
 namespace kvquant::cuda {
 
 // kIsAligned: a thread's four neighbouring channels of every row of the caller's are one access.
-template <int kHeadDim, int kRowCount, class T, bool kIsAligned>
+template <class Formats, int kHeadDim, int kRowCount, class T, bool kIsAligned>
 struct RowsTraits {
-  using Key = Int8;
-  using Value = Int8;
+  using Key = typename Formats::Key;
+  using Value = typename Formats::Value;
+  static constexpr bool kByAge = Formats::kByAge;
   using Element = T;
   static constexpr bool kAligned = kIsAligned;
   static constexpr int kDim = kHeadDim, kRows = kRowCount;
@@ -22,6 +23,8 @@ struct RowsTraits {
   static constexpr int kThreadRows = kRows / 32;  // g and g + 8 of the warp's
   static constexpr int kPartialFloats = partial_floats(kDim, kRows);
   static constexpr int kStages = kShape.stages;
+  static constexpr int kKeyBytes = Key::code_bytes(kDim), kValueBytes = Value::code_bytes(kDim);
+  static constexpr bool kUnpacksKeys = kKeyBytes < kDim;
 };
 
 // Matrices of 64 rows. 64 query rows: the high bytes of all, then the low ones. 32: of each eight,

@@ -2,6 +2,7 @@
 // 64 tokens, which come by the copy engine and whose values become fp16.
 #pragma once
 
+#include "common/age.h"
 #include "kernels/attention/combine.cuh"
 #include "kernels/rows/config.h"
 #include "kernels/rows/query.cuh"
@@ -18,12 +19,13 @@ constexpr uint32_t kNanHalves = 0x7e007e00u;
 template <class Traits>
 struct RowsShared {
   static constexpr int kDim = Traits::kDim, kStages = Traits::kStages;
-  using Codes = uint8_t[kStages][kRowsTile * kDim];
+  // Young values have a byte a channel.
+  static constexpr int kValueRoom = Traits::kByAge ? kDim : Traits::kValueBytes;
 
   RowsQuery<Traits> query;
-  alignas(1024) Codes k;
+  alignas(1024) uint8_t k[kStages][kRowsTile * kDim];  // unpacked where they are
   alignas(1024) __half values[kRowsTile * kDim];
-  alignas(1024) Codes v;
+  alignas(1024) uint8_t v[kStages][kRowsTile * kValueRoom];
   alignas(128) AffineParams k_params[kStages][kRowsTile];
   alignas(128) AffineParams v_params[kStages][kRowsTile];
   // Of the tile that is multiplied: keys' params as floats, values' as pairs of halves.
@@ -36,10 +38,26 @@ struct RowsShared {
   RowTile rows;
 };
 
-// The cache as the copy engine takes it, codes as [block, head, row, channel], params as [block,
-// head, 1, row]; in boxes of a whole tile where blocks hold them, else codes alone, of 16 tokens.
+// The cache as the copy engine takes it, codes as [block, head, row, byte], params as [block, head,
+// 1, row]; in boxes of a whole tile where blocks hold them, else codes alone, of 16 tokens. By age
+// codes of young rows too, as [sequence, head, row, byte], in boxes of kYoungBox.
 struct RowsMaps {
-  CUtensorMap k, v, k_params, v_params;
+  CUtensorMap k, v, k_params, v_params, young_k, young_v;
+};
+// The ring of young rows begins behind a whole number of boxes and is as long as one more.
+constexpr int kYoungBox = kSpareTokens;
+static_assert(kRowsTile % kYoungBox == 0);
+
+// Which tokens are young: none, or those of the first group and from one on. A tile's are alike.
+struct RowsAges {
+  int group = 0, from = 0;
+
+  RowsAges() = default;
+  __device__ __forceinline__ RowsAges(const AttentionCall& p, const RowTile& rows)
+      : group(chunk_tokens(p.cache)), from(read_from(group, rows.length, rows.tokens)) {}
+  __device__ __forceinline__ bool are_young(int token) const {
+    return token < group || token >= from;
+  }
 };
 
 // Which tokens of a split are stored, and which tiles need no look at single scores: those that
@@ -54,13 +72,22 @@ template <class Traits>
 class RowsPipeline {
   static constexpr int kDim = Traits::kDim, kPieces = kRowsTile / kTile;
   static constexpr int kParams = sizeof(AffineParams);
+  static constexpr int kRowBytes = Traits::kKeyBytes + Traits::kValueBytes + 2 * kParams;
   static constexpr int kAskers = 2;
 
  public:
   __device__ __forceinline__ RowsPipeline(const AttentionCall& p, const RowsMaps& maps,
                                           const Paging& paging, RowsShared<Traits>& shared,
-                                          const RowTile& rows, const RowsSpan& span, int warp)
-      : p_(p), maps_(maps), paging_(paging), shared_(shared), head_(rows.head), span_(span) {
+                                          const RowTile& rows, const RowsSpan& span,
+                                          const RowsAges& ages, int warp)
+      : p_(p),
+        maps_(maps),
+        paging_(paging),
+        shared_(shared),
+        sequence_(rows.sequence),
+        head_(rows.head),
+        span_(span),
+        ages_(ages) {
     table_ = p.seqs.block_table + rows.sequence * p.seqs.block_table_stride;
     is_whole_ = paging.shift >= log2_of(kRowsTile);
     next_ = warp < kAskers ? span.begin + warp * kRowsTile : 1 << 30;
@@ -75,12 +102,19 @@ class RowsPipeline {
     const uint32_t lost = __ballot_sync(kFullWarp, found < 0) & ((1u << kPieces) - 1);
     const uint32_t barrier = shared_address(&shared_.full[stage]);
     const int pieces = is_whole_ ? kPieces : min(kPieces, (span_.end - token + kTile - 1) / kTile);
+    const bool are_young = Traits::kByAge && ages_.are_young(token);
     if (is_elected()) {
       shared_.lost[stage] = lost;
       shared_.is_clean[stage] = token >= span_.clean_begin && token <= span_.clean_end && !lost;
-      expect_bytes(barrier, pieces * kTile * 2 * (kDim + kParams));
+      expect_bytes(barrier,
+                   are_young ? kRowsTile * 2 * (kDim + kParams) : pieces * kTile * kRowBytes);
     }
-    if (is_whole_) {
+    if (are_young) {
+      if (is_elected()) {
+#pragma unroll
+        for (int i = 0; i < kRowsTile; i += kYoungBox) copy_young(stage, i, token + i, barrier);
+      }
+    } else if (is_whole_) {
       const int from = uniform(block), row = token & paging_.mask;
       if (is_elected()) {
         copy_codes(stage, 0, from, row, barrier);
@@ -109,8 +143,9 @@ class RowsPipeline {
   const Paging& paging_;
   RowsShared<Traits>& shared_;
   const int32_t* table_;  // of the sequence
-  int head_;
+  int sequence_, head_;
   const RowsSpan& span_;
+  const RowsAges& ages_;
   bool is_whole_;
   int next_;   // token of the tile that this warp asks for next
   int entry_;  // of the table, for that tile: of piece lane % 4
@@ -123,9 +158,10 @@ class RowsPipeline {
   // zeros.
   __device__ __forceinline__ void copy_codes(int stage, int first, int block, int row,
                                              uint32_t barrier) const {
-    const int place = (stage * kRowsTile + first) * kDim;
-    copy_box(shared_address(shared_.k) + place, maps_.k, 0, row, head_, block, barrier);
-    copy_box(shared_address(shared_.v) + place, maps_.v, 0, row, head_, block, barrier);
+    copy_box(shared_address(shared_.k[stage]) + first * Traits::kKeyBytes, maps_.k, 0, row, head_,
+             block, barrier);
+    copy_box(shared_address(shared_.v[stage]) + first * Traits::kValueBytes, maps_.v, 0, row, head_,
+             block, barrier);
   }
   __device__ __forceinline__ void copy_piece(int stage, int first, int block, int row,
                                              uint32_t barrier) const {
@@ -138,26 +174,66 @@ class RowsPipeline {
     copy(shared_.k_params, p_.k_params);
     copy(shared_.v_params, p_.v_params);
   }
+  // kYoungBox rows, those from `token` on.
+  __device__ __forceinline__ void copy_young(int stage, int first, int token,
+                                             uint32_t barrier) const {
+    const int row = young_row(ages_.group, token), place = first * kDim;
+    copy_box(shared_address(shared_.k[stage]) + place, maps_.young_k, 0, row, head_, sequence_,
+             barrier);
+    copy_box(shared_address(shared_.v[stage]) + place, maps_.young_v, 0, row, head_, sequence_,
+             barrier);
+    const Young young(p_.cache, p_.seqs, sequence_, head_, ages_.from);
+    const auto copy = [&](auto* to, bool of_keys) {
+      copy_bulk(shared_address(to) + (stage * kRowsTile + first) * kParams,
+                young.params(of_keys, row), kYoungBox * kParams, barrier);
+    };
+    copy(shared_.k_params, true);
+    copy(shared_.v_params, false);
+  }
 };
+
+// Keys of fewer bits become bytes in their place, as the products take them. All threads must call,
+// and publish what they have written.
+template <class Traits>
+__device__ __forceinline__ void unpack_keys(uint8_t* keys) {
+  using Codes = LaneCodes<typename Traits::Key>;
+  using Word = typename Codes::Word;
+  constexpr int kPieces = Traits::kDim / kLaneChannels;  // of a row
+  constexpr int kTurns = kRowsTile * kPieces / Traits::kThreads;
+  Word words[kTurns];
+#pragma unroll
+  for (int i = 0; i < kTurns; ++i) {
+    const int piece = i * Traits::kThreads + threadIdx.x;  // of all
+    words[i] = load_shared<Word>(shared_address(keys) + piece * int(sizeof(Word)));
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kTurns; ++i) {
+    const int piece = i * Traits::kThreads + threadIdx.x;
+    const int place = Swizzle<Traits::kDim>::place(piece / kPieces, piece % kPieces);
+    *reinterpret_cast<uint4*>(keys + place) = Codes::bytes(words[i]);
+  }
+}
 
 // A tile's params, as its keys and values are multiplied with, by a thread each. Values that may
 // not be read count as zero. Those that are not finite are NaN where every row sees them, else
 // zero: mask_rows tells who sees them.
 template <class Traits>
 __device__ __forceinline__ void prepare_params(RowsShared<Traits>& shared, int stage, int token,
-                                               const RowsSpan& span) {
+                                               const RowsSpan& span, bool are_young) {
   static_assert(Traits::kThreads == 2 * kRowsTile);
   const int row = threadIdx.x % kRowsTile;
   if (threadIdx.x < kRowsTile) {
-    shared.keys[row] = Traits::Key::affine(shared.k_params[stage][row]);
+    shared.keys[row] = affine_of(shared.k_params[stage][row]);
     return;
   }
-  const RowAffine affine = Traits::Value::affine(shared.v_params[stage][row]);
-  constexpr float kMiddle = Traits::Value::kMiddleCode;
+  const RowAffine affine = affine_of(shared.v_params[stage][row]);
+  const float code = are_young ? Int8::kMiddleCode : Traits::Value::kMiddleCode;
   const __half middle =
-      __float2half_rn(fminf(fmaxf(fmaf(kMiddle, affine.scale, affine.offset), -kMaxAbs), kMaxAbs));
+      __float2half_rn(fminf(fmaxf(fmaf(code, affine.scale, affine.offset), -kMaxAbs), kMaxAbs));
   // A code may stand for more than fp16 holds, by less than a step: then steps are shorter.
-  const float most = (kMaxAbs - fabsf(__half2float(middle))) * (1.f / kMiddle);
+  const float inverse = are_young ? 1.f / Int8::kMiddleCode : 1.f / Traits::Value::kMiddleCode;
+  const float most = (kMaxAbs - fabsf(__half2float(middle))) * inverse;
   ValueSteps steps{half2_bits(__half2half2(__float2half_rz(fminf(affine.scale, most)))),
                    half2_bits(__half2half2(middle))};
   const bool is_finite = affine.scale <= kMaxAbs;
@@ -176,6 +252,7 @@ __device__ __forceinline__ void prepare_params(RowsShared<Traits>& shared, int s
 // row; threads that write at once meet different banks.
 template <class Traits>
 struct RowsValues {
+  using Codes = LaneCodes<typename Traits::Value>;
   static constexpr int kDim = Traits::kDim, kPieces = kDim / 16;  // of a row
   static constexpr int kRowsAtOnce = Traits::kThreads / kPieces;
   static constexpr int kHalfBytes = kRowsTile * 128;
@@ -183,33 +260,57 @@ struct RowsValues {
   // A thread's codes of half of a tile, 0 or 1.
   static constexpr int kTurns = kRowsTile / kRowsAtOnce / 2;
   struct Half {
-    uint4 codes[kTurns];
+    using Word = typename Codes::Word;
+    // Old and young codes as they are stored.
+    std::conditional_t<Traits::kByAge, uint4, Word> codes[kTurns];
     ValueSteps steps[kTurns];
   };
   static __device__ __forceinline__ void ask(const RowsShared<Traits>& shared, int stage, int half,
-                                             Half& x) {
+                                             bool are_young, Half& x) {
+    using Word = typename Codes::Word;
+    const uint32_t codes = shared_address(shared.v[stage]);
+    const int piece = threadIdx.x % kPieces;
 #pragma unroll
     for (int i = 0; i < kTurns; ++i) {
       const int row = row_of(half * kTurns + i);
-      x.codes[i] =
-          load_shared(shared_address(shared.v[stage] + row * kDim + threadIdx.x % kPieces * 16));
+      if (Traits::kByAge && are_young) {
+        const auto u = load_shared<uint4>(codes + (row * kPieces + piece) * int(sizeof(uint4)));
+        memcpy(&x.codes[i], &u, sizeof(x.codes[i]));
+      } else {
+        const auto u = load_shared<Word>(codes + (row * kPieces + piece) * int(sizeof(Word)));
+        memcpy(&x.codes[i], &u, sizeof(u));
+      }
       x.steps[i] = shared.steps[row];
     }
   }
   static __device__ __forceinline__ void convert(RowsShared<Traits>& shared, int half,
-                                                 const Half& x) {
+                                                 bool are_young, const Half& x) {
     const int piece = threadIdx.x % kPieces;
     uint8_t* const to = reinterpret_cast<uint8_t*>(shared.values);
+    // 1024 + the middle code, twice.
+    const auto middle_of = [](float code) { return 0x64006400u + uint32_t(code) * 0x10001u; };
+    const uint32_t middle_code = Traits::kByAge && are_young
+                                     ? middle_of(Int8::kMiddleCode)
+                                     : middle_of(Traits::Value::kMiddleCode);
 #pragma unroll
     for (int i = 0; i < kTurns; ++i) {
       const int row = row_of(half * kTurns + i);
       const __half2 scale = bits_half2(x.steps[i].scale), middle = bits_half2(x.steps[i].middle);
-      const uint32_t words[4] = {x.codes[i].x, x.codes[i].y, x.codes[i].z, x.codes[i].w};
+      uint4 bytes;
+      if (Traits::kByAge && are_young) {
+        memcpy(&bytes, &x.codes[i], sizeof(x.codes[i]));
+      } else {
+        typename Codes::Word word;
+        memcpy(&word, &x.codes[i], sizeof(word));
+        bytes = Codes::bytes(word);
+      }
+      const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
       uint32_t left[4], right[4];
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         const auto value = [&](uint32_t code) {
-          return half2_bits(__hfma2(bits_half2(centered(code)), scale, middle));
+          const __half2 steps = bits_half2(sub_halves(code, middle_code));
+          return half2_bits(__hfma2(steps, scale, middle));
         };
         left[w] = value(codes_low(words[w])), right[w] = value(codes_high(words[w]));
       }
