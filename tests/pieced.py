@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,12 +11,15 @@ from torch import Tensor
 import kvquant
 from kvquant import backends
 from kvquant.backends import Prepared, Problem
+from kvquant.backends.cuts import Rates
 from kvquant.backends.dense import Dense
 from kvquant.backends.pieces import Pieces
 from kvquant.backends.reference import REFERENCE, _Memory
 from kvquant.backends.reference_age import Held
 from kvquant.backends.reference_rows import rotate
 from kvquant.backends.steps import MOST_READS, History, Read, Result, Steps
+
+RATES = Rates(132, 5.5e14, 3.9e14)  # of an H200
 
 
 def dense(
@@ -79,7 +83,7 @@ def _read(view: kvquant.CacheView, history: History, one: Read) -> None:
 
 
 def steps(
-    kernels: tuple[Dense, ...] = (Dense("torch", False, dense),), capturing: bool = False
+    kernels: tuple[Dense, ...] = (Dense("torch", False, 1e12, dense),), capturing: bool = False
 ) -> Steps:
     """Steps for any device."""
 
@@ -93,7 +97,7 @@ def steps(
 
 
 def through_pieces(
-    monkeypatch, *, memory: int = 256 << 20, work: float = 0.0, using: Steps | None = None
+    monkeypatch, *, memory: int = 256 << 20, using: Steps | None = None
 ) -> Callable[[], list[Pieces]]:
     """All plans of a device without a regime of pieces get one; which they were."""
     from kvquant.backends import cuts, pieces
@@ -103,12 +107,12 @@ def through_pieces(
 
     def prepare(problem: Problem) -> Prepared:
         prepared = found(problem)
-        if not problem.exact and pieces.refuses(problem, memory) is None:
-            prepared = Pieces(problem, using or steps(), prepared, memory, ["torch"])
+        if not problem.exact and pieces.refuses(problem, memory, RATES) is None:
+            prepared = Pieces(problem, using or steps(), prepared, memory, RATES, ["torch"])
             made.append(prepared)
         return prepared
 
-    monkeypatch.setattr(cuts, "MIN_WORK", work)
+    monkeypatch.setattr(cuts, "MOST_SHARE", math.inf)
     monkeypatch.setattr(backends, "_prepare", prepare)
     monkeypatch.setattr(backends, "_prepared", {})
     monkeypatch.setattr(kvquant.plan.__globals__["backends"], "_prepared", {}, raising=False)

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 import oracle
 from kvquant.backends import cuts
 from kvquant.backends.cuts import CAUSAL, EDGE, FULL, Call, Costs, Run
+from pieced import RATES
 
 TOKEN = 2 * 8 * 256
 MEMORY = 256 << 20
 
 
 def costs(heads: int = 32, memory: int = MEMORY) -> Costs:
-    return Costs(heads * 260, TOKEN, memory, 2 * heads * 256)
+    return Costs(heads * 260, TOKEN, memory, 2 * heads * 256, heads, RATES)
 
 
 def coverage(run: Run, call: Call, passes: tuple[cuts.Pass, ...]) -> torch.Tensor:
@@ -153,10 +154,36 @@ def test_runs_are_of_neighbours_that_are_alike():
     assert len(cuts.runs_of([500, 500], [64, 64], [0, 3])) == 2
 
 
+@pytest.mark.parametrize(
+    ("batch", "rows", "length", "faster"),
+    [  # measured on an H200, in milliseconds: pieces, and the kernel that reads codes
+        (1, 64, 131072, False),  # 2.03, 0.39: their 32 tiles leave most multiprocessors idle
+        (1, 256, 131072, False),  # 2.10, 1.42
+        (1, 512, 131072, True),  # 2.21, 2.74
+        (1, 256, 32768, False),  # 0.87, 0.38
+        (1, 512, 32768, True),  # 0.61, 0.71
+        (1, 2048, 32768, True),  # 1.92, 2.82
+        (8, 64, 8192, False),  # 0.47, 0.21
+        (8, 512, 8192, True),  # 1.16, 1.40
+        (8, 4096, 4096, True),  # 2.09, 3.30
+        (32, 256, 2048, False),  # 0.93, 0.75
+        (32, 512, 2048, True),  # 1.26, 1.35
+    ],
+)
+def test_pieces_are_taken_where_they_are_faster(batch, rows, length, faster):
+    run = Run(0, batch, rows, length, 0, True)
+    assert cuts.is_worth_it(run, Call(True, 0), costs()) is faster
+    if faster:  # the more so beside a kernel of half the speed
+        slow = costs()._replace(rates=RATES._replace(codes=2e14))
+        assert cuts.is_worth_it(run, Call(True, 0), slow)
+        assert cuts.may_be_worth_it(run, Call(True, 0), costs())
+
+
 def test_little_work_is_left_to_the_kernel_that_reads_codes():
     call, of = Call(True, 0), costs()
-    assert cuts.is_worth_it(Run(0, 1, 2048, 8192, 0, True), call, of)
     assert not cuts.is_worth_it(Run(0, 1, 64, 1024, 0, True), call, of)
+    assert not cuts.may_be_worth_it(Run(0, 1, 64, 1 << 20, 0, True), call, of)
     assert not cuts.is_worth_it(Run(0, 64, 1, 8192, 0, False), call, of)
     # A window hides most of a long history.
-    assert not cuts.is_worth_it(Run(0, 1, 256, 131072, 0, True), Call(True, 1024), of)
+    window = Call(True, 1024)
+    assert not cuts.is_worth_it(Run(0, 1, 512, 131072, 0, True), window, of)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from attending import (
 from kvquant import HostLengths, QuantizedKVCache, Sequences, attention, plan
 from kvquant.backends import cuts, pieces
 from kvquant.backends.dense import Dense
-from pieced import dense, steps, through_pieces
+from pieced import RATES, dense, steps, through_pieces
 from support import BF16, FORMATS, FP16, FP32, LAYOUTS, filled_cache, foreign, index
 
 FEATURES = {
@@ -41,7 +42,7 @@ def used(monkeypatch, device):
     """Pieces serve whatever they can; on the CPU by steps in torch. Which plans did."""
     if device == "cpu":
         return through_pieces(monkeypatch)
-    monkeypatch.setattr(cuts, "MIN_WORK", 0.0)
+    monkeypatch.setattr(cuts, "MOST_SHARE", math.inf)
     return None
 
 
@@ -275,8 +276,11 @@ def test_a_size_that_a_kernel_does_not_take(monkeypatch, caplog):
 
     cache = filled_cache((1300,), kv_heads=2, k_dim=64, dtype=FP16)
     queries = queries_of((192,), 8, 64, FP16, "cpu")
-    good = Dense("good", False, dense)
-    for kernels in ((Dense("picky", True, picky), good), (Dense("fussy", True, picky),)):
+    good = Dense("good", False, 1e12, dense)
+    for kernels in (
+        (Dense("picky", True, 1e12, picky), good),
+        (Dense("fussy", True, 1e12, picky),),
+    ):
         with monkeypatch.context() as patch:
             used = through_pieces(patch, using=steps(kernels))
             check_attention(cache, queries)
@@ -291,7 +295,9 @@ def test_captured_calls_are_left_to_the_kernel_that_reads_codes(monkeypatch):
     def refuse(*_):
         raise AssertionError("a dense kernel was called")
 
-    used = through_pieces(monkeypatch, using=steps((Dense("x", False, refuse),), capturing=True))
+    used = through_pieces(
+        monkeypatch, using=steps((Dense("x", False, 1e12, refuse),), capturing=True)
+    )
     cache = filled_cache((700,), kv_heads=2, k_dim=64, dtype=FP16)
     check_attention(cache, queries_of((200,), 8, 64, FP16, "cpu"))
     assert used()
@@ -324,11 +330,11 @@ def problem(**changes):
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_refusals_are_named(monkeypatch, changes, why):
-    assert "too little work" in pieces.refuses(problem(), 256 << 20)
-    monkeypatch.setattr(cuts, "MIN_WORK", 0.0)
-    assert pieces.refuses(problem(), 256 << 20) is None
-    assert why in pieces.refuses(problem(**changes), 256 << 20)
-    assert "KVQUANT_CHUNK_MEMORY" in pieces.refuses(problem(), 1 << 20)
+    assert "whatever the lengths" in pieces.refuses(problem(), 256 << 20, RATES)
+    monkeypatch.setattr(cuts, "MOST_SHARE", math.inf)
+    assert pieces.refuses(problem(), 256 << 20, RATES) is None
+    assert why in pieces.refuses(problem(**changes), 256 << 20, RATES)
+    assert "KVQUANT_CHUNK_MEMORY" in pieces.refuses(problem(), 1 << 20, RATES)
 
 
 @pytest.mark.parametrize(

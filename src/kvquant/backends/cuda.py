@@ -16,7 +16,7 @@ from . import dense, native, pieces
 from .affine import DTYPES
 from .base import Prepared, Problem
 from .compiled import Compiled, view_twin, young_field
-from .cuts import MIN_ROWS
+from .cuts import MIN_ROWS, Rates
 from .steps import History, Read, Result, Steps
 
 __all__ = ["CUDA"]
@@ -24,6 +24,8 @@ __all__ = ["CUDA"]
 _MIN_CAPABILITY = (7, 5)
 _MIN_COUNTERS, _MIN_FLOATS = 1 << 12, 1 << 20
 _MOST_PARTS = 1 << 10
+# Floating-point operations a second of many query rows on an H200, by what reads codes.
+_MANY_ROWS_RATE, _SPLIT_KV_RATE = 3.9e14, 2e14
 # Private, hence guarded: they take a tenth of what the public ones do.
 _raw_stream: Callable[[int], int] = getattr(
     torch._C, "_cuda_getCurrentRawStream", lambda d: torch.cuda.current_stream(d).cuda_stream
@@ -59,11 +61,15 @@ class _Cuda(Compiled):
         device = _index(problem.query.device)
         dims = problem.view.head_dim, problem.view.v_head_dim
         names = dense.candidates(*dims, torch.cuda.get_device_capability(device))
-        reason = names if isinstance(names, str) else pieces.refuses(problem, CHUNK_MEMORY)
-        if isinstance(names, str) or reason:
+        if isinstance(names, str):
+            prepared.details["pieces"] = f"not of this call: {names}"
+            return prepared
+        codes = _MANY_ROWS_RATE if prepared.regime == "many_rows" else _SPLIT_KV_RATE
+        rates = Rates(_device_numbers(device)[0], dense.rate_of(names), codes)
+        if reason := pieces.refuses(problem, CHUNK_MEMORY, rates):
             prepared.details["pieces"] = f"not of this call: {reason}"
             return prepared
-        return pieces.Pieces(problem, self.steps, prepared, CHUNK_MEMORY, names)
+        return pieces.Pieces(problem, self.steps, prepared, CHUNK_MEMORY, rates, names)
 
     def _prepare_codes(self, problem: Problem) -> Prepared:
         """The kernel that reads codes, for a part of a call that it serves as a whole, too."""

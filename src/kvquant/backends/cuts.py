@@ -25,15 +25,18 @@ __all__ = [
     "MIN_PIECE",
     "MIN_ROWS",
     "MIN_WINDOW",
+    "MOST_SHARE",
     "Call",
     "Costs",
     "Pass",
     "Piece",
+    "Rates",
     "Run",
     "blind_rows",
     "cut",
     "is_worth_it",
     "least_memory",
+    "may_be_worth_it",
     "runs_of",
     "size_from",
     "together",
@@ -43,11 +46,14 @@ __all__ = [
 
 MIN_ROWS = 64  # shorter chunks go to the kernels that read codes
 MIN_WINDOW = 512  # of narrower windows, triangles are too small
-MIN_WORK = 3e10  # floating-point operations: below, launches cost more than they gain (estimate)
+MOST_SHARE = 1.0  # of the time of the kernel that reads codes, that dense pieces may take
 MIN_PIECE = 1024  # tokens; what is left of a history is one piece that is shorter
 FOLD = 6  # results that are kept before they are merged into one of float32
 
 _FEW_ROWS = 128
+# Measured on an H200: rows of a dense kernel's tile, bytes a second of dequantized rows, seconds of
+# a call's launches, and of the host for each piece.
+_TILE, _READ, _LAUNCH, _PIECE = 128, 2e12, 5e-5, 1e-4
 _MOST_KNOWN = 256  # answers that are remembered
 
 FULL = "full"  # every row sees every token
@@ -73,6 +79,14 @@ class Call(NamedTuple):
     window: int  # 0: none
 
 
+class Rates(NamedTuple):
+    """What is known of the device's kernels."""
+
+    multiprocessors: int
+    dense: float  # operations a second of a dense kernel that fills them
+    codes: float  # of the kernel that reads codes
+
+
 class Costs(NamedTuple):
     """Bytes, and operations."""
 
@@ -80,6 +94,8 @@ class Costs(NamedTuple):
     token: int  # of a token's dequantized keys and values
     memory: int  # of all that a pass may take beside the output
     work: int  # operations of a row and token: 2 * heads * (head_dim + v_head_dim)
+    heads: int
+    rates: Rates
 
 
 class Piece(NamedTuple):
@@ -120,14 +136,38 @@ def runs_of(lengths: list[int], rows: list[int], starts: list[int]) -> list[Run]
 
 
 def is_worth_it(run: Run, call: Call, costs: Costs) -> bool:
-    """Whether dense pieces beat a kernel that reads the codes, launches included."""
+    """Whether dense pieces beat the kernel that reads codes, the host's time included.
+
+    A multiprocessor takes `_TILE` rows of a head at once, and few of them leave others idle.
+    """
     if not run.alike:
         return False
+    dense, codes = _seconds(run, call, costs)
+    tiles = run.batch * costs.heads * -(-run.rows // _TILE)
+    slots = costs.rates.multiprocessors
+    filled = run.batch * costs.heads * run.rows / (-(-tiles // slots) * slots * _TILE)
+    pieces = sum(len(part.pieces) for part in cut(run, call, costs, False))
+    device = dense / filled + run.batch * _seen(run, call) * costs.token / _READ + _LAUNCH
+    return max(device, pieces * _PIECE) <= MOST_SHARE * codes
+
+
+def may_be_worth_it(run: Run, call: Call, costs: Costs) -> bool:
+    """Whether they do if all multiprocessors are busy and the host takes no time."""
+    dense, codes = _seconds(run, call, costs)
+    return dense + run.batch * _seen(run, call) * costs.token / _READ <= MOST_SHARE * codes
+
+
+def _seen(run: Run, call: Call) -> int:
+    """Tokens of a sequence that any row sees."""
     seen = run.length - run.start
-    if call.window:
-        seen = min(seen, call.window + run.rows)
-    pairs = run.rows * seen - (run.rows**2 // 2 if call.causal else 0)
-    return run.batch * pairs * costs.work >= MIN_WORK
+    return min(seen, call.window + run.rows) if call.window else seen
+
+
+def _seconds(run: Run, call: Call, costs: Costs) -> tuple[float, float]:
+    """Of the multiplications alone, by dense kernels and by the one that reads codes."""
+    pairs = run.rows * _seen(run, call) - (run.rows**2 // 2 if call.causal else 0)
+    work = run.batch * pairs * costs.work
+    return work / costs.rates.dense, work / costs.rates.codes
 
 
 @lru_cache(_MOST_KNOWN)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "Dense", "candidates", "find"]
+__all__ = ["DTYPES", "Dense", "candidates", "find", "rate_of"]
 
 DTYPES = (torch.float16, torch.bfloat16)
 _logger = logging.getLogger(__name__.split(".backends")[0])
@@ -22,6 +22,7 @@ class Dense(NamedTuple):
     Attributes:
         name: What it is called.
         knows_sizes: It is made anew for every size, which takes far longer than a call.
+        rate: Floating-point operations a second on an H200.
         run: ``(query, key, value, causal, scale)`` to ``(out, lse)``: query ``(n, rows, heads,
             dim)``, key and value ``(n, kv_heads, tokens, dim)``, out like query, lse float32 ``(n,
             rows, heads)``. Causal: as many rows as tokens.
@@ -29,6 +30,7 @@ class Dense(NamedTuple):
 
     name: str
     knows_sizes: bool
+    rate: float
     run: Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
 
 
@@ -55,7 +57,7 @@ def _by_rows(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return out.transpose(1, 2), lse.reshape(n, heads, -1)[..., :rows].transpose(1, 2)
 
 
-_KERNELS = (Dense("cuDNN", True, _cudnn), Dense("flash", False, _flash))
+_KERNELS = (Dense("cuDNN", True, 5.5e14, _cudnn), Dense("flash", False, 3e14, _flash))
 
 
 def candidates(head_dim: int, v_head_dim: int, capability: tuple[int, int]) -> list[str] | str:
@@ -67,6 +69,11 @@ def candidates(head_dim: int, v_head_dim: int, capability: tuple[int, int]) -> l
         return f"dense kernels that know no sizes take no head_dims {head_dim} and {v_head_dim}"
     # Flash is written for compute capability 8.0; cuDNN takes 1.8x less time on an H200.
     return ["cuDNN", "flash"] if capability[0] in (9, 10) else ["flash"]
+
+
+def rate_of(names: list[str]) -> float:
+    """Of the fastest of some kernels."""
+    return max(kernel.rate for kernel in _KERNELS if kernel.name in names)
 
 
 @cache

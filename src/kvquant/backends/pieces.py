@@ -20,7 +20,7 @@ from ..formats import GROUP_TOKENS, read_from
 from ..view import CacheView, Sequences
 from . import cuts
 from .base import Outputs, Prepared, Problem, look_of
-from .cuts import EDGE, FOLD, FULL, Call, Costs, Pass, Piece, Run
+from .cuts import EDGE, FOLD, FULL, Call, Costs, Pass, Piece, Rates, Run
 from .dense import DTYPES, Dense
 from .runs import runs_of_call
 from .steps import MOST_READS, History, Read, Result, Steps
@@ -31,18 +31,18 @@ _logger = logging.getLogger(__name__.split(".backends")[0])
 _reported: set[tuple[str, torch.Size, torch.Size]] = set()
 
 
-def costs_of(problem: Problem, memory: int) -> Costs:
+def costs_of(problem: Problem, memory: int, rates: Rates) -> Costs:
     """What the rows and tokens of a problem take."""
     heads, view = problem.query.shape[-2], problem.view
     size = problem.query.dtype.itemsize
     dims = view.head_dim + view.v_head_dim
     return Costs(
         heads * (view.v_head_dim * size + 4), view.num_kv_heads * dims * size, memory,
-        2 * heads * dims,
+        2 * heads * dims, heads, rates,
     )  # fmt: skip
 
 
-def refuses(problem: Problem, memory: int) -> str | None:
+def refuses(problem: Problem, memory: int, rates: Rates) -> str | None:
     """Why dense pieces cannot serve a problem; None: they may."""
     options, query = problem.options, problem.query
     if problem.max_seqlen_q < cuts.MIN_ROWS:
@@ -64,9 +64,10 @@ def refuses(problem: Problem, memory: int) -> str | None:
         return "a capacity over 2**30 tokens"
     most = Run(0, problem.seqs.batch, problem.max_seqlen_q, capacity, 0, True)
     call = Call(options.causal, options.sliding_window)
-    if capacity < most.rows or not cuts.is_worth_it(most, call, costs_of(problem, memory)):
-        return "too little work, whatever the lengths"
-    if (least := cuts.least_memory(costs_of(problem, memory))) > memory:
+    costs = costs_of(problem, memory, rates)
+    if capacity < most.rows or not cuts.may_be_worth_it(most, call, costs):
+        return "the kernel that reads codes is faster, whatever the lengths"
+    if (least := cuts.least_memory(costs)) > memory:
         return f"KVQUANT_CHUNK_MEMORY: {memory} bytes, and it takes {least}"
     return None
 
@@ -82,17 +83,23 @@ class Pieces(Prepared):
     reads_lengths = True
 
     def __init__(
-        self, problem: Problem, steps: Steps, otherwise: Prepared, memory: int, names: list[str]
+        self,
+        problem: Problem,
+        steps: Steps,
+        otherwise: Prepared,
+        memory: int,
+        rates: Rates,
+        names: list[str],
     ) -> None:
         self.otherwise, self.backend = otherwise, otherwise.backend
         self._problem, self._steps = problem, steps
-        self._costs = costs_of(problem, memory)
+        self._costs = costs_of(problem, memory, rates)
         self._call = Call(problem.options.causal, problem.options.sliding_window)
         self._outputs = Outputs(problem)
         self.details = {
             "dense": ", else ".join(names),
             "memory": f"at most {memory / 2**20:.0f} MiB for pieces of the history",
-            "otherwise": f"{otherwise.regime}: in a captured graph, or where little is to be done",
+            "otherwise": f"{otherwise.regime}: in a captured graph, or where it is faster",
             **otherwise.details,
         }
 
