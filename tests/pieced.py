@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -10,16 +9,17 @@ from torch import Tensor
 
 import kvquant
 from kvquant import backends
-from kvquant.backends import Prepared, Problem
+from kvquant.backends import Prepared, Problem, cuts
+from kvquant.backends.cuda import MANY_ROWS_RATE
 from kvquant.backends.cuts import Rates
-from kvquant.backends.dense import Dense
+from kvquant.backends.dense import Dense, rate_of
 from kvquant.backends.pieces import Pieces
 from kvquant.backends.reference import REFERENCE, _Memory
 from kvquant.backends.reference_age import Held
 from kvquant.backends.reference_rows import rotate
 from kvquant.backends.steps import MOST_READS, History, Read, Result, Steps
 
-RATES = Rates(132, 5.5e14, 3.9e14)  # of an H200
+RATES = Rates(132, rate_of(["cuDNN"]), MANY_ROWS_RATE)  # of an H200
 
 
 def dense(
@@ -100,7 +100,7 @@ def through_pieces(
     monkeypatch, *, memory: int = 256 << 20, using: Steps | None = None
 ) -> Callable[[], list[Pieces]]:
     """All plans of a device without a regime of pieces get one; which they were."""
-    from kvquant.backends import cuts, pieces
+    from kvquant.backends import pieces
 
     made: list[Pieces] = []
     found = backends._prepare
@@ -112,9 +112,15 @@ def through_pieces(
             made.append(prepared)
         return prepared
 
-    monkeypatch.setattr(cuts, "MOST_SHARE", math.inf)
+    take_pieces(monkeypatch)
     monkeypatch.setattr(backends, "_prepare", prepare)
+    return lambda: made
+
+
+def take_pieces(monkeypatch) -> None:
+    """Whatever dense pieces can serve they do, however long it takes."""
+    monkeypatch.setattr(cuts, "is_worth_it", lambda run, call, costs: run.alike)
+    monkeypatch.setattr(cuts, "may_be_worth_it", lambda run, call, costs: True)
     monkeypatch.setattr(backends, "_prepared", {})
     monkeypatch.setattr(kvquant.plan.__globals__["backends"], "_prepared", {}, raising=False)
     monkeypatch.setitem(kvquant.plan.__globals__, "_plans", {})
-    return lambda: made

@@ -263,7 +263,7 @@ def cases() -> Iterator[Case]:
     yield from cache_cases()
     yield from age_cases()
     for dims, dtype, (block, backwards) in itertools.product(
-        [(64, 64), (128, 128), (256, 256), (80, 64)], DTYPES[:2], [(16, False), (320, True)]
+        [(64, 64), (128, 128), (256, 256), (80, 80)], DTYPES[:2], [(16, False), (320, True)]
     ):
         name = f"pieces {dims} {dtype} {block}"
         yield name, TOLERANCE[dtype], partial(_run, piece_case, (dims, dtype, block, backwards))

@@ -24,16 +24,18 @@ void read_pieces(const CacheView& cache, uintptr_t block_table, int64_t table_st
   assign(young, seqs.young);
   PieceParams params{};
   params.cache = cache, params.seqs = seqs;
-  if (pieces.size() > kMostPieces) throw py::value_error("so many pieces at once");
+  if (pieces.size() > kMostPieces) {
+    throw py::value_error("pieces: expected at most " + std::to_string(kMostPieces) + ", got " +
+                          std::to_string(pieces.size()));
+  }
   for (const py::handle& given : pieces) {
     const auto t = py::reinterpret_borrow<py::tuple>(given);
-    params.pieces[params.count++] = {pointer<void>(t[0].cast<uintptr_t>()),
-                                     pointer<void>(t[1].cast<uintptr_t>()),
-                                     t[2].cast<int>(),
-                                     t[3].cast<int>(),
-                                     t[4].cast<int>(),
-                                     t[5].cast<int>(),
-                                     t[6].cast<bool>()};
+    Piece& piece = params.pieces[params.count++];
+    piece.key = pointer<void>(t[0].cast<uintptr_t>());
+    piece.value = pointer<void>(t[1].cast<uintptr_t>());
+    piece.first = t[2].cast<int>(), piece.tokens = t[3].cast<int>();
+    piece.low = t[4].cast<int>(), piece.high = t[5].cast<int>();
+    piece.backwards = t[6].cast<bool>();
   }
   params.dtype = Dtype(dtype), params.young_from = young_from;
   Status status;
@@ -48,7 +50,10 @@ void read_pieces(const CacheView& cache, uintptr_t block_table, int64_t table_st
 void merge(const py::list& sources, const py::tuple& sizes, int dtype, const py::tuple& out,
            bool float32, const py::object& lse, uintptr_t sinks, int device, uintptr_t queue) {
   MergeParams params{};
-  if (sources.size() > kMostMerged) throw py::value_error("so many results at once");
+  if (sources.size() > kMostMerged) {
+    throw py::value_error("sources: expected at most " + std::to_string(kMostMerged) + ", got " +
+                          std::to_string(sources.size()));
+  }
   for (const py::handle& given : sources) {
     const auto t = py::reinterpret_borrow<py::tuple>(given);
     params.sources[params.count++] = {rows_of(t[0]), rows_of(t[1]), t[2].cast<bool>(),
@@ -72,6 +77,8 @@ void merge(const py::list& sources, const py::tuple& sizes, int dtype, const py:
 void define_pieces(py::module_& m) {
   m.def("read_pieces", &read_pieces);
   m.def("merge", &merge);
+  m.attr("most_pieces") = kMostPieces;
+  m.attr("most_merged") = kMostMerged;
 }
 
 }  // namespace kvquant::bindings

@@ -1,8 +1,9 @@
 // How CUDA's kernels read and write the codes of each row format, by template specialisations:
 //
 //   LaneCodes<Format>          neighbouring channels of a lane: append, gather, a step's new rows,
-//                              attention of many query rows
-//   KeyTile<Format, kDim, ..>  a lane's share of 16 tokens' keys: the tensor core's B operands
+//                              attention of many query rows (bytes(): its sixteen codes in order)
+//   KeyTile<Format, kDim, ..>  a lane's share of 16 tokens' keys: the tensor core's B operands; of
+//                              values, too, where pieces of a history are dequantized
 //   ValueTile<Format, kDim>    likewise of values: its A operands
 //
 // A tile's lane is (g, t) = (lane / 4, lane % 4). Which bytes of a row it reads, and what it makes
@@ -16,7 +17,8 @@
 //              place(c): at which place of the k-steps channel c is. The query is laid out alike,
 //              so the order is free; kInOrder: eight neighbouring channels are eight bytes
 //              channel(step, t): where a lane's eight channels of a k-step, which are neighbours,
-//              begin; in_order(): fp16 values, or bytes, of a k-step in the order of the operands
+//              begin, a multiple of 8; in_order(): fp16 values, or bytes, of a k-step in the order
+//              of the operands
 //   ValueTile  first_byte(), load_row(): as above
 //              for_operands<kCentered>(f): f(w, even, odd) with the A fragments of m-tiles 2 w and
 //              2 w + 1, of code - middle(false) in rows g and of code - middle(true) in rows

@@ -67,6 +67,7 @@ def test_every_row_meets_what_it_sees_once(
     assert cuts.least_memory(of) <= memory
     passes = cuts.cut(run, call, of, whole)
     seen = oracle.visible(rows, run.length, start, causal, window or None)
+    assert cuts.pairs_of(run, call) == seen.sum()
     assert torch.equal(coverage(run, call, passes), seen.to(torch.int8).expand(batch, -1, -1))
     blind = cuts.blind_rows(run, call)
     assert not seen[:blind].any()
@@ -184,6 +185,11 @@ def test_little_work_is_left_to_the_kernel_that_reads_codes():
     assert not cuts.is_worth_it(Run(0, 1, 64, 1024, 0, True), call, of)
     assert not cuts.may_be_worth_it(Run(0, 1, 64, 1 << 20, 0, True), call, of)
     assert not cuts.is_worth_it(Run(0, 64, 1, 8192, 0, False), call, of)
-    # A window hides most of a long history.
+    # A window hides most of a long history, and cuts a long chunk into many pieces.
     window = Call(True, 1024)
     assert not cuts.is_worth_it(Run(0, 1, 512, 131072, 0, True), window, of)
+    assert not cuts.is_worth_it(Run(0, 8, 8192, 16384, 0, True), Call(True, 512), of)
+    # So does padding.
+    padded = Run(0, 8, 4096, 4096, 3000, True)
+    assert not cuts.is_worth_it(padded, call, of)
+    assert cuts.is_worth_it(padded._replace(start=0), call, of)

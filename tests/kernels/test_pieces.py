@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 
 import pytest
 import torch
@@ -20,7 +19,8 @@ from attending import (
 from kvquant import HostLengths, QuantizedKVCache, Sequences, attention, plan
 from kvquant.backends import cuts, pieces
 from kvquant.backends.dense import Dense
-from pieced import RATES, dense, steps, through_pieces
+from kvquant.backends.steps import MOST_READS
+from pieced import RATES, dense, steps, take_pieces, through_pieces
 from support import BF16, FORMATS, FP16, FP32, LAYOUTS, filled_cache, foreign, index
 
 FEATURES = {
@@ -42,7 +42,7 @@ def used(monkeypatch, device):
     """Pieces serve whatever they can; on the CPU by steps in torch. Which plans did."""
     if device == "cpu":
         return through_pieces(monkeypatch)
-    monkeypatch.setattr(cuts, "MOST_SHARE", math.inf)
+    take_pieces(monkeypatch)
     return None
 
 
@@ -67,6 +67,7 @@ def test_ragged_chunks(device, used, feature, layout, dtype):
         ((64, 64), (8, 2), "mean64"), ((80, 80), (7, 1), "default"), ((96, 96), (3, 3), "plain"),
         ((128, 128), (28, 4), "default"), ((192, 192), (4, 2), "rotated"),
         ((256, 256), (4, 1), "default"), ((128, 128), (5, 5), "mean16"),
+        ((128, 128), (4, 2), "k8v4"), ((128, 128), (4, 2), "k4v4"), ((256, 256), (2, 1), "k4v4"),
     ],
     ids=str,
 )  # fmt: skip
@@ -90,15 +91,16 @@ def test_left_padding(device, used):
 
 @pytest.mark.parametrize("layout", [{"max_seq_len": 1200}, {"block_size": 16}])
 @pytest.mark.parametrize("name", ["k8v4", "k4v4"])
-def test_by_age(device, used, name, layout):
+@pytest.mark.parametrize("dim", [64, 128])
+def test_by_age(device, used, name, layout, dim):
     """Of three groups the first is young, and so is the open one; the rest are old."""
     cache = QuantizedKVCache(
-        1, 2, 2, 64, format=kvquant.CacheFormat.named(name), device=device, **layout
+        1, 2, 2, dim, format=kvquant.CacheFormat.named(name), device=device, **layout
     )
-    rows = torch.randn(2, 2, 1100, 2, 64, device=device).to(FP16)
+    rows = torch.randn(2, 2, 1100, 2, dim, device=device).to(FP16)
     cache.append(0, *rows[:, :, :600])
     for begin, end in ((600, 768), (768, 868), (868, 1100)):
-        query = torch.randn(2, end - begin, 8, 64, device=device).to(FP16)
+        query = torch.randn(2, end - begin, 8, dim, device=device).to(FP16)
         out = cache.attend(0, query, *rows[:, :, begin:end], exact_prompt=False)
         if end == 1100:  # fed to the group's end, and from there
             query, out = (x[:, 1024 - begin :] for x in (query, out))
@@ -252,6 +254,25 @@ def test_odd_batches_are_left_to_the_kernel_that_reads_codes(
     assert torch.equal(out, own)
 
 
+@pytest.mark.parametrize("on_host", [None, HostLengths((), rows=())])
+def test_packed_rows_of_no_sequence(device, used, on_host):
+    cache = filled_cache((300,), kv_heads=2, k_dim=64, block=16, device=device)
+    none = index([], device)
+    seqs = Sequences(
+        cache.table[:0], none, cu_seqlens_q=index([0], device), max_seqlen_q=100, on_host=on_host
+    )
+    query = torch.randn(100, 8, 64, device=device).to(FP16)
+    made = plan(query, cache.view, seqs)
+    out = made.run(query, cache.view, seqs)
+    assert out.shape == query.shape
+    assert not out.any()
+
+
+def test_limits_are_the_kernels():
+    _C = pytest.importorskip("kvquant._C")
+    assert (_C.most_pieces, _C.most_merged) == (MOST_READS, cuts.FOLD)
+
+
 def test_little_memory_gives_the_same(monkeypatch):
     """More pieces than are kept before they are merged, and few."""
     cache = filled_cache((7000, 7000), kv_heads=1, k_dim=64, dtype=FP16)
@@ -331,7 +352,7 @@ def problem(**changes):
 )
 def test_refusals_are_named(monkeypatch, changes, why):
     assert "whatever the lengths" in pieces.refuses(problem(), 256 << 20, RATES)
-    monkeypatch.setattr(cuts, "MOST_SHARE", math.inf)
+    take_pieces(monkeypatch)
     assert pieces.refuses(problem(), 256 << 20, RATES) is None
     assert why in pieces.refuses(problem(**changes), 256 << 20, RATES)
     assert "KVQUANT_CHUNK_MEMORY" in pieces.refuses(problem(), 1 << 20, RATES)

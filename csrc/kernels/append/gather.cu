@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const GatherParams p) 
     RowAffine affine;
     const auto load = [&](auto format, const CacheView& view, Place at_row) {
       using Format = decltype(format);
-      const RowsView rows = is_key ? view.k : view.v;
+      const RowsView rows = is_key ? view.k : view.v;  // a reference would put the view in memory
       affine = Format::affine(
           rows_of<typename Format::Params>(rows.params, at_row.block, head)[at_row.row]);
       LaneCodes<Format>::load(rows_of<uint8_t>(rows.codes, at_row.block, head) +

@@ -1,5 +1,5 @@
 // Dequantizes a piece of every sequence's history for dense attention kernels, in the basis of the
-// caller's rows. It is bound by memory: a byte an element is read, two are written.
+// caller's rows. It is bound by memory: at most a byte an element is read, two are written.
 #include "kernels/device.cuh"
 #include "kernels/pieces/tile.cuh"
 
@@ -94,24 +94,24 @@ __global__ void __launch_bounds__(kTileThreads, kDim > 128 ? 3 : 4)
   unsigned left = __ballot_sync(kFullWarp, i < task.piece.tokens);
   while (left) {
     const int lead = __ffs(left & readable ? left & readable : left) - 1;
-    const int of = __shfl_sync(kFullWarp, kind, lead);
+    const int taken = __shfl_sync(kFullWarp, kind, lead);
     PieceTile<kDim> tile{};
-    tile.tokens = __ballot_sync(kFullWarp, kind == of || kind < 0) & left;
+    tile.tokens = __ballot_sync(kFullWarp, kind == taken || kind < 0) & left;
     left &= ~tile.tokens;
     tile.scale = row.affine.scale, tile.offset = row.affine.offset, tile.dtype = p.dtype;
-    if (of < 0) {
+    if (taken < 0) {  // so no token has codes
       tile.fill(out);
       continue;
     }
     const uint8_t* const other = shuffle_pointer(row.codes, lead);
-    tile.codes = kind == of ? row.codes : other;
+    tile.codes = kind == taken ? row.codes : other;
     tile.is_rotated = task.rows.rotation > 1;
     if (has_mean) {
       const __half* const mean = shuffle_pointer(row.mean, lead);
       tile.take_mean(mean, means[warp]);
     }
     const auto format = RowFormat(__shfl_sync(kFullWarp, int(row.format), lead));
-    with_format(format, RowFormats{}, [&](auto of) { tile.template write<decltype(of)>(out); });
+    with_format(format, RowFormats{}, [&](auto type) { tile.template write<decltype(type)>(out); });
   }
 }
 
@@ -120,6 +120,9 @@ __global__ void __launch_bounds__(kTileThreads, kDim > 128 ? 3 : 4)
 Status read_pieces(const PieceParams& params, Launch launch) {
   const CacheView& cache = params.cache;
   if (params.seqs.batch > 32767) return Status::unsupported("batch over 32767");
+  if (cache.k.head_dim != cache.v.head_dim) {  // K's and V's blocks take as many tokens
+    return Status::unsupported("keys and values of unlike head_dims");
+  }
   // Of a kernel whose blocks take `count` tokens.
   const auto grid = [&](int count) {
     unsigned chunks = 0;
@@ -129,8 +132,7 @@ Status read_pieces(const PieceParams& params, Launch launch) {
   const dim3 tiles = grid(kTileWarps * kTileTokens);
   if (tiles.x == 0 || tiles.z == 0) return Status::ok();
   const auto is_whole = [&](const RowsView& rows) {
-    return rows.head_dim == cache.k.head_dim &&
-           (rows.rotation < 2 || rows.rotation == rows.head_dim);
+    return rows.rotation < 2 || rows.rotation == rows.head_dim;
   };
   const bool are_whole = is_whole(cache.k) && is_whole(cache.v);
   return launch_on(launch, [&](cudaStream_t stream) {
@@ -141,7 +143,7 @@ Status read_pieces(const PieceParams& params, Launch launch) {
     } else if (are_whole && cache.k.head_dim == 256) {
       read_tiles<256><<<tiles, kTileThreads, 0, stream>>>(params);
     } else {
-      const int lanes = most(cache.k.head_dim, cache.v.head_dim) / kLaneChannels;
+      const int lanes = cache.k.head_dim / kLaneChannels;
       read_rows<<<grid(kRows * kWarps * (32 / lanes)), kThreads, 0, stream>>>(params);
     }
   });

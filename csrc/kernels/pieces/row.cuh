@@ -59,7 +59,8 @@ __device__ __forceinline__ PieceRow row_of_piece(const PieceParams& p, const Pie
   return row;
 }
 
-// Two elements of 16 bits. Rounding does not lead to an infinity; a NaN stays one.
+// Two elements of 16 bits. Rounding does not lead to an infinity; a NaN stays one. (Before 8.0
+// dense kernels do not run; it only has to compile.)
 __device__ __forceinline__ uint32_t finite_pair(float low, float high, Dtype dtype) {
 #if __CUDA_ARCH__ >= 800
   uint32_t halves, others;

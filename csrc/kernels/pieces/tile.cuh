@@ -3,8 +3,8 @@
 // A rotation is a matrix H of ones and minus ones over sqrt(kDim), and codes q are integers, so the
 // tensor cores rotate codes, exactly, before they are scaled:
 //
-//   H (scale q + offset + mean) / sqrt(kDim) = scale / sqrt(kDim) H q + offset sqrt(kDim) e0 +
-//   mean'
+//   H (scale q + offset + mean) / sqrt(kDim)
+//     = scale / sqrt(kDim) H q + offset sqrt(kDim) e0 + mean'
 //
 // where e0 is 1 in channel 0 alone, and mean' is the group's mean, rotated once for all tokens. H's
 // rows are the output's channels, so the operands of keys in attention (KeyTile) serve as they are.
@@ -25,9 +25,9 @@ __device__ __forceinline__ const T* shuffle_pointer(const T* p, int lane) {
   return reinterpret_cast<const T*>(uintptr_t(high) << 32 | low);
 }
 
+constexpr uint32_t kMinus = 0xfefefefeu;  // turns ones into minus ones
 // Bytes of H: 1 or -1 for channels first .. first + 3 of eight neighbours, as operands of row c of
 // the matrix have them if only the channels' low three bits count.
-constexpr uint32_t kMinus = 0xfefefefeu;  // turns ones into minus ones
 constexpr uint32_t hadamard_bytes(int c, int first) {
   uint32_t word = 0;
   for (int b = 0; b < 4; ++b) {
@@ -78,7 +78,7 @@ struct PieceTile {
     }
   }
 
-  // Rows that none of the tile's tokens has codes for.
+  // Rows of a warp none of whose tokens has codes: NaN keys, zero values.
   __device__ __forceinline__ void fill(uint16_t* out) const {
     const uint32_t pair = finite_pair(scale, scale, dtype);
     const int first = 8 * (threadIdx.x & 31);
@@ -134,8 +134,9 @@ struct PieceTile {
   template <class Format>
   __device__ __forceinline__ void write_rotated(uint16_t* out) const {
     using Tile = KeyTile<Format, kDim>;
+    static_assert(Tile::kColumns == 1 && kDim * Format::kMaxCode < 1 << 22);
     constexpr int kSteps = kDim / 32;
-    constexpr int kBias = 0x4b400000;  // 1.5 * 2^23: a sum of integers from here on is a float, too
+    constexpr int kBias = 0x4b400000;  // 1.5 * 2^23: bits that sums begin at, to be floats as well
     const int lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
     const float norm = hadamard_norm(kDim);
     const auto ask = [&](Tile& tile, int token) {

@@ -17,8 +17,11 @@ constexpr int fewest_rows(int tokens, bool by_age) { return by_age && tokens > 1
 // Whether a pair's rows have the params that it reads, and codes of up to a byte.
 template <class Pair>
 constexpr bool can_have_many_rows(Pair) {
-  return std::is_same_v<typename Pair::Key::Params, AffineParams> &&
-         std::is_same_v<typename Pair::Value::Params, AffineParams>;
+  using Key = typename Pair::Key;
+  using Value = typename Pair::Value;
+  return std::is_same_v<typename Key::Params, AffineParams> &&
+         std::is_same_v<typename Value::Params, AffineParams> && Key::code_bytes(16) <= 16 &&
+         Value::code_bytes(16) <= 16;
 }
 
 constexpr InstanceShape kRowsShape{1, 4, 3, 2};

@@ -44,6 +44,7 @@ cudaError_t map_cache(const CacheView& cache, const Sequences& seqs, RowsMaps& m
         {bytes, cuuint64_t(cache.block_size)}, {bytes, box_rows},
         is_key && bytes == dim ? swizzle : CU_TENSOR_MAP_SWIZZLE_NONE);
   };
+  // Of one row, whose stride is not used.
   const auto map_params = [&](CUtensorMap& to, const RowsView& of) {
     map(to, of.params, cache.num_blocks, dim, CU_TENSOR_MAP_DATA_TYPE_UINT32,
         {cuuint64_t(cache.block_size), 1}, {box_rows, 1}, CU_TENSOR_MAP_SWIZZLE_NONE);
@@ -135,8 +136,9 @@ Status launch_many_rows(const AttentionCall& call, int rows, cudaStream_t stream
         }
       }
       return to_status(launch_formats<Formats>(call, rows, stream));
+    } else {
+      return Status::unsupported("the kernel for many query rows does not take these row formats");
     }
-    return Status::unsupported("the kernel for many query rows does not take these row formats");
   });
 }
 

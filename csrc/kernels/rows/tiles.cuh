@@ -44,7 +44,8 @@ struct RowsShared {
 struct RowsMaps {
   CUtensorMap k, v, k_params, v_params, young_k, young_v;
 };
-// The ring of young rows begins behind a whole number of boxes and is as long as one more.
+// The ring of young rows begins behind the first group and is a group and a box long, and groups
+// are whole tiles (regimes.cpp): no box wraps around.
 constexpr int kYoungBox = kSpareTokens;
 static_assert(kRowsTile % kYoungBox == 0);
 

@@ -19,13 +19,13 @@ from .compiled import Compiled, view_twin, young_field
 from .cuts import MIN_ROWS, Rates
 from .steps import History, Read, Result, Steps
 
-__all__ = ["CUDA"]
+__all__ = ["CUDA", "MANY_ROWS_RATE", "SPLIT_KV_RATE"]
 
 _MIN_CAPABILITY = (7, 5)
 _MIN_COUNTERS, _MIN_FLOATS = 1 << 12, 1 << 20
 _MOST_PARTS = 1 << 10
 # Floating-point operations a second of many query rows on an H200, by what reads codes.
-_MANY_ROWS_RATE, _SPLIT_KV_RATE = 3.9e14, 2e14
+MANY_ROWS_RATE, SPLIT_KV_RATE = 3.9e14, 2e14
 # Private, hence guarded: they take a tenth of what the public ones do.
 _raw_stream: Callable[[int], int] = getattr(
     torch._C, "_cuda_getCurrentRawStream", lambda d: torch.cuda.current_stream(d).cuda_stream
@@ -64,7 +64,7 @@ class _Cuda(Compiled):
         if isinstance(names, str):
             prepared.details["pieces"] = f"not of this call: {names}"
             return prepared
-        codes = _MANY_ROWS_RATE if prepared.regime == "many_rows" else _SPLIT_KV_RATE
+        codes = MANY_ROWS_RATE if prepared.regime == "many_rows" else SPLIT_KV_RATE
         rates = Rates(_device_numbers(device)[0], dense.rate_of(names), codes)
         if reason := pieces.refuses(problem, CHUNK_MEMORY, rates):
             prepared.details["pieces"] = f"not of this call: {reason}"

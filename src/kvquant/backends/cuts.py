@@ -25,7 +25,6 @@ __all__ = [
     "MIN_PIECE",
     "MIN_ROWS",
     "MIN_WINDOW",
-    "MOST_SHARE",
     "Call",
     "Costs",
     "Pass",
@@ -37,6 +36,7 @@ __all__ = [
     "is_worth_it",
     "least_memory",
     "may_be_worth_it",
+    "pairs_of",
     "runs_of",
     "size_from",
     "together",
@@ -46,9 +46,9 @@ __all__ = [
 
 MIN_ROWS = 64  # shorter chunks go to the kernels that read codes
 MIN_WINDOW = 512  # of narrower windows, triangles are too small
-MOST_SHARE = 1.0  # of the time of the kernel that reads codes, that dense pieces may take
 MIN_PIECE = 1024  # tokens; what is left of a history is one piece that is shorter
-FOLD = 6  # results that are kept before they are merged into one of float32
+# Results that are kept before they are merged into one of float32: what a merge takes at once.
+FOLD = 6
 
 _FEW_ROWS = 128
 # Measured on an H200: rows of a dense kernel's tile, bytes a second of dequantized rows, seconds of
@@ -80,9 +80,9 @@ class Call(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """What is known of the device's kernels."""
+    """How fast kernels are, on an H200: what counts elsewhere is their ratio."""
 
-    multiprocessors: int
+    multiprocessors: int  # the device's
     dense: float  # operations a second of a dense kernel that fills them
     codes: float  # of the kernel that reads codes
 
@@ -142,31 +142,49 @@ def is_worth_it(run: Run, call: Call, costs: Costs) -> bool:
     """
     if not run.alike:
         return False
-    dense, codes = _seconds(run, call, costs)
     tiles = run.batch * costs.heads * -(-run.rows // _TILE)
     slots = costs.rates.multiprocessors
     filled = run.batch * costs.heads * run.rows / (-(-tiles // slots) * slots * _TILE)
-    pieces = sum(len(part.pieces) for part in cut(run, call, costs, False))
-    device = dense / filled + run.batch * _seen(run, call) * costs.token / _READ + _LAUNCH
-    return max(device, pieces * _PIECE) <= MOST_SHARE * codes
+    dense, codes = _seconds(run, call, costs)
+    if dense > codes * filled:
+        return False
+    passes = cut(run, call, costs, False)
+    tokens = sum(part.batch * (x.end - x.first) for part in passes for x in part.pieces)
+    pieces = sum(len(part.pieces) for part in passes)
+    device = dense / filled + tokens * costs.token / _READ + _LAUNCH
+    return max(device, pieces * _PIECE) < codes
 
 
 def may_be_worth_it(run: Run, call: Call, costs: Costs) -> bool:
-    """Whether they do if all multiprocessors are busy and the host takes no time."""
+    """Whether `is_worth_it` may say so of some of the run's sequences, or of shorter ones.
+
+    As if all multiprocessors were busy and the host took no time.
+    """
     dense, codes = _seconds(run, call, costs)
-    return dense + run.batch * _seen(run, call) * costs.token / _READ <= MOST_SHARE * codes
-
-
-def _seen(run: Run, call: Call) -> int:
-    """Tokens of a sequence that any row sees."""
     seen = run.length - run.start
-    return min(seen, call.window + run.rows) if call.window else seen
+    if call.window:
+        seen = min(seen, call.window + run.rows)
+    return dense + run.batch * seen * costs.token / _READ < codes
+
+
+def pairs_of(run: Run, call: Call) -> int:
+    """Pairs of a row and a token that it sees, of one of the run's sequences."""
+
+    def sum_to(x: int) -> int:
+        return x * (x + 1) // 2 if x > 0 else 0
+
+    # Without a window, row by row from `first` to `last` tokens.
+    last = run.length - run.start
+    first = last - run.rows + 1
+    seen = sum_to(last) - sum_to(first - 1) if call.causal else run.rows * max(0, last)
+    if call.window:
+        seen -= sum_to(last - call.window) - sum_to(first - 1 - call.window)
+    return seen
 
 
 def _seconds(run: Run, call: Call, costs: Costs) -> tuple[float, float]:
-    """Of the multiplications alone, by dense kernels and by the one that reads codes."""
-    pairs = run.rows * _seen(run, call) - (run.rows**2 // 2 if call.causal else 0)
-    work = run.batch * pairs * costs.work
+    """Seconds of the multiplications alone: by dense kernels, and by the one that reads codes."""
+    work = run.batch * pairs_of(run, call) * costs.work
     return work / costs.rates.dense, work / costs.rates.codes
 
 

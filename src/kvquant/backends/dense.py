@@ -72,7 +72,7 @@ def candidates(head_dim: int, v_head_dim: int, capability: tuple[int, int]) -> l
 
 
 def rate_of(names: list[str]) -> float:
-    """Of the fastest of some kernels."""
+    """The highest rate of the kernels of these names."""
     return max(kernel.rate for kernel in _KERNELS if kernel.name in names)
 
 

@@ -96,6 +96,7 @@ class Pieces(Prepared):
         self._costs = costs_of(problem, memory, rates)
         self._call = Call(problem.options.causal, problem.options.sliding_window)
         self._outputs = Outputs(problem)
+        self._kernels = tuple[Dense, ...]()
         self.details = {
             "dense": ", else ".join(names),
             "memory": f"at most {memory / 2**20:.0f} MiB for pieces of the history",
@@ -121,14 +122,18 @@ class Pieces(Prepared):
         runs = tuple[Run, ...]()
         if kernels:
             runs = runs_of_call(query, view, seqs, key is not None, self._problem.max_seqlen_q)
-        if not any(cuts.is_worth_it(run, self._call, self._costs) for run in runs):
+        if kernels and kernels is not self._kernels:  # they are looked for when they are needed
+            rates = self._costs.rates._replace(dense=max(kernel.rate for kernel in kernels))
+            self._costs, self._kernels = self._costs._replace(rates=rates), kernels
+        worth = [cuts.is_worth_it(run, self._call, self._costs) for run in runs]
+        if not any(worth):
             return self.otherwise.launch(
                 query, view, seqs, key, value, sinks, alibi_slopes, out, lse
             )
         work = _Work(self, query, view, seqs, key is not None, sinks, kernels)
         if key is not None and value is not None:
             steps.append(key, value, view, seqs, None)
-        return work.run(runs, out, lse)
+        return work.run(runs, worth, out, lse)
 
 
 def _filled(query: Tensor, rows: int) -> Tensor:
@@ -176,10 +181,10 @@ class _Work:
         self._buffer: Tensor | None = None
 
     def run(
-        self, runs: tuple[Run, ...], out: Tensor | None, lse: Tensor | None
+        self, runs: tuple[Run, ...], worth: list[bool], out: Tensor | None, lse: Tensor | None
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """``worth``: of each run, whether dense pieces serve it."""
         call, costs = self._plan._call, self._plan._costs
-        worth = [cuts.is_worth_it(run, call, costs) for run in runs]
         if len(runs) == 1 and out is None and self._sinks is None:
             passes = cuts.cut(runs[0], call, costs, True)
             if (result := self._direct(runs[0], passes)) is not None:
@@ -244,7 +249,7 @@ class _Work:
         """A pass's results, but for the last merge."""
         at = part.first - run.first
         q = query
-        if (part.batch, part.begin, part.end) != (len(q), 0, q.shape[1]):  # a view takes its time
+        if (part.batch, part.begin, part.end) != (len(q), 0, q.shape[1]):  # slicing takes 2 us
             q = query[at : at + part.batch, part.begin : part.end]
         history = self._history(run, part)
         rows, results = q.shape[1], list[Result]()

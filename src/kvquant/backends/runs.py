@@ -21,13 +21,13 @@ def runs_of_call(
 ) -> tuple[Run, ...]:
     """The runs of a call of at most ``most_rows`` rows a sequence.
 
-    None where a sequence is no usual one: rows that have no place, or more rows than tokens.
+    No runs where a sequence is no usual one: rows that have no place, or more rows than tokens.
     """
     known, batch = seqs.on_host, seqs.spec.batch
     is_packed = seqs.spec.is_packed
-    if known is None:
+    if known is None and batch:
         known = _read_back(seqs, view, appends, 0 if is_packed else query.shape[1])
-    if known is None:
+    if known is None or not batch:
         return ()
     if known.rows is None:
         known = known._replace(rows=(query.shape[1],) * batch)

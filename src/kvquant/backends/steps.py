@@ -13,7 +13,7 @@ from .dense import Dense
 
 __all__ = ["MOST_READS", "History", "Read", "Result", "Steps"]
 
-MOST_READS = 4
+MOST_READS = 4  # in one launch
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Read:
     """Tokens of a history that are dequantized together.
 
     Attributes:
-        first: Of them.
-        stored: Those that may be read, from one to before another.
+        first: The first token.
+        stored: Tokens [low, high) that may be read.
         is_backwards: They come in reverse order.
         key: Where they go, ``(n, kv_heads, tokens, head_dim)``.
         value: Likewise.

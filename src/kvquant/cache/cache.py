@@ -248,7 +248,8 @@ class QuantizedKVCache(StoredCache):
             "lse": return_lse,
             "exact": exact_prompt and key is not None and not state.lengths.high[layer],
         }
-        plan = planned(query, state.view(layer), seqs, key, value, options, **wanted)
+        planned_view, planned_seqs = state.view(layer), seqs
+        plan = planned(query, planned_view, seqs, key, value, options, **wanted)
         for name, x in vectors.items():
             check_index(name, x, query.shape[-2], self.device, torch.float32)
         check_out(out, None, query, state.config.v_head_dim)
@@ -267,9 +268,8 @@ class QuantizedKVCache(StoredCache):
             was_stale = state.lengths.stale
             view = state.view(layer)
             if key is not None:
-                before = view, seqs
                 view, seqs = self._with_room(layer, seqs, counts)
-                if view is not before[0] or seqs is not before[1]:
+                if view is not planned_view or seqs is not planned_seqs:
                     plan = planned(query, view, seqs, key, value, options, **wanted)
             if plan.reads_lengths:
                 is_known = cu_seqlens_q is not None and cu_seqlens_q.device.type == "cpu"
