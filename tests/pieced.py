@@ -119,8 +119,8 @@ def through_pieces(
 
 def take_pieces(monkeypatch) -> None:
     """Whatever dense pieces can serve they do, however long it takes."""
-    monkeypatch.setattr(cuts, "is_worth_it", lambda run, call, costs: run.alike)
-    monkeypatch.setattr(cuts, "may_be_worth_it", lambda run, call, costs: True)
+    monkeypatch.setattr(cuts, "is_worth_it", lambda run, call, costs, rates: run.alike)
+    monkeypatch.setattr(cuts, "may_be_worth_it", lambda run, call, costs, rates: True)
     monkeypatch.setattr(backends, "_prepared", {})
     monkeypatch.setattr(kvquant.plan.__globals__["backends"], "_prepared", {}, raising=False)
     monkeypatch.setitem(kvquant.plan.__globals__, "_plans", {})

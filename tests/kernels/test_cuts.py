@@ -18,7 +18,7 @@ MEMORY = 256 << 20
 
 
 def costs(heads: int = 32, memory: int = MEMORY) -> Costs:
-    return Costs(heads * 260, TOKEN, memory, 2 * heads * 256, heads, RATES)
+    return Costs(heads * 260, TOKEN, memory, 2 * heads * 256, heads)
 
 
 def coverage(run: Run, call: Call, passes: tuple[cuts.Pass, ...]) -> torch.Tensor:
@@ -173,23 +173,22 @@ def test_runs_are_of_neighbours_that_are_alike():
 )
 def test_pieces_are_taken_where_they_are_faster(batch, rows, length, faster):
     run = Run(0, batch, rows, length, 0, True)
-    assert cuts.is_worth_it(run, Call(True, 0), costs()) is faster
+    assert cuts.is_worth_it(run, Call(True, 0), costs(), RATES) is faster
     if faster:  # the more so beside a kernel of half the speed
-        slow = costs()._replace(rates=RATES._replace(codes=2e14))
-        assert cuts.is_worth_it(run, Call(True, 0), slow)
-        assert cuts.may_be_worth_it(run, Call(True, 0), costs())
+        assert cuts.is_worth_it(run, Call(True, 0), costs(), RATES._replace(codes=2e14))
+        assert cuts.may_be_worth_it(run, Call(True, 0), costs(), RATES)
 
 
 def test_little_work_is_left_to_the_kernel_that_reads_codes():
     call, of = Call(True, 0), costs()
-    assert not cuts.is_worth_it(Run(0, 1, 64, 1024, 0, True), call, of)
-    assert not cuts.may_be_worth_it(Run(0, 1, 64, 1 << 20, 0, True), call, of)
-    assert not cuts.is_worth_it(Run(0, 64, 1, 8192, 0, False), call, of)
+    assert not cuts.is_worth_it(Run(0, 1, 64, 1024, 0, True), call, of, RATES)
+    assert not cuts.may_be_worth_it(Run(0, 1, 64, 1 << 20, 0, True), call, of, RATES)
+    assert not cuts.is_worth_it(Run(0, 64, 1, 8192, 0, False), call, of, RATES)
     # A window hides most of a long history, and cuts a long chunk into many pieces.
     window = Call(True, 1024)
-    assert not cuts.is_worth_it(Run(0, 1, 512, 131072, 0, True), window, of)
-    assert not cuts.is_worth_it(Run(0, 8, 8192, 16384, 0, True), Call(True, 512), of)
+    assert not cuts.is_worth_it(Run(0, 1, 512, 131072, 0, True), window, of, RATES)
+    assert not cuts.is_worth_it(Run(0, 8, 8192, 16384, 0, True), Call(True, 512), of, RATES)
     # So does padding.
     padded = Run(0, 8, 4096, 4096, 3000, True)
-    assert not cuts.is_worth_it(padded, call, of)
-    assert cuts.is_worth_it(padded._replace(start=0), call, of)
+    assert not cuts.is_worth_it(padded, call, of, RATES)
+    assert cuts.is_worth_it(padded._replace(start=0), call, of, RATES)

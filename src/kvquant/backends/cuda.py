@@ -62,14 +62,15 @@ class _Cuda(Compiled):
         dims = problem.view.head_dim, problem.view.v_head_dim
         names = dense.candidates(*dims, torch.cuda.get_device_capability(device))
         if isinstance(names, str):
-            prepared.details["pieces"] = f"not of this call: {names}"
-            return prepared
-        codes = MANY_ROWS_RATE if prepared.regime == "many_rows" else SPLIT_KV_RATE
-        rates = Rates(_device_numbers(device)[0], dense.rate_of(names), codes)
-        if reason := pieces.refuses(problem, CHUNK_MEMORY, rates):
-            prepared.details["pieces"] = f"not of this call: {reason}"
-            return prepared
-        return pieces.Pieces(problem, self.steps, prepared, CHUNK_MEMORY, rates, names)
+            reason: str | None = names
+        else:
+            codes = MANY_ROWS_RATE if prepared.regime == "many_rows" else SPLIT_KV_RATE
+            rates = Rates(_device_numbers(device)[0], dense.rate_of(names), codes)
+            reason = pieces.refuses(problem, CHUNK_MEMORY, rates)
+            if reason is None:
+                return pieces.Pieces(problem, self.steps, prepared, CHUNK_MEMORY, rates, names)
+        prepared.details["pieces"] = f"not of this call: {reason}"
+        return prepared
 
     def _prepare_codes(self, problem: Problem) -> Prepared:
         """The kernel that reads codes, for a part of a call that it serves as a whole, too."""

@@ -79,14 +79,6 @@ class Call(NamedTuple):
     window: int  # 0: none
 
 
-class Rates(NamedTuple):
-    """How fast kernels are, on an H200: what counts elsewhere is their ratio."""
-
-    multiprocessors: int  # the device's
-    dense: float  # operations a second of a dense kernel that fills them
-    codes: float  # of the kernel that reads codes
-
-
 class Costs(NamedTuple):
     """Bytes, and operations."""
 
@@ -94,8 +86,15 @@ class Costs(NamedTuple):
     token: int  # of a token's dequantized keys and values
     memory: int  # of all that a pass may take beside the output
     work: int  # operations of a row and token: 2 * heads * (head_dim + v_head_dim)
-    heads: int
-    rates: Rates
+    heads: int  # of queries
+
+
+class Rates(NamedTuple):
+    """How fast kernels are, on an H200: what counts elsewhere is their ratio."""
+
+    multiprocessors: int  # the device's
+    dense: float  # operations a second of a dense kernel that fills them
+    codes: float  # of the kernel that reads codes
 
 
 class Piece(NamedTuple):
@@ -135,7 +134,7 @@ def runs_of(lengths: list[int], rows: list[int], starts: list[int]) -> list[Run]
     return found
 
 
-def is_worth_it(run: Run, call: Call, costs: Costs) -> bool:
+def is_worth_it(run: Run, call: Call, costs: Costs, rates: Rates) -> bool:
     """Whether dense pieces beat the kernel that reads codes, the host's time included.
 
     A multiprocessor takes `_TILE` rows of a head at once, and few of them leave others idle.
@@ -143,9 +142,9 @@ def is_worth_it(run: Run, call: Call, costs: Costs) -> bool:
     if not run.alike:
         return False
     tiles = run.batch * costs.heads * -(-run.rows // _TILE)
-    slots = costs.rates.multiprocessors
+    slots = rates.multiprocessors
     filled = run.batch * costs.heads * run.rows / (-(-tiles // slots) * slots * _TILE)
-    dense, codes = _seconds(run, call, costs)
+    dense, codes = _seconds(run, call, costs, rates)
     if dense > codes * filled:
         return False
     passes = cut(run, call, costs, False)
@@ -155,12 +154,12 @@ def is_worth_it(run: Run, call: Call, costs: Costs) -> bool:
     return max(device, pieces * _PIECE) < codes
 
 
-def may_be_worth_it(run: Run, call: Call, costs: Costs) -> bool:
+def may_be_worth_it(run: Run, call: Call, costs: Costs, rates: Rates) -> bool:
     """Whether `is_worth_it` may say so of some of the run's sequences, or of shorter ones.
 
     As if all multiprocessors were busy and the host took no time.
     """
-    dense, codes = _seconds(run, call, costs)
+    dense, codes = _seconds(run, call, costs, rates)
     seen = run.length - run.start
     if call.window:
         seen = min(seen, call.window + run.rows)
@@ -182,10 +181,10 @@ def pairs_of(run: Run, call: Call) -> int:
     return seen
 
 
-def _seconds(run: Run, call: Call, costs: Costs) -> tuple[float, float]:
+def _seconds(run: Run, call: Call, costs: Costs, rates: Rates) -> tuple[float, float]:
     """Seconds of the multiplications alone: by dense kernels, and by the one that reads codes."""
     work = run.batch * pairs_of(run, call) * costs.work
-    return work / costs.rates.dense, work / costs.rates.codes
+    return work / rates.dense, work / rates.codes
 
 
 @lru_cache(_MOST_KNOWN)

@@ -31,14 +31,14 @@ _logger = logging.getLogger(__name__.split(".backends")[0])
 _reported: set[tuple[str, torch.Size, torch.Size]] = set()
 
 
-def costs_of(problem: Problem, memory: int, rates: Rates) -> Costs:
+def costs_of(problem: Problem, memory: int) -> Costs:
     """What the rows and tokens of a problem take."""
     heads, view = problem.query.shape[-2], problem.view
     size = problem.query.dtype.itemsize
     dims = view.head_dim + view.v_head_dim
     return Costs(
         heads * (view.v_head_dim * size + 4), view.num_kv_heads * dims * size, memory,
-        2 * heads * dims, heads, rates,
+        2 * heads * dims, heads,
     )  # fmt: skip
 
 
@@ -64,8 +64,8 @@ def refuses(problem: Problem, memory: int, rates: Rates) -> str | None:
         return "a capacity over 2**30 tokens"
     most = Run(0, problem.seqs.batch, problem.max_seqlen_q, capacity, 0, True)
     call = Call(options.causal, options.sliding_window)
-    costs = costs_of(problem, memory, rates)
-    if capacity < most.rows or not cuts.may_be_worth_it(most, call, costs):
+    costs = costs_of(problem, memory)
+    if capacity < most.rows or not cuts.may_be_worth_it(most, call, costs, rates):
         return "the kernel that reads codes is faster, whatever the lengths"
     if (least := cuts.least_memory(costs)) > memory:
         return f"KVQUANT_CHUNK_MEMORY: {memory} bytes, and it takes {least}"
@@ -93,10 +93,9 @@ class Pieces(Prepared):
     ) -> None:
         self.otherwise, self.backend = otherwise, otherwise.backend
         self._problem, self._steps = problem, steps
-        self._costs = costs_of(problem, memory, rates)
+        self._costs, self._rates = costs_of(problem, memory), rates
         self._call = Call(problem.options.causal, problem.options.sliding_window)
         self._outputs = Outputs(problem)
-        self._kernels = tuple[Dense, ...]()
         self.details = {
             "dense": ", else ".join(names),
             "memory": f"at most {memory / 2**20:.0f} MiB for pieces of the history",
@@ -119,13 +118,11 @@ class Pieces(Prepared):
         steps, kernels = self._steps, tuple[Dense, ...]()
         if not view.spec.is_empty and query.numel() and not steps.is_capturing(query):
             kernels = steps.kernels(self._problem)
-        runs = tuple[Run, ...]()
+        runs, worth = tuple[Run, ...](), list[bool]()
         if kernels:
             runs = runs_of_call(query, view, seqs, key is not None, self._problem.max_seqlen_q)
-        if kernels and kernels is not self._kernels:  # they are looked for when they are needed
-            rates = self._costs.rates._replace(dense=max(kernel.rate for kernel in kernels))
-            self._costs, self._kernels = self._costs._replace(rates=rates), kernels
-        worth = [cuts.is_worth_it(run, self._call, self._costs) for run in runs]
+            rates = self._rates._replace(dense=kernels[0].rate)  # it may not be the fastest one
+            worth = [cuts.is_worth_it(run, self._call, self._costs, rates) for run in runs]
         if not any(worth):
             return self.otherwise.launch(
                 query, view, seqs, key, value, sinks, alibi_slopes, out, lse

@@ -248,8 +248,7 @@ class QuantizedKVCache(StoredCache):
             "lse": return_lse,
             "exact": exact_prompt and key is not None and not state.lengths.high[layer],
         }
-        planned_view, planned_seqs = state.view(layer), seqs
-        plan = planned(query, planned_view, seqs, key, value, options, **wanted)
+        plan = planned(query, state.view(layer), seqs, key, value, options, **wanted)
         for name, x in vectors.items():
             check_index(name, x, query.shape[-2], self.device, torch.float32)
         check_out(out, None, query, state.config.v_head_dim)
@@ -269,8 +268,7 @@ class QuantizedKVCache(StoredCache):
             view = state.view(layer)
             if key is not None:
                 view, seqs = self._with_room(layer, seqs, counts)
-                if view is not planned_view or seqs is not planned_seqs:
-                    plan = planned(query, view, seqs, key, value, options, **wanted)
+                plan = planned(query, view, seqs, key, value, options, **wanted)
             if plan.reads_lengths:
                 is_known = cu_seqlens_q is not None and cu_seqlens_q.device.type == "cpu"
                 seqs = state.told(layer, seqs, counts if is_known else None)
