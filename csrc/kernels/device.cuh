@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 #include "kernels/cuda.h"
 
 namespace kvquant::cuda {
@@ -39,6 +41,19 @@ Status launch_on(Launch launch, F&& body) {
   if (guard.error() != cudaSuccess) return to_status(guard.error());
   body(static_cast<cudaStream_t>(launch.stream));
   return to_status(cudaGetLastError());
+}
+
+// Sets multiprocessors up as for kernels that take most of the shared memory: a kernel's blocks run
+// beside theirs then. A hint, given once a kernel and device.
+template <auto kKernel>
+void share_multiprocessors(int device) {
+  constexpr int kDevices = 64;
+  static std::atomic<bool> is_set[kDevices];
+  if (device >= kDevices || is_set[device]) return;
+  is_set[device] = true;
+  const cudaError_t error = cudaFuncSetAttribute(
+      kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (error != cudaSuccess) cudaGetLastError();  // or it would be taken for the launch's
 }
 
 inline unsigned ceil_div(int64_t a, int64_t b) { return unsigned((a + b - 1) / b); }

@@ -95,6 +95,19 @@ def test_steps_store_what_the_reference_stores(native, name, layout):
         assert_same(ours, reference)
 
 
+@pytest.mark.parametrize("count", [1, 7, 32, 33])
+def test_appends_of_a_few_tokens_store_what_the_reference_stores(native, count):
+    """From an empty cache on: no group closes when the second one begins."""
+    fmt = CacheFormat(value="int4", by_age=True, key_mean=None)
+    ours, reference = (make(fmt, "d80-48", native, max_seq_len=1024) for _ in range(2))
+    for _ in range(600 // count):
+        _, key, value = rows("d80-48", count, FP16, native)
+        ours.append(0, key, value)
+        with use_backend("reference"):
+            reference.append(0, key, value)
+    assert_same(ours, reference)
+
+
 @pytest.mark.parametrize("count", [1, 5, 16, 31])
 def test_groups_of_16_are_as_they_are_in_the_reference(native, count):
     cache = make(SMALL, "d64", native, max_seq_len=400)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -20,6 +21,10 @@ from support import (
     filled_cache,
     foreign,
     index,
+    parts,
+    rebuilt,
+    same_bits,
+    snapshot,
 )
 
 pytestmark = pytest.mark.gpu
@@ -282,3 +287,90 @@ def test_captured_steps_of_several_tokens_by_age(name):
         graph.replay()
         expected = other.attend(0, query, key, value)
         assert torch.equal(out, expected), i
+
+
+STEPS = {  # lengths, and room for more
+    # More sequences than a GPU takes at once, whose new rows are in the first tile or the last.
+    "many": ([7, 60, 250, 640, 2000, 31, 129, 1021] * 8, 400),
+    "short": ([3, 300, 1000], 9000),  # splits that have no tokens
+}
+
+
+@pytest.mark.parametrize("advance", [False, True])
+@pytest.mark.parametrize("fmt", ["default", "k4v4"])
+@pytest.mark.parametrize("which", STEPS)
+def test_steps_while_their_append_still_runs(which, fmt, advance):
+    lens, more = STEPS[which]
+    batch = len(lens)
+    cache = make(lens, kv_heads=8, layout="paged64", fmt=fmt, room=[n + more for n in lens])
+    other = Cache(rebuilt(cache.view, snapshot(cache.view)), cache.table, cache.lens.clone())
+    seqs = kvquant.Sequences(cache.table, cache.lens, advance=advance)
+    for i in range(40):
+        query = torch.randn(batch, 8, 32, 128, device="cuda", dtype=FP16)
+        key, value = torch.randn(2, batch, 8, 8, 128, device="cuda", dtype=FP16)
+        step = kvquant.plan(query, cache.view, seqs, key, value)
+        assert step.regime == "many_rows"
+        out = step.run(query, cache.view, seqs, key, value)
+        if not advance:
+            cache.lens += 8
+        where = {"block_table": other.table, "seq_lens": other.lens}
+        kvquant.append_(key, value, other.view, **where, advance=True)
+        assert torch.equal(out, kvquant.attention(query, other.view, **where)), i
+        assert torch.equal(cache.lens, other.lens)
+    for name, rows in parts(other.view).items():
+        assert same_bits(parts(cache.view)[name], rows), name
+
+
+def test_threads_that_step_on_one_stream():
+    """Launches of one thread may come between an append of another and its attention."""
+    lens, steps, threads = [20, 700, 90], 60, 3
+    given = [
+        (torch.randn(steps, 3, 8, 32, 128, device="cuda", dtype=FP16),
+         *torch.randn(2, steps, 3, 8, 8, 128, device="cuda", dtype=FP16))
+        for _ in range(threads)
+    ]  # fmt: skip
+    ours = [make(lens, kv_heads=8, room=[9000] * 3) for _ in range(threads)]
+    others = [
+        Cache(rebuilt(cache.view, snapshot(cache.view)), cache.table, cache.lens.clone())
+        for cache in ours
+    ]
+
+    def run(cache: Cache, rows: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        seqs = kvquant.Sequences(cache.table, cache.lens, advance=True)
+        found = []
+        for query, key, value in zip(*rows, strict=True):
+            step = kvquant.plan(query, cache.view, seqs, key, value)
+            found.append(step.run(query, cache.view, seqs, key, value))
+        return found
+
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(run, ours, given))
+    for i, cache in enumerate(others):
+        expected = run(cache, given[i])
+        assert torch.equal(ours[i].lens, cache.lens)
+        assert all(torch.equal(a, b) for a, b in zip(found[i], expected, strict=True)), i
+
+
+@pytest.mark.parametrize("name", AGES)
+def test_steps_by_age_while_their_append_still_runs(name):
+    """Groups open and close in some of the sequences at every step."""
+    lens = torch.arange(64) * 9 + 200
+    caches = [
+        kvquant.QuantizedKVCache(
+            1, 64, 2, 128, format=kvquant.CacheFormat.named(name), device="cuda", max_seq_len=1400
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    edges = torch.cat([lens.new_zeros(1), lens.cumsum(0)]).to(torch.int32)
+    rows = torch.randn(2, int(edges[-1]), 2, 128, device="cuda", dtype=FP16)
+    for cache in caches:
+        cache.append(0, *rows, cu_seqlens=edges)
+    for i in range(60):
+        query = torch.randn(64, 7, 8, 128, device="cuda", dtype=FP16)
+        key, value = torch.randn(2, 64, 7, 2, 128, device="cuda", dtype=FP16)
+        out = caches[0].attend(0, query, key, value)
+        caches[1].append(0, key, value)
+        assert torch.equal(out, caches[1].attend(0, query)), i
+    ours, theirs = (cache.state_dict() for cache in caches)
+    for at, x in ours.items():
+        assert same_bits(x, theirs[at]), at

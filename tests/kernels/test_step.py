@@ -37,6 +37,10 @@ CASES = [  # dtype, (q_heads, kv_heads), (k_dim, v_dim), layout, format, tokens 
     ("bf16", (8, 2), (128, 128), "paged64", "default", 4, {"split_size": 256}),
     ("fp16", (100, 100), (128, 128), "paged16", "default", 1, {}),  # a GPU has no room for them all
     ("bf16", (8, 1), (64, 64), "paged16", "default", 40, {}),  # more rows than a block takes
+    ("fp16", (8, 2), (128, 128), "contiguous", "default", 8, {}),
+    ("bf16", (8, 2), (128, 128), "paged16", "mean64", 16, {"sliding_window": 100}),
+    ("fp16", (4, 1), (64, 64), "paged64", "k8v4", 32, {}),
+    ("bf16", (8, 2), (128, 128), "paged32", "k4v4", 5, {"softcap": 20.0}),
 ]
 
 

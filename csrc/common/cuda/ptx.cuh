@@ -9,13 +9,22 @@
 
 namespace kvquant::cuda {
 
-// Lets the next launch of the stream start its blocks as this one's leave room for them, and waits
-// for what the launch before has written. Nothing in memory may be touched ahead of it.
-__device__ __forceinline__ void wait_for_previous_launch() {
+// Waits for what the launch before has written. Nothing that it writes may be touched ahead of it.
+__device__ __forceinline__ void wait_for_writes() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets the next launch of the stream start its blocks as this one's leave room for them, once each
+// block has called it.
+__device__ __forceinline__ void let_next_launch_start() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
+}
+__device__ __forceinline__ void wait_for_previous_launch() {
+  wait_for_writes();
+  let_next_launch_start();
 }
 
 // Bytes that are read once. Not through the read-only path: the same launch may have written them.

@@ -1,4 +1,5 @@
-// Append of rows by age: in two launches, since new rows take the place of those that are closed.
+// Append of rows by age. New rows take the place of those that are closed, so it is two launches,
+// but for as few tokens as the ring has room for besides.
 #include "kernels/append/ages.cuh"
 #include "kernels/append/call.cuh"
 #include "kernels/append/group_means.cuh"
@@ -7,8 +8,8 @@
 namespace kvquant::cuda {
 namespace {
 
-constexpr int kThreads = kRowWarps * 32;
 constexpr int kCloseShares = 4;  // blocks that share a group that closes
+constexpr int kOneWave = 512;    // blocks that a large GPU runs at once
 
 // The view of young rows, in shared memory: a thread's own would be in local memory, and written
 // time and again. All threads must call.
@@ -17,96 +18,109 @@ __device__ __forceinline__ void share_young_view(const AppendParams& p, CacheVie
   __syncthreads();
 }
 
-// The young rows of a block of a grid (.., kv_heads, batch * 2), where K and V are even and odd in
-// z, and the same in the blocks of the view.
+// A block's part of an append by age.
 template <class Formats, class T>
-struct Aged {
-  const AppendParams& p;
-  const bool is_key = blockIdx.z % 2 == 0;
-  const Source<Int8, T> young;
-  const Ages ages;
+class Aged {
+ public:
+  __device__ __forceinline__ Aged(const AppendParams& p, const CacheView& slabs,
+                                  const BlockRows& block, int total)
+      : p_(p), slabs_(slabs), block_(block), ages_(p.cache, block.length, total - block.length) {}
 
-  __device__ __forceinline__ Aged(const AppendParams& p, const CacheView& slabs)
-      : p(p),
-        young(source<Int8>(slabs, chunk_tokens(p.cache))),
-        ages(p.cache, young.length, young.call.count) {}
+  // Takes the means of the groups of tokens [begin, end) that begin in this call.
+  __device__ __forceinline__ void open(int begin, int end, GroupScratch& scratch) const {
+    open_groups<kAppendThreads>(young(true), begin, end, scratch);
+  }
+  __device__ __forceinline__ void write() const {
+    write_aged(
+        young(block_.is_key), [&](auto&& f) { with_old(block_.is_key, f); }, ages_, block_.few,
+        block_.begin, block_.end, block_.warp, block_.warps);
+  }
+  // Closes the block's share of the group that was open, unless it is the first, which stays young.
+  __device__ __forceinline__ void close() const {
+    if (!ages_.closes()) return;
+    const Young young(p_.cache, p_.seqs, block_.sequence, block_.head, 0);
+    close_share(young, ages_, int(blockIdx.x), int(gridDim.x), int(threadIdx.x / 32), kRowWarps,
+                [&](bool is_key, auto&& f) { with_old(is_key, f); });
+  }
 
-  template <class Format>
-  __device__ __forceinline__ Source<Format, T> source(const CacheView& cache, int age = 0) const {
-    return source_of<Format, T>(p, cache, is_key, blockIdx.z / 2, int(blockIdx.y), age);
+ private:
+  const AppendParams& p_;
+  const CacheView& slabs_;
+  const BlockRows& block_;
+  const Ages ages_;
+
+  __device__ __forceinline__ Source<Int8, T> young(bool is_key) const {
+    return source_of<Int8, T>(p_, slabs_, is_key, block_.sequence, block_.head, ages_.group);
   }
   // Calls f with the source of the old rows.
   template <class F>
-  __device__ __forceinline__ void with_old(F&& f) const {
-    with_rows(Formats{}, is_key, [&](auto format) { f(source<decltype(format)>(p.cache)); });
-  }
-  // Whether a group is the one behind that which was open: its mean is of stored rows.
-  __device__ __forceinline__ bool is_next(int start) const {
-    return young.length > 0 && start == ages.was_open + ages.group;
+  __device__ __forceinline__ void with_old(bool is_key, F&& f) const {
+    with_rows(Formats{}, is_key, [&](auto format) {
+      f(source_of<decltype(format), T>(p_, p_.cache, is_key, block_.sequence, block_.head));
+    });
   }
 };
 
-// Takes the mean of the group behind the open one, and closes this, where the call begins that.
-// grid: (kCloseShares, kv_heads, batch * 2).
-template <class Formats, class T>
-__global__ void __launch_bounds__(kThreads, 4)
-    close_kernel(const __grid_constant__ AppendParams p) {
-  __shared__ GroupScratch scratch;
-  __shared__ ClosingRows closing[kRowWarps];
-  __shared__ CacheView slabs;
-  const int sequence = blockIdx.z / 2, length = checked_length(p.seqs.seq_lens[sequence]);
-  const int total = length + call_rows(p.seqs, sequence).count;
-  const int next = open_start(chunk_tokens(p.cache), length) + chunk_tokens(p.cache);
-  if (length == 0 || next >= total) return;  // as most calls
-  share_young_view(p, slabs);
-  const Aged<Formats, T> aged(p, slabs);
-  if (blockIdx.x == 0) {
-    find_mean<kThreads>(aged.young, next, min(next + aged.ages.group, total), scratch);
-  }
-  aged.with_old([&](const auto& old) {
-    close_share(aged.young, old, aged.ages, blockIdx.x, kCloseShares, closing, kRowWarps);
-  });
-}
+// What a launch does: it closes the group that was open, where the call begins another, writes the
+// new rows, or both. One that only closes takes the mean of the group behind, too, from the rows
+// whose place new ones will have.
+struct AgedWork {
+  bool closes, writes;
+};
 
-// Writes the new rows. grid: (chunks, kv_heads, batch * 2).
+// grid: as BlockRows::grid(); where groups close (shares of a group, kv_heads, batch).
 template <class Formats, class T>
-__global__ void __launch_bounds__(kThreads, 4)
-    append_aged_kernel(const __grid_constant__ AppendParams p) {
+__global__ void __launch_bounds__(kAppendThreads, 4)
+    append_aged_kernel(const __grid_constant__ AppendParams p, AgedWork work) {
   __shared__ GroupScratch scratch;
   __shared__ CacheView slabs;
-  share_young_view(p, slabs);
-  const Aged<Formats, T> aged(p, slabs);
-  const auto& young = aged.young;
-  const Chunk chunk = chunk_of(p.cache, young.length, young.call.count, int(blockIdx.x));
-  if (chunk.begin < chunk.end) {
-    const __half* mean = nullptr;
-    if (!aged.is_next(chunk.start)) {
-      mean = find_mean<kThreads>(young, chunk.start, chunk.end, scratch);
-    } else if (young.is_key && p.cache.mean_group) {
-      mean = young.mean(chunk.start);
+  let_next_launch_start();
+  const BlockRows block(p);
+  const int group = chunk_tokens(p.cache), length = block.length;
+  const int total = length + call_rows(p.seqs, block.sequence).count;
+  const int next = open_start(group, length) + group;  // behind the open group
+  const bool writes = work.writes && block.begin < block.end;
+  const bool closes = work.closes && length > 0 && next < total;
+  if (writes || closes) {
+    share_young_view(p, slabs);
+    const Aged<Formats, T> aged(p, slabs, block, total);
+    // The mean of the group behind the open one comes from the launch that closes this.
+    const bool is_known = !block.few && length > 0 && block.begin == next;
+    if (writes && block.has_keys && !is_known) {
+      aged.open(block.begin, block.end, scratch);
+    } else if (!work.writes && blockIdx.x == 0) {
+      aged.open(next, min(next + group, total), scratch);
     }
-    const auto with_old = [&](auto&& f) { aged.with_old(f); };
-    write_aged<false>(young, with_old, aged.ages, chunk.start, chunk.begin, chunk.end, mean,
-                      threadIdx.x / 32);
+    if (writes) aged.write();
+    if (closes) aged.close();
   }
-  if (p.advance) advance_lengths<kThreads>(p);
+  if (p.advance) advance_lengths<kAppendThreads>(p);
 }
 
 }  // namespace
 
-Status append_aged(const AppendParams& params, Launch launch) {
+Status append_aged(const AppendParams& params, bool closes, Launch launch) {
   const CacheView& cache = params.cache;
-  const dim3 chunks(unsigned(chunks_of(cache, params.seqs.max_seqlen_q)),
-                    unsigned(cache.num_kv_heads), unsigned(params.seqs.batch * 2));
-  const dim3 shares(kCloseShares, chunks.y, chunks.z);
+  const dim3 grid = BlockRows::grid(params);
+  const bool few = BlockRows::are_few(params);
+  const int64_t units = int64_t(params.seqs.batch) * cache.num_kv_heads;
+  const dim3 shares(few && units * kCloseShares > kOneWave ? 1 : kCloseShares, grid.y,
+                    unsigned(params.seqs.batch));
+  AppendParams closing = params;
+  closing.advance = nullptr;
   return with_pair(cache.k.format, cache.v.format, [&](auto formats) {
     using Formats = decltype(formats);
     if constexpr (can_age(Formats{})) {
       return launch_on(launch, [&](cudaStream_t stream) {
         dispatch_dtype(params.dtype, [&](auto* type) {
           using T = Sized<std::remove_pointer_t<decltype(type)>>;
-          close_kernel<Formats, T><<<shares, kThreads, 0, stream>>>(params);
-          append_aged_kernel<Formats, T><<<chunks, kThreads, 0, stream>>>(params);
+          const auto run = [&](const AppendParams& p, dim3 grid, AgedWork work) {
+            share_multiprocessors<append_aged_kernel<Formats, T>>(launch.device);
+            append_aged_kernel<Formats, T><<<grid, kAppendThreads, 0, stream>>>(p, work);
+          };
+          if (few) return run(params, closes ? shares : grid, {closes, true});
+          run(closing, shares, {true, false});
+          run(params, grid, {false, true});
         });
       });
     } else {

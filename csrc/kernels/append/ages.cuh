@@ -41,17 +41,22 @@ struct Ages {
   int kept_;
 };
 
-// A row of this lane's sixteen channels in 8 bits.
+// A row of this lane's sixteen channels in 8 bits, as it is stored.
 struct YoungRow {
-  float codes[kLaneChannels];
+  uint4 codes;
   Int8::Params params;
 
-  __device__ __forceinline__ void encode(const float (&x)[kLaneChannels], bool finite,
-                                         const RowLanes& at) {
-    params = row_params<Int8>(x, finite, at);
+  __device__ __forceinline__ static YoungRow of(const float (&x)[kLaneChannels], bool finite,
+                                                const RowLanes& at) {
+    const auto params = row_params<Int8>(x, finite, at);
     const Encoder<Int8> encoder(params);
+    uint32_t words[4];
 #pragma unroll
-    for (int c = 0; c < kLaneChannels; ++c) codes[c] = float(encoder.code(x[c]) & 0xffu);
+    for (int i = 0; i < 4; ++i) {
+      words[i] = pack_bytes(encoder.code(x[4 * i]), encoder.code(x[4 * i + 1]),
+                            encoder.code(x[4 * i + 2]), encoder.code(x[4 * i + 3]));
+    }
+    return {make_uint4(words[0], words[1], words[2], words[3]), params};
   }
   // As it is, in a format that has such codes.
   template <class Format, class T>
@@ -59,9 +64,13 @@ struct YoungRow {
                                         Place to) const {
     static_assert(std::is_same_v<typename Format::Params, Int8::Params>);
     if (to.block < 0) return;
-    LaneCodes<Format>::template store<kLaneChannels>(to_rows.codes(to), at.channel(), [&](int c) {
-      return round_code(codes[c], 0.f, Format::kMaxCode);
-    });
+    uint8_t* const row = to_rows.codes(to);
+    if constexpr (std::is_same_v<Format, Int8>) {
+      *reinterpret_cast<uint4*>(row + at.channel()) = codes;
+    } else {
+      LaneCodes<Format>::template store<kLaneChannels>(
+          row, at.channel(), [&](int c) { return word(c / 4) >> c % 4 * 8; });
+    }
     if (at.index == 0) *to_rows.params(to) = params;
   }
   // In another format; as it is if it needs no larger codes. All lanes of the warp must call.
@@ -69,36 +78,59 @@ struct YoungRow {
   __device__ __forceinline__ void narrow(const Source<Format, T>& to_rows, const RowLanes& at,
                                          Place to) const {
     if constexpr (std::is_same_v<Format, Int8>) return store(to_rows, at, to);
-    const RowAffine affine = Int8::affine(params);
-    float x[kLaneChannels], largest = 0.f;
+    // The row's largest code, and 255 less its smallest one: halves of a word. Scales are positive:
+    // so are those of the values.
+    uint32_t ends = 0;
 #pragma unroll
-    for (int c = 0; c < kLaneChannels; ++c) {
-      largest = fmaxf(largest, codes[c]);
-      x[c] = fmaf(affine.scale, codes[c], affine.offset);
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t even = word(i) & 0x00ff00ffu, odd = word(i) >> 8 & 0x00ff00ffu;
+      const uint32_t high = __vmaxu2(even, odd), low = 0x00ff00ffu - __vminu2(even, odd);
+      ends =
+          __vmaxu2(ends, __vmaxu2(__byte_perm(high, low, 0x5410), __byte_perm(high, low, 0x7632)));
     }
-    const bool fits = row_max(largest, at) <= Format::kMaxCode || isnan(affine.scale);
+    ends = row_best(ends, at, [](uint32_t a, uint32_t b) { return __vmaxu2(a, b); });
+    const uint32_t largest = ends & 0xffffu;
+    const RowAffine affine = Int8::affine(params);
+    const auto value = [&](float code) { return fmaf(affine.scale, code, affine.offset); };
+    const bool fits = largest <= uint32_t(Format::kMaxCode) || isnan(affine.scale);
     if (fits) store(to_rows, at, to);
-    store_row(to_rows, at, fits ? Place{-1, 0} : to, x, true);
+    const auto narrowed =
+        Format::params(value(float(255 - int(ends >> 16))), value(float(largest)), true);
+    if (fits || to.block < 0) return;
+    float x[kLaneChannels];
+    decode16(codes, x);
+    const Encoder<Format> encoder(narrowed);
+    LaneCodes<Format>::template store<kLaneChannels>(
+        to_rows.codes(to), at.channel(), [&](int c) { return encoder.code(value(x[c])); });
+    if (at.index == 0) *to_rows.params(to) = narrowed;
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t word(int i) const {
+    return i == 0 ? codes.x : i == 1 ? codes.y : i == 2 ? codes.z : codes.w;
   }
 };
 
-// Writes new rows of one group, [begin, end) of that which begins at `start`, to where their age
-// asks for them. with_old(f) calls f with the source of the same rows in blocks. kIsStep: rows are
-// as many as the ring has room for.
-template <bool kIsStep, class T, class F>
+// Writes new rows, of tokens [begin, end), to where their age asks for them: as few as the ring has
+// room for besides, or of one group. with_old(f) calls f with the source of the same rows in
+// blocks.
+template <class T, class F>
 __device__ __forceinline__ void write_aged(const Source<Int8, T>& young, F&& with_old,
-                                           const Ages& ages, int start, int begin, int end,
-                                           const __half* mean, int warp) {
-  const bool is_young = kIsStep || ages.is_young(start), is_old = ages.is_old(start);
-  const bool by_8_bits = is_young || ages.had_begun(start);  // a group may close again after a crop
-  for_ready_rows(young, begin, end, mean, warp,
+                                           const Ages& ages, bool are_few, int begin, int end,
+                                           int warp, int warps) {
+  const int first = begin & -ages.group;
+  const bool are_young = are_few || ages.is_young(first);
+  const bool by_8_bits =
+      are_young || ages.had_begun(first);  // a group may close again after a crop
+  for_ready_rows(young, begin, end, warp, warps,
                  [&](const RowSlot& at, const RowInFlight<T>& from, const auto& x, bool finite) {
-                   YoungRow row;
-                   row.encode(x, finite, at);
-                   if (is_young) row.store(young, at, from.to);
-                   if (!is_old) return;
+                   const auto row = YoungRow::of(x, finite, at);
+                   if (are_young) row.store(young, at, from.to);
+                   const bool is_old = ages.is_old(from.token & -ages.group);
+                   if (!__any_sync(kFullWarp, is_old)) return;
                    with_old([&](const auto& old) {
-                     const Place to = from.to.block < 0 ? from.to : old.stored(from.token);
+                     const bool is_there = is_old && from.to.block >= 0;
+                     const Place to = is_there ? old.stored(from.token) : Place{-1, 0};
                      if (by_8_bits) {
                        row.narrow(old, at, to);
                      } else {
@@ -108,50 +140,54 @@ __device__ __forceinline__ void write_aged(const Source<Int8, T>& young, F&& wit
                  });
 }
 
-constexpr int kClosedAtOnce = 4;  // of a warp's rows, on their way
+constexpr int kClosedAtOnce = 4;  // of a warp's turns, on their way
 
-// 8-bit rows of a warp that are on their way to be closed.
-struct ClosingRows {
-  alignas(16) uint4 codes[kClosedAtOnce][32];
-};
-
-// Takes a share of the stored rows of a group that closes from the slab to the blocks. `rows`: of
-// each of the `warps` of the block, in shared memory.
+// Takes young rows of tokens [begin, end), at most kClosedAtOnce turns of the warp's, to the
+// blocks.
 template <class Format, class T>
-__device__ __forceinline__ void close_share(const Source<Int8, T>& young,
-                                            const Source<Format, T>& old, const Ages& ages,
-                                            int share, int shares, ClosingRows* rows, int warps) {
-  const RowLanes at(young.dim());
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+__device__ __forceinline__ void close_rows(const Young& young, const Source<Format, T>& old,
+                                           int begin, int end) {
+  const RowLanes at(old.dim());
+  Place to[kClosedAtOnce];
+  YoungRow rows[kClosedAtOnce];
+#pragma unroll
+  for (int i = 0; i < kClosedAtOnce; ++i) {
+    const int token = begin + i * at.rows + at.row;
+    to[i] = at.row >= 0 && token < end ? old.stored(token) : Place{-1, 0};
+  }
+#pragma unroll
+  for (int i = 0; i < kClosedAtOnce; ++i) {
+    rows[i] = {};
+    if (to[i].block < 0) continue;
+    const int from = young.row(begin + i * at.rows + at.row);
+    rows[i].codes = load_keep(young.codes(old.is_key, from) + at.channel());
+    rows[i].params = *reinterpret_cast<const Int8::Params*>(young.params(old.is_key, from));
+  }
+#pragma unroll 1
+  for (int first = begin; first < end; first += at.rows) {
+    rows[0].narrow(old, at, to[0]);
+#pragma unroll
+    for (int i = 1; i < kClosedAtOnce; ++i) rows[i - 1] = rows[i], to[i - 1] = to[i];
+  }
+}
+
+// Takes a share of the stored rows of a group that closes to the blocks, keys and values. `warp`:
+// of the `warps` that have it. with_old(is_key, f) calls f with the source of the rows in blocks.
+template <class F>
+__device__ __forceinline__ void close_share(const Young& young, const Ages& ages, int share,
+                                            int shares, int warp, int warps, F&& with_old) {
   const int count = (ages.close_end() - ages.was_open + shares - 1) / shares;
   const int begin = ages.was_open + share * count, end = min(begin + count, ages.close_end());
-  const int step = at.rows * kClosedAtOnce;
-  for (int first = begin + warp * step; first < end; first += warps * step) {
-    const auto place = [&](int i) {
-      const int token = first + i * at.rows + at.row;
-      return at.row >= 0 && token < end ? young.stored(token) : Place{-1, 0};
-    };
+  const int rows = 32 * kLaneChannels / max(young.k_dim, young.v_dim);  // of a warp, in a turn
+  const int turns = min(kClosedAtOnce, (2 * ((count + rows - 1) / rows) + warps - 1) / warps);
+  const int items = (count + turns * rows - 1) / (turns * rows);
 #pragma unroll 1
-    for (int i = 0; i < kClosedAtOnce; ++i) {
-      const Place from = place(i);
-      if (from.block < 0) continue;
-      copy_async<16>(&rows[warp].codes[i][lane], young.codes(from) + at.channel());
-    }
-    close_copies();
-    wait_copies<0>(0);
-#pragma unroll 1
-    for (int i = 0; i < kClosedAtOnce; ++i) {
-      const Place from = place(i);
-      YoungRow row{};
-      Place to{-1, 0};
-      if (from.block >= 0) {
-        row.params = *young.params(from);
-        LaneCodes<Int8>::load(reinterpret_cast<const uint8_t*>(&rows[warp].codes[i][lane]), 0,
-                              row.codes);
-        to = old.stored(first + i * at.rows + at.row);
-      }
-      row.narrow(old, at, to);
-    }
+  for (int item = warp; item < 2 * items; item += warps) {
+    const bool is_key = item < items;
+    const int first = begin + (is_key ? item : item - items) * turns * rows;
+    with_old(is_key, [&](const auto& old) {
+      close_rows(young, old, first, min(first + turns * rows, end));
+    });
   }
 }
 

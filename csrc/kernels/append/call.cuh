@@ -6,8 +6,8 @@
 
 namespace kvquant::cuda {
 
-// Of rows by age.
-Status append_aged(const AppendParams& params, Launch launch);
+// Of rows by age; closes: unless the attention that follows closes groups (new_tokens.cuh).
+Status append_aged(const AppendParams& params, bool closes, Launch launch);
 
 // The last block to be done adds the call's tokens to the lengths, which all have read by then.
 template <int kThreads>
@@ -31,6 +31,52 @@ __device__ inline int only_block(const AppendParams& p, int sequence) {
   return one ? block_of(p.cache, p.seqs, sequence, 0) : -1;
 }
 
+__device__ inline int stored_before(const AppendParams& p, int sequence) {
+  return p.seqs.seq_lens ? checked_length(p.seqs.seq_lens[sequence]) : 0;
+}
+
+constexpr int kAppendThreads = kRowWarps * 32;
+constexpr int kFewTokens = kSpareTokens;  // of a sequence, up to which a block takes all of them
+
+// What a block of an append takes: a chunk of one head's keys, or of its values. grid: (chunks,
+// kv_heads, batch * 2), K and V even and odd in z. Of few tokens all of them, K and V, by half of
+// its warps each: then a grid (n, kv_heads, batch), where other blocks than the first take none.
+struct BlockRows {
+  int sequence, head;
+  bool few;                // the grid is that of few tokens
+  bool has_keys, is_key;   // of the block; what this warp takes
+  int warp, warps;         // of those that take it
+  int length, begin, end;  // tokens stored before; the block's
+
+  static bool are_few(const AppendParams& p) {
+    return p.seqs.max_seqlen_q <= kFewTokens && !p.slot_mapping;
+  }
+  static dim3 grid(const AppendParams& p) {
+    const bool few = are_few(p);
+    return dim3(unsigned(few ? 1 : chunks_of(p.cache, p.seqs.max_seqlen_q)),
+                unsigned(p.cache.num_kv_heads), unsigned(p.seqs.batch * (few ? 1 : 2)));
+  }
+
+  __device__ __forceinline__ explicit BlockRows(const AppendParams& p)
+      : sequence(blockIdx.z), head(blockIdx.y), warp(threadIdx.x / 32), warps(kRowWarps) {
+    has_keys = is_key = true;
+    few = int(gridDim.z) == p.seqs.batch;
+    if (few) {
+      warps /= 2;
+      is_key = warp < warps;
+      warp -= is_key ? 0 : warps;
+    } else {
+      sequence /= 2;
+      has_keys = is_key = blockIdx.z % 2 == 0;
+    }
+    length = stored_before(p, sequence);
+    const int count = call_rows(p.seqs, sequence).count;
+    const Chunk chunk = chunk_of(p.cache, length, count, int(blockIdx.x));
+    begin = few ? length : chunk.begin;
+    end = few ? length + (blockIdx.x == 0 ? count : 0) : chunk.end;
+  }
+};
+
 // What a block appends from. `cache`: of the call, or its young rows', with their age.
 template <class Format, class T>
 __device__ __forceinline__ Source<Format, T> source_of(const AppendParams& p,
@@ -45,7 +91,7 @@ __device__ __forceinline__ Source<Format, T> source_of(const AppendParams& p,
           sequence,
           head,
           call_rows(p.seqs, sequence),
-          p.seqs.seq_lens ? checked_length(p.seqs.seq_lens[sequence]) : 0,
+          stored_before(p, sequence),
           Paging(cache, p.seqs.max_blocks),
           only_block(p, sequence),
           age};

@@ -131,7 +131,7 @@ template <class Format, class T>
 __device__ __forceinline__ int sum_incoming(const Source<Format, T>& src, const RowSlot& at,
                                             int begin, int end, float (&sum)[kLaneChannels]) {
   int count = 0;
-  for_rows(src, at, begin, end, [&](const RowInFlight<T>& row) {
+  for_rows<false>(src, at, begin, end, [&](const RowInFlight<T>& row) {
     float x[kLaneChannels];
     const bool usable = row.read(at, src.dtype, x) && row.to.block >= 0;
     if (!usable) return;
@@ -149,9 +149,11 @@ __device__ __forceinline__ int sum_slots(const MeanScratch& scratch, int slots, 
                                          float* sum) {
   __syncthreads();
   int count = 0;
+#pragma unroll 8
   for (int s = 0; s < slots; ++s) count += scratch.counts[s];
   for (int c = threadIdx.x; c < dim; c += kThreads) {
     float x = 0.f;
+#pragma unroll 8
     for (int s = 0; s < slots; ++s) x += scratch.sums[s * dim + c];
     sum[c] = x;
   }
@@ -239,18 +241,19 @@ __device__ __forceinline__ void open_group(const Source<Format, T>& src, int sta
   }
 }
 
-// Where the keys of the group of tokens [start, end) have their mean, taken now if the group begins
-// in this call; null: values, formats without means, and groups whose block is lost.
+// Takes the means of the groups of tokens [begin, end), a part of the call's own, that begin in the
+// call, if the source is keys and has means. All threads must call.
 template <int kThreads, class Format, class T>
-__device__ __forceinline__ const __half* find_mean(const Source<Format, T>& src, int start, int end,
-                                                   GroupScratch& scratch) {
-  if (!src.is_key || !src.cache.mean_group) return nullptr;
-  __half* const slot = src.mean(start);
-  if (start >= src.length) {
-    open_group<kThreads>(src, start, end, slot, scratch);
+__device__ __forceinline__ void open_groups(const Source<Format, T>& src, int begin, int end,
+                                            GroupScratch& scratch) {
+  const int group = src.cache.mean_group, total = src.length + src.call.count;
+  if (!src.is_key || !group) return;
+#pragma unroll 1
+  for (int start = begin & -group; start < end; start += group) {
+    if (start < src.length) continue;
+    open_group<kThreads>(src, start, min(start + group, total), src.mean(start), scratch);
     __syncthreads();
   }
-  return slot;
 }
 
 }  // namespace kvquant::cuda

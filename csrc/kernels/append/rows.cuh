@@ -1,5 +1,5 @@
-// Rows into the cache: what a block does to append one head's rows of one group, K or V. Used by
-// the append kernel and by the attention kernel's decode step.
+// Rows into the cache: what a block does to append one head's rows, K or V. Used by the append
+// kernels and by the attention kernel's decode step.
 #pragma once
 
 #include "common/age.h"
@@ -73,22 +73,28 @@ struct RowSlot : RowLanes {
   }
 };
 
-// This thread's sixteen channels of an incoming row on their way.
+// This thread's sixteen channels of an incoming row on their way, and those of its group's mean.
 template <class T>
 struct RowInFlight {
   int token;
   Place to;
   Words16<T> row;
+  Words16<__half> mean;  // zeros: there is none, or it is not wanted
 
   // Asks for row `at.slot` of tokens [begin, end).
-  template <class Format>
+  template <bool kWithMean, class Format>
   __device__ __forceinline__ void load(const Source<Format, T>& src, const RowSlot& at, int begin,
                                        int end) {
     token = begin + at.slot;
     const int i = token - src.length;
     to = {-1, 0};
+    mean = {};
     if (at.row < 0 || token >= end) return;
     row = load_words16(src.row(i) + at.channel());
+    if (kWithMean && src.is_key && src.cache.mean_group) {
+      const __half* const of_group = src.mean(token);
+      if (of_group) mean = load_words16(of_group + at.channel());
+    }
     to = src.place(i);
   }
   // The channels, zeros where the row has no place; whether the whole row is finite. All lanes of
@@ -104,14 +110,14 @@ struct RowInFlight {
 
 // Calls body(row) for the rows of tokens [begin, end) that are this thread's, the next one loading
 // meanwhile. One place loads: its code is long.
-template <class Format, class T, class F>
+template <bool kWithMean, class Format, class T, class F>
 __device__ __forceinline__ void for_rows(const Source<Format, T>& src, const RowSlot& at, int begin,
                                          int end, F&& body) {
   RowInFlight<T> next;
 #pragma unroll 1
   for (int base = begin - at.slots; base + at.first < end; base += at.slots) {
     const RowInFlight<T> row = next;
-    next.load(src, at, base + at.slots, end);
+    next.template load<kWithMean>(src, at, base + at.slots, end);
     if (base >= begin) body(row);
   }
 }
@@ -128,17 +134,6 @@ __device__ __forceinline__ typename Format::Params row_params(const float (&x)[k
   return Format::params(low, high, finite);
 }
 
-// This thread's channels of a group's mean.
-struct LaneMean {
-  Words16<__half> x;
-  bool any;
-
-  __device__ __forceinline__ void load(const __half* mean, const RowSlot& at) {
-    any = mean;
-    if (any && at.row >= 0) x = load_words16(mean + at.channel());
-  }
-};
-
 // Quantizes a row, whose lanes have its channels, and stores it. All lanes of the warp must call.
 template <class Format, class T>
 __device__ __forceinline__ void store_row(const Source<Format, T>& src, const RowLanes& at,
@@ -151,32 +146,28 @@ __device__ __forceinline__ void store_row(const Source<Format, T>& src, const Ro
   if (at.index == 0) *src.params(to) = params;
 }
 
-// Rotates the rows of tokens [begin, end) of the source, subtracts the group's mean, and calls
-// store(lanes, row, channels, whether the row is finite). `warp`: of the block.
+// Rotates the rows of tokens [begin, end) of the source, subtracts their groups' means, which are
+// there, and calls store(lanes, row, channels, whether the row is finite). `warp`: of the `warps`
+// that share them.
 template <class Format, class T, class F>
 __device__ __forceinline__ void for_ready_rows(const Source<Format, T>& src, int begin, int end,
-                                               const __half* group_mean, int warp, F&& store) {
-  const RowSlot at(src.dim(), warp);
-  LaneMean mean;
-  mean.load(group_mean, at);
-  for_rows(src, at, begin, end, [&](const RowInFlight<T>& row) {
+                                               int warp, int warps, F&& store) {
+  const RowSlot at(src.dim(), warp, warps);
+  for_rows<true>(src, at, begin, end, [&](const RowInFlight<T>& row) {
     float x[kLaneChannels];
     const bool finite = row.read(at, src.dtype, x);
     rotate(x, src.rotation(), at);
-    if (mean.any) {
 #pragma unroll
-      for (int c = 0; c < kLaneChannels; ++c) x[c] = __fsub_rn(x[c], mean.x[c]);
-    }
+    for (int c = 0; c < kLaneChannels; ++c) x[c] = __fsub_rn(x[c], row.mean[c]);
     store(at, row, x, finite);
   });
 }
 
-// Rotates the rows of tokens [begin, end) of the source, subtracts the group's mean, quantizes and
-// stores them. `warp`: of the block.
+// Likewise, and quantizes and stores them.
 template <class Format, class T>
 __device__ __forceinline__ void write_rows(const Source<Format, T>& src, int begin, int end,
-                                           const __half* group_mean, int warp) {
-  for_ready_rows(src, begin, end, group_mean, warp,
+                                           int warp, int warps) {
+  for_ready_rows(src, begin, end, warp, warps,
                  [&](const RowSlot& at, const RowInFlight<T>& row, const auto& x, bool finite) {
                    store_row(src, at, row.to, x, finite);
                  });

@@ -54,8 +54,9 @@ struct AttentionCall : AttentionParams {
   int min_split;                                 // tokens
   int stages;                                    // of a warp's ring
   Strided k_codes, k_params, v_codes, v_params;  // of the cache
-  // The call's new rows, where the launch appends them (data null: they are stored). seq_lens are
-  // then without them, and the launch adds them to `advance` if it is not null.
+  // The call's new rows, where the launch appends them, or the one before it does (data null: they
+  // are stored). seq_lens are then without them, and the launch adds them to `advance` if it is not
+  // null.
   Rows key, value;
   int32_t* advance;
 };

@@ -41,7 +41,6 @@ struct AttentionShared {
     alignas(16) float merge[Traits::kWarps][8][Traits::kDim + 4];
     alignas(16) typename GroupMeans<Traits>::Stage means;
     GroupScratch groups;
-    ClosingRows closing[Traits::kByAge ? Traits::kWarps : 1];
   };
 };
 

@@ -178,9 +178,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   finish(p, shared, acc, unit, split, combines, warp, g, t);
   if constexpr (Traits::kByAge) {
     if (p.key.data && Ages(p.cache, shared.rows.stored, shared.rows.tokens).closes()) {
-      __syncthreads();  // what has been merged is read no more
-      close_group<typename Traits::Pair, typename Traits::Element>(
-          call, shared.closing, shared.rows.stored, split, shared.splits);
+      close_group<typename Traits::Pair, typename Traits::Element>(call, shared.rows.stored, head,
+                                                                   split, shared.splits);
     }
   }
 }

@@ -111,16 +111,23 @@ Status attention(const AttentionParams& p, Launch launch) {
 
 Status attend(const AppendParams& append, const AttentionParams& p, Launch launch) {
   if (p.seqs.batch == 0 || p.seqs.max_seqlen_q == 0) return Status::ok();
+  AttentionCall call{p};
+  call.key = append.key;
+  call.value = append.value;
+  call.advance = append.advance;
+  if (p.kernel == AttentionKernel::kManyRows) {
+    AppendParams rows = append;
+    rows.advance = nullptr;  // the attention's launch does
+    const Status status = append_rows(rows, false, launch);
+    if (status.code != Status::kOk) return status;
+    return launch_shape(call, many_rows_shape_of(p, launch.device), launch);
+  }
   const AttentionShape shape = shape_of(p, launch.device);
   // Blocks of one row tile do not wait for another's rows: a call of more is two launches.
   if (shape.row_tiles > 1) {
     const Status status = cuda::append(append, launch);
     return status.code == Status::kOk ? launch_shape({p}, shape, launch) : status;
   }
-  AttentionCall call{p};
-  call.key = append.key;
-  call.value = append.value;
-  call.advance = append.advance;
   return launch_shape(call, shape, launch);
 }
 

@@ -14,8 +14,8 @@ template <class Format, class Element>
 __device__ __forceinline__ Source<Format, Element> new_source(const AttentionCall& p,
                                                               const CacheView& cache, bool is_key,
                                                               int stored, int whole = -1,
-                                                              int age = 0) {
-  const int sequence = blockIdx.y, head = blockIdx.x;  // there is one row tile
+                                                              int age = 0, int head = blockIdx.x) {
+  const int sequence = blockIdx.y;
   return {cache,
           p.seqs,
           nullptr,
@@ -257,43 +257,21 @@ __device__ __forceinline__ bool open_group(const AttentionCall& p, const CacheVi
 template <class Formats, class Element, int kThreads>
 __device__ __noinline__ void append_groups(const AttentionCall& p, GroupScratch& scratch,
                                            int stored, int from, int to) {
-  const int group = p.cache.mean_group ? p.cache.mean_group : 1 << 30;
 #pragma unroll 1
   for (int i = 0; i < 2; ++i) {
     const bool is_key = i == 0;
     const auto src = new_source<typename Formats::Key, Element>(p, p.cache, is_key, stored);
-#pragma unroll 1
-    for (int start = from & -group; start < to; start += group) {
-      const int begin = max(start, from), end = min(start + group, stored + src.call.count);
-      const __half* const mean = find_mean<kThreads>(src, start, end, scratch);
-      for_ready_rows(src, begin, min(end, to), mean, threadIdx.x / 32,
-                     [&](const RowSlot& at, const auto& row, const auto& x, bool finite) {
-                       with_rows(Formats{}, is_key, [&](auto format) {
-                         using Format = decltype(format);
-                         store_row(new_source<Format, Element>(p, p.cache, is_key, stored), at,
-                                   row.to, x, finite);
-                       });
+    open_groups<kThreads>(src, from, to, scratch);
+    for_ready_rows(src, from, to, threadIdx.x / 32, kRowWarps,
+                   [&](const RowSlot& at, const auto& row, const auto& x, bool finite) {
+                     with_rows(Formats{}, is_key, [&](auto format) {
+                       using Format = decltype(format);
+                       store_row(new_source<Format, Element>(p, p.cache, is_key, stored), at,
+                                 row.to, x, finite);
                      });
-    }
+                   });
   }
   __syncthreads();
-}
-
-// By age: calls f(young source, with_old) for the call's keys and for its values, where with_old(g)
-// calls g(old source).
-template <class Formats, class Element, class F>
-__device__ __forceinline__ void for_ages(const AttentionCall& p, int stored, F&& f) {
-  const CacheView slabs = young_view(p.cache, p.seqs);
-#pragma unroll 1
-  for (int i = 0; i < 2; ++i) {
-    const bool is_key = i == 0;
-    const auto with_old = [&](auto&& g) {
-      with_rows(Formats{}, is_key, [&](auto format) {
-        g(new_source<decltype(format), Element>(p, p.cache, is_key, stored));
-      });
-    };
-    f(new_source<Int8, Element>(p, slabs, is_key, stored, -1, chunk_tokens(p.cache)), with_old);
-  }
 }
 
 // By age: likewise, where the call begins a group, which no row of the call outlives.
@@ -301,28 +279,35 @@ template <class Formats, class Element, int kThreads>
 __device__ __noinline__ void append_aged(const AttentionCall& p, GroupScratch& scratch, int stored,
                                          int from, int to) {
   const Ages ages(p.cache, stored, call_rows(p.seqs, blockIdx.y).count);
+  const CacheView slabs = young_view(p.cache, p.seqs);
   const int warp = threadIdx.x / 32;
-  for_ages<Formats, Element>(p, stored, [&](const auto& young, auto&& with_old) {
 #pragma unroll 1
-    for (int start = from & -ages.group; start < to; start += ages.group) {
-      const int begin = max(start, from), end = min(start + ages.group, stored + young.call.count);
-      const __half* const mean = find_mean<kThreads>(young, start, end, scratch);
-      write_aged<true>(young, with_old, ages, start, begin, min(end, to), mean, warp);
-    }
-  });
+  for (int i = 0; i < 2; ++i) {
+    const bool is_key = i == 0;
+    const auto with_old = [&](auto&& f) {
+      with_rows(Formats{}, is_key, [&](auto format) {
+        f(new_source<decltype(format), Element>(p, p.cache, is_key, stored));
+      });
+    };
+    const auto young = new_source<Int8, Element>(p, slabs, is_key, stored, -1, ages.group);
+    open_groups<kThreads>(young, from, to, scratch);
+    write_aged(young, with_old, ages, true, from, to, warp, kRowWarps);
+  }
   __syncthreads();
 }
 
 // By age: the block's share of the group that the call closes.
 template <class Formats, class Element>
-__device__ __noinline__ void close_group(const AttentionCall& p, ClosingRows* rows, int stored,
-                                         int share, int shares) {
-  const Ages ages(p.cache, stored, call_rows(p.seqs, blockIdx.y).count);
-  for_ages<Formats, Element>(p, stored, [&](const auto& young, auto&& with_old) {
-    with_old([&](const auto& old) {
-      close_share(young, old, ages, share, shares, rows, int(blockDim.x / 32));
-    });
-  });
+__device__ __noinline__ void close_group(const AttentionCall& p, int stored, int head, int share,
+                                         int shares) {
+  const int sequence = blockIdx.y;
+  const Ages ages(p.cache, stored, call_rows(p.seqs, sequence).count);
+  close_share(Young(p.cache, p.seqs, sequence, head, 0), ages, share, shares, threadIdx.x / 32,
+              int(blockDim.x / 32), [&](bool is_key, auto&& f) {
+                with_rows(Formats{}, is_key, [&](auto format) {
+                  f(new_source<decltype(format), Element>(p, p.cache, is_key, stored, -1, 0, head));
+                });
+              });
 }
 
 }  // namespace kvquant::cuda

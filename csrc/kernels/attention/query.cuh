@@ -77,7 +77,7 @@ struct RowTile {
   int first, count;  // rows of the sequence and KV head: row = query token * group size + head
   int tokens;        // query tokens of the sequence
   Divisor gqa_group_size;  // query heads of a KV head
-  int stored;              // tokens before the call's own, where this launch appends them
+  int stored;              // tokens before the call's own, where they are not counted yet
   int position;            // of the sequence's first query token
   int start, length;       // stored tokens [start, length)
   int begin, end;          // tokens that some row sees; begin is a multiple of the tile

@@ -122,6 +122,8 @@ Schedule schedule_many_rows(const Problem& p) {
   const auto plan = plan_of(p, shape);
   Schedule schedule = schedule_of(shape, plan);
   schedule.kernel = AttentionKernel::kManyRows;
+  // In two launches: the attention reads stored rows while the append writes new ones.
+  schedule.appends = p.appends && !p.packed && p.max_seqlen_q <= kSpareTokens;
   return schedule;
 }
 

@@ -28,7 +28,7 @@ struct Problem {
 struct Schedule {
   AttentionKernel kernel = AttentionKernel::kSplitKv;
   int32_t splits = 1;    // most of a sequence
-  bool appends = false;  // the launch quantizes the call's new rows; else an append goes before it
+  bool appends = false;  // it takes the call's new rows along; else their append goes before it
   int64_t partial_floats = 0, counters = 0;                                 // of the workspace
   int32_t query_rows = 0, warps = 0, blocks = 0, stages = 0, head_dim = 0;  // of its instance
 };

@@ -7,6 +7,7 @@
 // multiprocessor fill each other's waits.
 #pragma once
 
+#include "kernels/attention/new_tokens.cuh"
 #include "kernels/rows/finish.cuh"
 #include "kernels/rows/means.cuh"
 
@@ -23,7 +24,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   const int warp = uniform(threadIdx.x / 32), g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
   const int sequence = blockIdx.y, head = blockIdx.x / p.row_tiles;
   const int row_tile = p.row_tiles - 1 - int(blockIdx.x % p.row_tiles);  // the longest are first
-  wait_for_previous_launch();
+  // Of a step the launch before is its append, which may run still: its rows, and the mean that it
+  // takes, are waited for where they are read. It has waited for all that came before it.
+  if (!p.key.data) wait_for_writes();
+  let_next_launch_start();
   RowTile rows;
   if (!rows.find_rows(p, sequence, head, row_tile, Traits::kRows)) return;
   const int asked_length = load_early(p.seqs.seq_lens + rows.sequence);
@@ -38,7 +42,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   const int splits = gridDim.z > 1 && span > 0 ? (span - 1) / length + 1 : 1;
   const bool is_last = blockIdx.z == gridDim.z - 1;
   const int split = is_last ? splits - 1 : blockIdx.z;
-  if (!is_last && split >= splits - 1) return;
+  // The last block of a sequence that has read its length adds the call's tokens to it: the append
+  // reads it, too, and another launch may still use the counters.
+  const auto count_reader = [&] {
+    if (!p.advance) return;
+    __syncthreads();  // all warps have read it
+    if (threadIdx.x > 0) return;
+    wait_for_writes();
+    int* const readers = p.counters + sequence;
+    if (atomicAdd(readers, 1) < int(gridDim.x * gridDim.z) - 1) return;
+    *readers = 0;
+    p.advance[sequence] = asked_length + rows.tokens;
+  };
+  if (!is_last && split >= splits - 1) return count_reader();
   const int begin = rows.begin + split * length, end = min(rows.end, begin + length);
   if (threadIdx.x == 0) {
 #pragma unroll
@@ -49,7 +65,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   __syncthreads();
   // Tiles between them need no look at single scores.
   const int clean_begin = p.softcap == 0.f && !p.alibi_slopes ? rows.all_begin : 1 << 30;
-  const RowsSpan of{begin, end, max(rows.begin, rows.start), clean_begin, rows.all_end - kRowsTile};
+  const RowsSpan of{begin,
+                    end,
+                    max(rows.begin, rows.start),
+                    clean_begin,
+                    rows.all_end - kRowsTile,
+                    p.key.data ? rows.stored : 1 << 30};
   const RowsAges ages = Traits::kByAge ? RowsAges(p, rows) : RowsAges();
   RowsPipeline<Traits> pipeline(p, maps, paging, shared, rows, of, ages, warp);
   if (threadIdx.x < Traits::kRows) shared.views[threadIdx.x] = rows.view(p, threadIdx.x);
@@ -93,7 +114,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
     Values::ask(shared, stage, 1, are_young, halves[1]);
     Values::convert(shared, 0, are_young, halves[0]);
     float dot[kThreadRows];
-    means.of(p, rows, paging, shared.query, token, last_group, warp, dot);
+    means.of(p, rows, paging, shared.query, token, last_group, of, warp, dot);
     if constexpr (kThreadRows == 2) {  // the low bytes are another matrix
       wait_products<0>();
       keep(c);
@@ -133,7 +154,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
     acc.wait();
   }
   const int64_t unit = int64_t(sequence) * gridDim.x + head * p.row_tiles + row_tile;
+  wait_for_writes();
+  count_reader();
   finish_rows(p, shared.rows, acc, unit, split, splits, row, t);
+  if constexpr (Traits::kByAge) {
+    // Tiles of a sequence may have other splits: one of them does.
+    if (p.key.data && row_tile == 0 &&
+        Ages(p.cache, shared.rows.stored, shared.rows.tokens).closes()) {
+      close_group<FormatPair<typename Traits::Key, typename Traits::Value>,
+                  typename Traits::Element>(p, shared.rows.stored, shared.rows.head, split, splits);
+    }
+  }
 }
 
 }  // namespace kvquant::cuda

@@ -91,7 +91,7 @@ cudaError_t launch_traits(const AttentionCall& call, cudaStream_t stream) {
   cudaError_t error = allow_memory<Traits>();
   if (error == cudaSuccess) error = map_cache(call.cache, call.seqs, maps);
   if (error != cudaSuccess) return error;
-  // The kernel waits for the launch before it (wait_for_previous_launch).
+  // The kernel waits for what the launch before it writes.
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;

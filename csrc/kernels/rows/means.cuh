@@ -9,16 +9,16 @@ namespace kvquant::cuda {
 template <class Traits>
 class RowsMeans {
  public:
-  // Of the group at `token`; all lanes must call. last: the last group that is wanted.
+  // Of the group at `token`; all lanes must call. last: the last group of the split, `span`.
   __device__ __forceinline__ void of(const AttentionCall& p, const RowTile& rows,
                                      const Paging& paging, const RowsQuery<Traits>& query,
-                                     int token, int last, int warp,
+                                     int token, int last, const RowsSpan& span, int warp,
                                      float (&dot)[Traits::kThreadRows]) {
 #pragma unroll
     for (float& x : dot) x = 0.f;
     if (!p.cache.mean_group) return;
     const int group = token >> paging.group_shift;
-    if (group - first_ >= kMeanGroups) find(p, rows, paging, query, group, last, warp);
+    if (group - first_ >= kMeanGroups) find(p, rows, paging, query, group, last, span, warp);
     const int at = group - first_, from = (threadIdx.x & 28) + at / 2;
 #pragma unroll
     for (int r = 0; r < kThreadRows; ++r) {
@@ -34,10 +34,12 @@ class RowsMeans {
   // Groups whose block is lost count as zero.
   __device__ __forceinline__ void find(const AttentionCall& p, const RowTile& rows,
                                        const Paging& paging, const RowsQuery<Traits>& query,
-                                       int first, int last, int warp) {
+                                       int first, int last, const RowsSpan& span, int warp) {
     constexpr int kSteps = Traits::kDim / 16;
     const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
     first_ = first;
+    // A group that begins in the call has its mean from it.
+    span.await((min(first + kMeanGroups - 1, last) << paging.group_shift) + 1);
     const __half* mean = nullptr;
     if (first + g <= last) {
       mean = mean_of<__half>(p.cache, p.seqs, paging, rows.sequence, rows.head,

@@ -62,9 +62,14 @@ struct RowsAges {
 };
 
 // Which tokens of a split are stored, and which tiles need no look at single scores: those that
-// begin from clean_begin to clean_end.
+// begin from clean_begin to clean_end. From new_begin on the launch before may still write.
 struct RowsSpan {
-  int begin, end, first_stored, clean_begin, clean_end;
+  int begin, end, first_stored, clean_begin, clean_end, new_begin;
+
+  // For the rows, or the mean, of what ends before a token.
+  __device__ __forceinline__ void await(int token_end) const {
+    if (token_end > new_begin) wait_for_writes();
+  }
 };
 
 // Tiles on their way, as a whole where a block of the cache holds them, else in pieces of 16
@@ -99,6 +104,7 @@ class RowsPipeline {
   // Asks for the tile at `token`, behind the one that was asked for last.
   __device__ __forceinline__ void load(int token, int stage) {
     if (token != next_ || token >= span_.end) return;
+    span_.await(token + kRowsTile);
     const int found = checked_block(p_.cache, entry_), block = max(found, 0);
     const uint32_t lost = __ballot_sync(kFullWarp, found < 0) & ((1u << kPieces) - 1);
     const uint32_t barrier = shared_address(&shared_.full[stage]);
