@@ -122,7 +122,7 @@ __device__ __forceinline__ void write_aged(const Source<Int8, T>& young, F&& wit
   const bool are_young = are_few || ages.is_young(first);
   const bool by_8_bits =
       are_young || ages.had_begun(first);  // a group may close again after a crop
-  for_ready_rows(young, begin, end, warp, warps,
+  for_ready_rows(young, begin, end, RowMeans{}, warp, warps,
                  [&](const RowSlot& at, const RowInFlight<T>& from, const auto& x, bool finite) {
                    const auto row = YoungRow::of(x, finite, at);
                    if (are_young) row.store(young, at, from.to);

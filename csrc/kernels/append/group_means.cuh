@@ -149,11 +149,9 @@ __device__ __forceinline__ int sum_slots(const MeanScratch& scratch, int slots, 
                                          float* sum) {
   __syncthreads();
   int count = 0;
-#pragma unroll 8
   for (int s = 0; s < slots; ++s) count += scratch.counts[s];
   for (int c = threadIdx.x; c < dim; c += kThreads) {
     float x = 0.f;
-#pragma unroll 8
     for (int s = 0; s < slots; ++s) x += scratch.sums[s * dim + c];
     sum[c] = x;
   }
@@ -239,6 +237,20 @@ __device__ __forceinline__ void open_group(const Source<Format, T>& src, int sta
   for (int c = threadIdx.x; c < src.dim(); c += kThreads) {
     slot[c] = found ? stored_mean(scratch.mean[c]) : __half(0.f);
   }
+}
+
+// Where the keys of the group of tokens [start, end) have their mean, taken now if the group begins
+// in this call; null: values, formats without means, and groups whose block is lost.
+template <int kThreads, class Format, class T>
+__device__ __forceinline__ const __half* find_mean(const Source<Format, T>& src, int start, int end,
+                                                   GroupScratch& scratch) {
+  if (!src.is_key || !src.cache.mean_group) return nullptr;
+  __half* const slot = src.mean(start);
+  if (start >= src.length) {
+    open_group<kThreads>(src, start, end, slot, scratch);
+    __syncthreads();
+  }
+  return slot;
 }
 
 // Takes the means of the groups of tokens [begin, end), a part of the call's own, that begin in the

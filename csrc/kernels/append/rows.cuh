@@ -146,28 +146,53 @@ __device__ __forceinline__ void store_row(const Source<Format, T>& src, const Ro
   if (at.index == 0) *src.params(to) = params;
 }
 
-// Rotates the rows of tokens [begin, end) of the source, subtracts their groups' means, which are
-// there, and calls store(lanes, row, channels, whether the row is finite). `warp`: of the `warps`
-// that share them.
-template <class Format, class T, class F>
+// What is subtracted from rows: the mean of the one group that they are of, null: none, or of each
+// row its own group's, which is there.
+struct GroupMean {
+  const __half* of_group;
+};
+struct RowMeans {};
+
+// This thread's channels of a group's mean.
+struct LaneMean {
+  Words16<__half> x;
+  bool any;
+
+  __device__ __forceinline__ void load(GroupMean mean, const RowSlot& at) {
+    any = mean.of_group;
+    if (any && at.row >= 0) x = load_words16(mean.of_group + at.channel());
+  }
+};
+
+// Rotates the rows of tokens [begin, end) of the source, subtracts means, and calls store(lanes,
+// row, channels, whether the row is finite). `warp`: of the `warps` that share them.
+template <class Format, class T, class Means, class F>
 __device__ __forceinline__ void for_ready_rows(const Source<Format, T>& src, int begin, int end,
-                                               int warp, int warps, F&& store) {
+                                               Means means, int warp, int warps, F&& store) {
+  constexpr bool kOfRows = std::is_same_v<Means, RowMeans>;
   const RowSlot at(src.dim(), warp, warps);
-  for_rows<true>(src, at, begin, end, [&](const RowInFlight<T>& row) {
+  LaneMean mean;
+  if constexpr (!kOfRows) mean.load(means, at);
+  for_rows<kOfRows>(src, at, begin, end, [&](const RowInFlight<T>& row) {
     float x[kLaneChannels];
     const bool finite = row.read(at, src.dtype, x);
     rotate(x, src.rotation(), at);
+    if constexpr (kOfRows) {
 #pragma unroll
-    for (int c = 0; c < kLaneChannels; ++c) x[c] = __fsub_rn(x[c], row.mean[c]);
+      for (int c = 0; c < kLaneChannels; ++c) x[c] = __fsub_rn(x[c], row.mean[c]);
+    } else if (mean.any) {
+#pragma unroll
+      for (int c = 0; c < kLaneChannels; ++c) x[c] = __fsub_rn(x[c], mean.x[c]);
+    }
     store(at, row, x, finite);
   });
 }
 
-// Likewise, and quantizes and stores them.
+// Likewise, with each row's own group's mean, and quantizes and stores them.
 template <class Format, class T>
 __device__ __forceinline__ void write_rows(const Source<Format, T>& src, int begin, int end,
                                            int warp, int warps) {
-  for_ready_rows(src, begin, end, warp, warps,
+  for_ready_rows(src, begin, end, RowMeans{}, warp, warps,
                  [&](const RowSlot& at, const RowInFlight<T>& row, const auto& x, bool finite) {
                    store_row(src, at, row.to, x, finite);
                  });

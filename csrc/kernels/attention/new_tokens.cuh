@@ -257,19 +257,24 @@ __device__ __forceinline__ bool open_group(const AttentionCall& p, const CacheVi
 template <class Formats, class Element, int kThreads>
 __device__ __noinline__ void append_groups(const AttentionCall& p, GroupScratch& scratch,
                                            int stored, int from, int to) {
+  const int group = p.cache.mean_group ? p.cache.mean_group : 1 << 30;
 #pragma unroll 1
   for (int i = 0; i < 2; ++i) {
     const bool is_key = i == 0;
     const auto src = new_source<typename Formats::Key, Element>(p, p.cache, is_key, stored);
-    open_groups<kThreads>(src, from, to, scratch);
-    for_ready_rows(src, from, to, threadIdx.x / 32, kRowWarps,
-                   [&](const RowSlot& at, const auto& row, const auto& x, bool finite) {
-                     with_rows(Formats{}, is_key, [&](auto format) {
-                       using Format = decltype(format);
-                       store_row(new_source<Format, Element>(p, p.cache, is_key, stored), at,
-                                 row.to, x, finite);
+#pragma unroll 1
+    for (int start = from & -group; start < to; start += group) {
+      const int begin = max(start, from), end = min(start + group, stored + src.call.count);
+      const GroupMean mean{find_mean<kThreads>(src, start, end, scratch)};
+      for_ready_rows(src, begin, min(end, to), mean, threadIdx.x / 32, kRowWarps,
+                     [&](const RowSlot& at, const auto& row, const auto& x, bool finite) {
+                       with_rows(Formats{}, is_key, [&](auto format) {
+                         using Format = decltype(format);
+                         store_row(new_source<Format, Element>(p, p.cache, is_key, stored), at,
+                                   row.to, x, finite);
+                       });
                      });
-                   });
+    }
   }
   __syncthreads();
 }
