@@ -22,6 +22,7 @@ __device__ __forceinline__ void let_next_launch_start() {
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
+// Both: nothing in memory may be touched ahead of it.
 __device__ __forceinline__ void wait_for_previous_launch() {
   wait_for_writes();
   let_next_launch_start();

@@ -80,8 +80,8 @@ __global__ void __launch_bounds__(kAppendThreads, 4)
   const int total = length + call_rows(p.seqs, block.sequence).count;
   const int next = open_start(group, length) + group;  // behind the open group
   const bool writes = work.writes && block.begin < block.end;
-  const bool closes = work.closes && length > 0 && next < total;
-  if (writes || closes) {
+  const bool ends = work.closes && length > 0 && next < total;  // the group that was open
+  if (writes || ends) {
     share_young_view(p, slabs);
     const Aged<Formats, T> aged(p, slabs, block, total);
     // The mean of the group behind the open one comes from the launch that closes this.
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kAppendThreads, 4)
       aged.open(next, min(next + group, total), scratch);
     }
     if (writes) aged.write();
-    if (closes) aged.close();
+    if (ends) aged.close();
   }
   if (p.advance) advance_lengths<kAppendThreads>(p);
 }
