@@ -21,7 +21,7 @@ struct Source {
   CallRows call;
   int length;  // tokens stored before the call
   Paging paging;
-  Young young;  // by age: as long as what is stored is not closed
+  Young young;  // by age: of what is stored
 
   Source(Format, const AppendParams& p, int sequence, int head, bool is_key)
       : p(p),
@@ -195,53 +195,33 @@ int64_t next_group(const Source<Format>& src) {
   return src.young.group && src.length ? int64_t(src.young.from) + src.young.group : -1;
 }
 
-// Takes what is stored of the group that was open for the mean of the next and re-encodes it, where
-// the call opens another: before new rows take the place of these.
+// Takes the mean of the group behind the open one, if that begins in the call, of what is stored:
+// before new rows take the place of these.
 template <class Format>
-void close_group(const Source<Format>& src, bool is_key) {
-  const int group = src.young.group, begin = src.young.from;
-  const int total = src.length + src.call.count, end = open_start(group, total);
-  if (const int64_t next = next_group(src);
-      is_key && src.p.cache.mean_group && next >= src.length && next < total) {
-    alignas(64) float mean[kMaxDim];
-    group_mean(src, next, least<int64_t>(next + group, total), mean);
-  }
-  for (int token = most(begin, group); token < least(src.length, end); ++token) {
-    const Place to = src.stored(token);
-    if (to.block < 0) continue;
-    const int row = src.young.row(token);
-    narrow(Format{}, src.young.codes(is_key, row), young_params(src.young, is_key, row), src.dim,
-           src.codes(to), src.params(to));
-  }
+void take_next_mean(const Source<Format>& src) {
+  const int64_t next = next_group(src), total = src.length + src.call.count;
+  if (next < src.length || next >= total) return;
+  alignas(64) float mean[kMaxDim];
+  group_mean(src, next, least<int64_t>(next + src.young.group, total), mean);
 }
 
-// What a call by age does with a new token's row.
-struct Ages {
-  bool is_young, is_old, was_open;
-
-  template <class Format>
-  Ages(const Source<Format>& src, int token) {
-    const int group = src.young.group, length = src.length + src.call.count;
-    is_young = token < group || token >= kept_from(group, length);
-    is_old = token >= group && token < open_start(group, length);
-    was_open = src.length > 0 && token < src.young.from + group;  // its group began before the call
-  }
-};
-
+// By age: to the blocks, the ring or both.
 template <class Format>
 void write_row(const Source<Format>& src, bool is_key, int token, Place to, const ReadyRow& row) {
-  if (!src.young.group) return row.store(Format{}, src.codes(to), src.params(to));
-  const Ages ages(src, token);
+  const int group = src.young.group, length = src.length + src.call.count;
+  if (!group) return row.store(Format{}, src.codes(to), src.params(to));
+  const bool is_young = token < group || token >= kept_from(group, length);
+  const bool had_begun = src.length > 0 && token < src.young.from + group;
   alignas(64) uint8_t codes[kMaxDim];
   Int8::Params params;
-  const bool by_8_bits = ages.is_young || ages.was_open;
+  const bool by_8_bits = is_young || had_begun;  // so that cuts make no difference
   if (by_8_bits) row.store(Int8{}, codes, params);
-  if (ages.is_old && by_8_bits) {
+  if (token >= group && by_8_bits) {
     narrow(Format{}, codes, params, src.dim, src.codes(to), src.params(to));
-  } else if (ages.is_old) {
+  } else if (token >= group) {
     row.store(Format{}, src.codes(to), src.params(to));
   }
-  if (ages.is_young) {
+  if (is_young) {
     const int at = src.young.row(token);
     memcpy(src.young.codes(is_key, at), codes, size_t(src.dim));
     young_params(src.young, is_key, at) = params;
@@ -258,11 +238,11 @@ Status append(const AppendParams& p, int threads) {
       p.seqs.batch * tokens * cache.num_kv_heads * (cache.k.head_dim + cache.v.head_dim);
   if (tokens == 0) return Status::ok();
   const Status status = with_pair(cache.k.format, cache.v.format, [&](auto formats) {
-    if (p.seqs.young.data) {
-      parallel(worth(threads, elements), p.seqs.batch * pairs, [&](int64_t item) {
-        const bool is_key = item % 2 == 0;
-        with_rows(formats, is_key, [&](auto format) {
-          close_group(Source(format, p, int(item / pairs), int(item % pairs / 2), is_key), is_key);
+    if (p.seqs.young.data && cache.mean_group) {
+      parallel(worth(threads, elements), p.seqs.batch * pairs / 2, [&](int64_t item) {
+        const int heads = cache.num_kv_heads;
+        with_rows(formats, true, [&](auto format) {
+          take_next_mean(Source(format, p, int(item / heads), int(item % heads), true));
         });
       });
     }

@@ -18,16 +18,30 @@ namespace kvquant::cuda {
 
 template <>
 struct LaneCodes<Int4> {
-  // code(i), in the low bits, of kCount channels (2, 4, 8 or 16) from `channel` on, in one access.
+  // code(i), in the low half, of kCount channels (2, 4, 8 or 16) from `channel` on, in one access.
   template <int kCount, class Code>
   static __device__ __forceinline__ void store(uint8_t* row, int channel, Code&& code) {
     constexpr int kBytes = kCount / 2;
-    uint8_t bytes[kBytes];
+    if constexpr (kCount == kLaneChannels) {
+      uint32_t words[kBytes / 4];
 #pragma unroll
-    for (int i = 0; i < kBytes; ++i) {
-      bytes[i] = uint8_t((code(2 * i) & 0xfu) | (code(2 * i + 1) & 0xfu) << 4);
+      for (int i = 0; i < kBytes / 4; ++i) {
+        const auto bytes = [&](int c) {  // two, in the low bytes of halves
+          const uint32_t even = __byte_perm(code(c), code(c + 2), 0x5410),
+                         odd = __byte_perm(code(c + 1), code(c + 3), 0x5410);
+          return even + (odd << 4);
+        };
+        words[i] = __byte_perm(bytes(8 * i), bytes(8 * i + 4), 0x6420);
+      }
+      store_vector<kBytes / 4>(reinterpret_cast<uint32_t*>(row + channel / 2), words);
+    } else {
+      uint8_t bytes[kBytes];
+#pragma unroll
+      for (int i = 0; i < kBytes; ++i) {
+        bytes[i] = uint8_t((code(2 * i) & 0xfu) | (code(2 * i + 1) & 0xfu) << 4);
+      }
+      store_vector<kBytes>(row + channel / 2, bytes);
     }
-    store_vector<kBytes>(row + channel / 2, bytes);
   }
   using Word = uint2;  // kLaneChannels codes as they are stored
   static __device__ __forceinline__ Word ask(const uint8_t* row, int channel) {

@@ -18,7 +18,7 @@
 namespace kvquant::cuda {
 
 struct ByteCodes {
-  // code(i), in the low bits, of kCount channels (2, 4, 8 or 16) from `channel` on, in one access.
+  // code(i), in the low byte, of kCount channels (2, 4, 8 or 16) from `channel` on, in one access.
   template <int kCount, class Code>
   static __device__ __forceinline__ void store(uint8_t* row, int channel, Code&& code) {
     uint8_t* const to = row + channel;

@@ -17,8 +17,6 @@ struct Launch {
 
 Status append(const AppendParams& params, Launch launch);
 Status attention(const AttentionParams& params, Launch launch);
-// closes false: the attention that follows closes groups of rows by age.
-Status append_rows(const AppendParams& params, bool closes, Launch launch);
 // An append to dense sequences and the attention of its tokens, in one launch or in two that
 // overlap.
 Status attend(const AppendParams& append, const AttentionParams& params, Launch launch);

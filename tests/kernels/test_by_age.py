@@ -193,6 +193,22 @@ def test_crop_across_groups_and_the_same_rows_again(device, layout, longest, kep
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_loaded_cache_goes_on_as_if_it_had_not_been_saved(native, name, layout):
+    """A file has no old rows of the open group; when that is closed, they are there."""
+    pair = rows(800, device=native)
+    cache = make(FORMATS[name], layout, device=native)
+    append(cache, pair, [UNEVEN[0], 100, 230])
+    loaded = make(FORMATS[name], "paged16" if layout == "contiguous" else layout, device=native)
+    loaded.load_state_dict(cache.state_dict())
+    query = torch.randn(2, 1, HEADS, DIM, device=native)
+    for one in (cache, loaded):
+        append(one, pair, [1, 17, 200, 52])
+    assert_same(cache, loaded)
+    assert torch.equal(cache.attend(0, query), loaded.attend(0, query))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_forks_and_beams_are_as_if_each_were_alone(device, layout):
     pair = rows(batch=3, device=device)
     other = rows(batch=3, device=device)

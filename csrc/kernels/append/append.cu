@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kAppendThreads, 4)
 
 }  // namespace
 
-Status append_rows(const AppendParams& params, bool closes, Launch launch) {
+Status append(const AppendParams& params, Launch launch) {
   const CacheView& cache = params.cache;
   if (params.seqs.max_seqlen_q == 0 || params.seqs.batch == 0) return Status::ok();
   const dim3 grid = BlockRows::grid(params);
@@ -44,7 +44,7 @@ Status append_rows(const AppendParams& params, bool closes, Launch launch) {
     return Status::unsupported(BlockRows::are_few(params) ? "batch over 65535"
                                                           : "batch over 32767");
   }
-  if (params.seqs.young.data) return append_aged(params, closes, launch);
+  if (params.seqs.young.data) return append_aged(params, launch);
   const bool prompt = is_prompt(params);
   return with_pair(cache.k.format, cache.v.format, [&](auto formats) {
     using Formats = decltype(formats);
@@ -59,10 +59,6 @@ Status append_rows(const AppendParams& params, bool closes, Launch launch) {
       });
     });
   });
-}
-
-Status append(const AppendParams& params, Launch launch) {
-  return append_rows(params, true, launch);
 }
 
 }  // namespace kvquant::cuda

@@ -6,8 +6,7 @@
 
 namespace kvquant::cuda {
 
-// Of rows by age; closes: unless the attention that follows closes groups (new_tokens.cuh).
-Status append_aged(const AppendParams& params, bool closes, Launch launch);
+Status append_aged(const AppendParams& params, Launch launch);  // of rows by age
 
 // The last block to be done adds the call's tokens to the lengths, which all have read by then.
 template <int kThreads>

@@ -34,7 +34,6 @@ struct AttentionShared {
   RowView views[Traits::kRows];
   NewTokens<typename Traits::Appended> new_tokens;
   InSlab young;                         // by age: the young tokens of the block
-  int splits;                           // by age: of the sequence that have tokens
   uint32_t parameters[Traits::kWarps];  // for their coming
   union {
     alignas(128) unsigned char rings[128];  // and beyond

@@ -139,10 +139,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   const int from_last = Traits::kThreads - 1 - threadIdx.x;
   if (from_last == 0) {
     shared.rows = rows;
-    if constexpr (Traits::kByAge) {
-      shared.young = young;
-      shared.splits = max(1, (span - 1) / length + 1);
-    }
+    if constexpr (Traits::kByAge) shared.young = young;
     shared.new_tokens.begin = new_begin, shared.new_tokens.end = new_end;
   }
   if (from_last < Traits::kRows) shared.views[from_last] = rows.view(p, from_last);
@@ -176,12 +173,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   const int64_t unit = int64_t(sequence) * gridDim.x + head * p.row_tiles + row_tile;
   if (p.advance && leads) advance(read);
   finish(p, shared, acc, unit, split, combines, warp, g, t);
-  if constexpr (Traits::kByAge) {
-    if (p.key.data && Ages(p.cache, shared.rows.stored, shared.rows.tokens).closes()) {
-      close_group<typename Traits::Pair, typename Traits::Element>(call, shared.rows.stored, head,
-                                                                   split, shared.splits);
-    }
-  }
 }
 
 }  // namespace kvquant::cuda

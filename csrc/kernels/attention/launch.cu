@@ -118,7 +118,7 @@ Status attend(const AppendParams& append, const AttentionParams& p, Launch launc
   if (p.kernel == AttentionKernel::kManyRows) {
     AppendParams rows = append;
     rows.advance = nullptr;  // the attention's launch does
-    const Status status = append_rows(rows, false, launch);
+    const Status status = cuda::append(rows, launch);
     if (status.code != Status::kOk) return status;
     return launch_shape(call, many_rows_shape_of(p, launch.device), launch);
   }

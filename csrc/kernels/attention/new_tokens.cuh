@@ -165,6 +165,7 @@ class NewTokensInFlight {
           store_vector<kBytes>(cached + first, at<kBytes>(rows.codes[item / 2] + first).x);
         });
         if (threadIdx.x % 32 == 0) *src.params(to) = rows.params[item / 2];
+        if constexpr (Traits::kIsYoung) write_old(rows, item);
       });
     }
   }
@@ -200,6 +201,35 @@ class NewTokensInFlight {
     return *reinterpret_cast<const Neighbours<kCount, T>*>(p);
   }
 
+  // By age: an item's row once more, as it will be read when it is old.
+  template <class Rows>
+  __device__ __forceinline__ void write_old(const Rows& rows, int item) const {
+    const int i = item / 2, token = begin_ + i;
+    if (token < chunk_tokens(p_.cache)) return;
+    with_rows(typename Traits::Pair{}, item % 2 == 0, [&](auto format) {
+      using Format = decltype(format);
+      const auto old = new_source<Format, Element>(p_, p_.cache, item % 2 == 0, stored_, whole_);
+      const auto is_channel = [&](int c) { return Traits::kPlainCall || c < old.dim(); };
+      const Place to = old.stored(token);
+      if (to.block < 0) return;
+      float low = INFINITY, high = -INFINITY;
+      const auto code = [&](int c) { return float(rows.codes[i][c]); };
+      Row::pieces([&](auto width, int, int c) {
+        if (!is_channel(c)) return;
+#pragma unroll
+        for (int j = c; j < c + width(); ++j)
+          low = fminf(low, code(j)), high = fmaxf(high, code(j));
+      });
+      const Narrowing<Format> narrowing(rows.params[i], -warp_max(-low), warp_max(high));
+      uint8_t* const codes = old.codes(to);
+      Row::pieces([&](auto width, int, int c) {
+        if (!is_channel(c)) return;
+        LaneCodes<Format>::template store<width()>(
+            codes, c, [&](int j) { return narrowing.code(code(c + j)); });
+      });
+      if (threadIdx.x % 32 == 0) *old.params(to) = narrowing.params;
+    });
+  }
   __device__ __forceinline__ int turn() const {
     return (2 * Traits::kWarps - 3 - warp_) % Traits::kWarps;
   }
@@ -299,20 +329,6 @@ __device__ __noinline__ void append_aged(const AttentionCall& p, GroupScratch& s
     write_aged(young, with_old, ages, true, from, to, warp, kRowWarps);
   }
   __syncthreads();
-}
-
-// By age: the block's share of the group that the call closes.
-template <class Formats, class Element>
-__device__ __noinline__ void close_group(const AttentionCall& p, int stored, int head, int share,
-                                         int shares) {
-  const int sequence = blockIdx.y;
-  const Ages ages(p.cache, stored, call_rows(p.seqs, sequence).count);
-  close_share(Young(p.cache, p.seqs, sequence, head, 0), ages, share, shares, threadIdx.x / 32,
-              int(blockDim.x / 32), [&](bool is_key, auto&& f) {
-                with_rows(Formats{}, is_key, [&](auto format) {
-                  f(new_source<decltype(format), Element>(p, p.cache, is_key, stored, -1, 0, head));
-                });
-              });
 }
 
 }  // namespace kvquant::cuda

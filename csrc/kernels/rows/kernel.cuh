@@ -157,14 +157,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.blocks)
   wait_for_writes();
   count_reader();
   finish_rows(p, shared.rows, acc, unit, split, splits, row, t);
-  if constexpr (Traits::kByAge) {
-    // Tiles of a sequence may have other splits: one of them does.
-    if (p.key.data && row_tile == 0 &&
-        Ages(p.cache, shared.rows.stored, shared.rows.tokens).closes()) {
-      close_group<FormatPair<typename Traits::Key, typename Traits::Value>,
-                  typename Traits::Element>(p, shared.rows.stored, shared.rows.head, split, splits);
-    }
-  }
 }
 
 }  // namespace kvquant::cuda

@@ -123,10 +123,7 @@ def _append(
             y = y - means[tokens // memory.group - lengths[b] // memory.group]
         k, v = view.k, view.v
         if memory.young is not None:
-            span = lengths[b], lengths[b] + count
-            first = open_start(memory.young.group, lengths[b])
-            at = torch.arange(first, span[1], device=key.device)
-            places = at, *memory.find(table, at)
+            span, places = (lengths[b], lengths[b] + count), (tokens, block, row, there)
             young, values_in = memory.young.view, rotate(new_values, memory.v_rotation)
             fine = (new_values.abs() <= MAX_ABS).all(-1, keepdim=True)
             append_by_age(memory.young, (k, young.k), places, b, *span, y, finite)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..formats import SPARE_TOKENS, CacheFormat, RowFormat, open_start
+from ..formats import SPARE_TOKENS, CacheFormat, open_start
 from ..formats.affine import AffineRows
 from ..view import CacheView, RowsView, Sequences
 
@@ -56,17 +56,6 @@ def young_rows(view: CacheView, seqs: Sequences | None) -> YoungRows | None:
     return YoungRows(slabs, format.age_group)
 
 
-def narrowed(format: RowFormat, young: RowFormat, codes: Tensor, params: Tensor) -> list[Tensor]:
-    """An int8 row in another format; one that needs no larger codes than that stays as it is."""
-    assert isinstance(format, AffineRows)
-    most = 2**format.bits - 1
-    fits = codes.amax(-1, keepdim=True) <= most
-    rows = young.decode(codes, params)
-    found = format.encode(rows, rows.isfinite().all(-1, keepdim=True))
-    same = format.pack(codes.clamp(max=most)), params
-    return [x.where(fits, y) for x, y in zip(same, found, strict=True)]
-
-
 def append_by_age(
     young: YoungRows,
     rows: tuple[RowsView, RowsView],
@@ -77,35 +66,26 @@ def append_by_age(
     new: Tensor,
     finite: Tensor,
 ) -> None:
-    """Store a sequence's new rows (tokens, heads, dim), and close the group that was open.
+    """Store a sequence's new rows, ``(tokens, heads, dim)``.
 
     ``rows``: the view's, and the young ones. ``places``: token, block, row in it and whether there
-    is one, of all tokens from the group that was open on.
+    is one, of the new tokens.
     """
     old, held = rows
     tokens, block, row, there = places
     group, was_open = young.group, open_start(young.group, length)
-    is_open = open_start(group, total)
-    closes = there & (tokens >= max(was_open, group)) & (tokens < min(length, is_open))
-    at = young.row(tokens[closes])
-    old.codes[block[closes], :, row[closes]], old.params[block[closes], :, row[closes]] = (
-        x.transpose(0, 1)
-        for x in narrowed(
-            old.format, held.format, held.codes[sequence][:, at], held.params[sequence][:, at]
-        )
-    )
-    is_new = tokens >= length
-    tokens, block, row, there = (x[is_new] for x in places)
+    assert isinstance(old.format, AffineRows)
+    assert isinstance(held.format, AffineRows)
     codes, params = held.format.encode(new, finite)
     keeps = there & ((tokens < group) | (tokens >= open_start(group, max(0, total - SPARE_TOKENS))))
     at = young.row(tokens[keeps])
     held.codes[sequence][:, at] = codes[keeps].transpose(0, 1)
     held.params[sequence][:, at] = params[keeps].transpose(0, 1)
-    goes = there & (tokens >= group) & (tokens < is_open)
+    goes = there & (tokens >= group)
     began = (tokens < was_open + group) & (length > 0)
-    by_8_bits = (keeps | began)[:, None, None]  # a group may close again after a crop
+    by_8_bits = (keeps | began)[:, None, None]  # so that cuts make no difference
     pairs = zip(
-        narrowed(old.format, held.format, codes, params),
+        old.format.narrow(held.format, codes, params),
         old.format.encode(new, finite),
         strict=True,
     )

@@ -15,7 +15,7 @@ from ..errors import CacheFullError
 from ..formats import CacheFormat
 from .config import CacheConfig
 from .state import CacheState
-from .young import live_old, live_young, slabs
+from .young import aged, live_old, live_young, slabs
 
 AffineRows: TypeAlias = tuple[Tensor, Tensor, Tensor]
 LayerPast: TypeAlias = tuple[AffineRows, AffineRows]
@@ -277,6 +277,9 @@ def fill(state: CacheState, tensors: Mapping[str, Tensor], name: str = "state") 
             for b, length in enumerate(of_layer):
                 for part, begin, end in _pieces(state, layer, part_name, b, length):
                     part.copy_(rows[b, :, begin:end])
+        if young is not None:
+            format, table = state.config.formats[layer], state.blocks.table
+            aged(state.config, format, state.view(layer), young, table, of_layer)
     state.lengths.seq_lens.copy_(tensors["seq_lens"])
     starts = tensors.get("seq_starts")
     state.set_starts(None if starts is None else starts.to(state.config.device))

@@ -15,6 +15,7 @@ from ..view import CacheView
 from .config import CacheConfig
 
 __all__ = [
+    "aged",
     "allocate",
     "is_kept",
     "live_old",
@@ -76,6 +77,30 @@ def is_kept(format: CacheFormat, before: Sequence[int], after: Sequence[int]) ->
         open_start(group, n - SPARE_TOKENS) <= max(group, open_start(group, new - SPARE_TOKENS))
         for n, new in zip(before, after, strict=True)
     )
+
+
+def aged(
+    config: CacheConfig,
+    format: CacheFormat,
+    view: CacheView,
+    young: Tensor,
+    table: Tensor,
+    lengths: Sequence[int],
+) -> None:
+    """Write the open groups' rows to the blocks, too, where a file has none. See `widened`."""
+    group, ring = format.age_group, format.age_group + SPARE_TOKENS
+    held = slabs(config, format, young)
+    for b, length in enumerate(lengths):
+        begin = max(group, open_start(group, length))
+        tokens = torch.arange(begin, max(begin, length), device=young.device)
+        block, row = table[b, tokens // view.block_size].long(), tokens % view.block_size
+        at = group + tokens % ring
+        for old, new in ((view.k, held.k), (view.v, held.v)):
+            assert isinstance(old.format, AffineRows)
+            assert isinstance(new.format, AffineRows)
+            codes, params = old.format.narrow(new.format, new.codes[b][:, at], new.params[b][:, at])
+            old.codes[block, :, row] = codes.transpose(0, 1)
+            old.params[block, :, row] = params.transpose(0, 1)
 
 
 def widened(

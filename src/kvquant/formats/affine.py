@@ -62,6 +62,15 @@ class AffineRows(RowFormat):
         params = torch.cat([scale, offset], -1).where(finite, torch.nan)
         return self.pack(codes.to(torch.uint8)), params.view(torch.uint8)
 
+    def narrow(self, other: AffineRows, codes: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of ``other`` in this format; one that needs no larger codes stays as it is."""
+        most, found = 2**self.bits - 1, other.unpack(codes)
+        fits = found.amax(-1, keepdim=True) <= most
+        rows = other.decode(codes, params)
+        data, of_rows = self.encode(rows, rows.isfinite().all(-1, keepdim=True))
+        same = self.pack(found.clamp(max=most))
+        return same.where(fits, data), params.where(fits, of_rows)
+
     def decode(self, codes: Tensor, params: Tensor) -> Tensor:
         """See `RowFormat.decode`."""
         pair = params.contiguous().view(torch.float16).float()
