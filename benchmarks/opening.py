@@ -69,13 +69,15 @@ def main(
 ) -> None:
     """Print microseconds of steps and appends that open a group, and of ordinary ones.
 
+    Shapes are sequences, tokens, new tokens.
+
     Example: python -m benchmarks opening --formats int8 --json opening.json
     """
     torch.set_grad_enabled(False)
     report = Report("Steps that open a group, µs")
     for name in formats.split(","):
         for shape in SHAPES:
-            row: dict[str, Any] = {"format": name, "sequences x tokens x new": "x".join(map(str, shape))}
+            row: dict[str, Any] = {"format": name, "shape": ",".join(map(str, shape))}
             times = graphs_ms(graphs(FORMATS[name], *shape))
             for what in ("step", "append"):
                 ordinary, opening = (times[f"{kind}_{what}"] for kind in ("ordinary", "opening"))
