@@ -1,14 +1,12 @@
-"""Stores of prompts, and of a decode step, beside a copy kernel that moves as many bytes.
+"""Stores of prompts beside a copy kernel that moves as many bytes.
 
 An append reads 2 bytes an element and writes 1 (and 4 bytes a row): the ceiling is a kernel that
 reads 2 bytes and writes 1 and does nothing else. Times are medians of CUDA-graph replays over
-rotated buffers that L2 cannot hold. A step that opens a group of 256 takes the mean of the group
-before it; beside it the step before, on the same lengths but for one token.
+rotated buffers that L2 cannot hold.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -88,46 +86,11 @@ def prompt_calls(
     return calls
 
 
-def step_us(batch: int, rounds: int = 15, count: int = 8) -> dict[str, float]:
-    """Microseconds of an append and of a decode step, where a group opens and where none does."""
-    found: dict[str, float] = {}
-    length = 2048
-    caches = [
-        RandomCache.make(batch, HEADS, length, DIM, spare=256)
-        for _ in range(buffers_for(batch * length * HEADS * 2 * DIM, most=count))
-    ]
-    key, value = torch.randn(2, batch, 1, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
-    query = torch.randn(batch, 1, 4 * HEADS, DIM, device="cuda", dtype=torch.bfloat16)
-
-    def append(cache: RandomCache) -> None:
-        kvquant.append_(
-            key, value, cache.view, block_table=cache.block_table, seq_lens=cache.seq_lens
-        )
-
-    def attend(cache: RandomCache) -> None:
-        kvquant.attention(
-            query, cache.view, key, value, block_table=cache.block_table, seq_lens=cache.seq_lens
-        )
-
-    for name, call in (("append", append), ("step", attend)):
-        times: dict[str, list[float]] = {"opens": [], "ordinary": []}
-        for _ in range(3):  # in turn
-            for kind, at in (("ordinary", length - 1), ("opens", length)):
-                for cache in caches:
-                    cache.seq_lens.fill_(at)
-                calls = [lambda cache=cache, call=call: call(cache) for cache in caches]
-                times[kind].append(graph_ms(calls, rounds) * 1e3)
-        for kind, of in times.items():
-            found[f"{name}_{kind}_us"] = statistics.median(of)
-        found[f"{name}_extra_us"] = found[f"{name}_opens_us"] - found[f"{name}_ordinary_us"]
-    return found
-
-
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG here.")] = None,
 ) -> None:
-    """Print milliseconds, TB/s and % of the copy kernel; and microseconds of decode steps.
+    """Print milliseconds, TB/s and % of the copy kernel.
 
     Example: python -m benchmarks store --json store.json --plot store.png
     """
@@ -150,12 +113,6 @@ def main(
             shape=f"{batch}x{tokens}", mbytes=nbytes / 1e6, copy_ms=ceiling,
             copy_tbs=3 * elements / ceiling / 1e9, **row,
         )  # fmt: skip
-    steps = Report("The step that opens a group")
-    for batch in (1, 8, 64):
-        steps.add(batch=batch, **step_us(batch))
-        torch.cuda.empty_cache()
-    steps.print()
-    report.facts["steps"] = steps.rows
     report.finish(json)
     if plot:
         draw(report, plot)
