@@ -1,7 +1,7 @@
 // Formats by age: which tokens are young, and where their rows are. See docs/by-age.md.
 //
 // A sequence's first group of tokens and those from its open group on are young: 8-bit rows in the
-// sequence's own slab, Sequences::young. The others are in the blocks of the view.
+// sequence's own slab, Sequences::young. The others are read from the blocks of the view.
 #pragma once
 
 #include "common/groups.h"

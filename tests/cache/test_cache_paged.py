@@ -128,8 +128,7 @@ def test_what_a_fork_has_stored_never_changes(kind, device, length):
     """Nor what a forked cache has: whichever crops and goes on, the other keeps its bits.
 
     A crop makes a block the last one that was full before: it may still be shared, although the
-    cache has had a last block of its own since. By age, a group that closes once more writes what
-    its blocks already have.
+    cache has had a last block of its own since.
     """
     cache, model = make(kind, device=device), Rows(3)
     append_dense([cache], model, 20)
