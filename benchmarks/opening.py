@@ -1,7 +1,7 @@
 """Decode steps that open a group of 256 tokens, beside ordinary ones; and appends alone.
 
-A step that opens a group takes the mean of the group before it, and by age also encodes that group
-anew. It is compared with a step at one token less, on the same buffers, larger than the L2 cache.
+A step that opens a group takes the mean of the group before it. It is compared with a step that
+ends where that group does, on the same buffers, larger than the L2 cache.
 Lengths stay as they are, so a CUDA graph holds several steps of one kind. A time is the median of
 five repetitions, in turns, its spread (largest - smallest) / median.
 """
@@ -82,7 +82,7 @@ def main(
             for what in ("step", "append"):
                 ordinary, opening = (times[f"{kind}_{what}"] for kind in ("ordinary", "opening"))
                 row |= {
-                    f"{what}": ordinary[0] * 1e3,
+                    what: ordinary[0] * 1e3,
                     f"{what}_opening": opening[0] * 1e3,
                     f"{what}_more": (opening[0] - ordinary[0]) * 1e3,
                     f"{what}_spread": max(ordinary[1], opening[1]),

@@ -115,7 +115,7 @@ def test_attention_reads_every_group_at_its_age(backend, device, before, tokens)
     seen = []
     for x in pair:
         wide = _decoded(x, "int8")
-        narrow = _decoded(wide.float(), "int4")  # the ring kept group 1 when it closed
+        narrow = _decoded(wide.float(), "int4")  # by way of its 8 bits
         token = torch.arange(x.shape[1], device=x.device)[:, None, None]
         seen.append(wide.where((token < GROUP) | (token >= young_from), narrow))
     query = torch.randn(2, tokens, 2 * HEADS, DIM, device=device)
@@ -178,7 +178,7 @@ def test_pieces_that_fail_leave_the_cache_as_it_was(backend, device, layout):
 @pytest.mark.parametrize(("longest", "kept"), [(514, 510), (800, 300), (800, 515), (1000, 257),
                                                (520, 200), (513, 512)])  # fmt: skip
 def test_crop_across_groups_and_the_same_rows_again(device, layout, longest, kept):
-    """A row that returns to 8 bits keeps its codes, and comes out the same when it is closed."""
+    """A row that returns to 8 bits keeps its codes, and those in the blocks stay as they are."""
     pair = rows(longest, device=device)
     cache, wanted = (make(K4V4, layout, device=device) for _ in range(2))
     for one in (cache, wanted):
@@ -195,7 +195,7 @@ def test_crop_across_groups_and_the_same_rows_again(device, layout, longest, kep
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_loaded_cache_goes_on_as_if_it_had_not_been_saved(native, name, layout):
-    """A file has no old rows of the open group; when that is closed, they are there."""
+    """A file has no old rows of the open group: a loaded cache makes them."""
     pair = rows(800, device=native)
     cache = make(FORMATS[name], layout, device=native)
     append(cache, pair, [UNEVEN[0], 100, 230])
@@ -206,6 +206,19 @@ def test_a_loaded_cache_goes_on_as_if_it_had_not_been_saved(native, name, layout
         append(one, pair, [1, 17, 200, 52])
     assert_same(cache, loaded)
     assert torch.equal(cache.attend(0, query), loaded.attend(0, query))
+
+
+def test_sequences_of_unlike_lengths_are_loaded(native):
+    cache = make(K4V4, "paged16", batch=3, device=native)
+    key, value = rows(800, batch=1, device=native)
+    edges = torch.tensor([0, 0, 256, 786], dtype=torch.int32, device=native)
+    cache.append(0, key[0, :786], value[0, :786], cu_seqlens=edges)
+    loaded = make(K4V4, "growing", batch=3, device=native)
+    loaded.load_state_dict(cache.state_dict())
+    more = rows(300, batch=3, device=native)
+    for one in (cache, loaded):
+        one.append(0, *more)
+    assert_same(cache, loaded)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

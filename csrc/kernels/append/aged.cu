@@ -1,5 +1,5 @@
 // Append of rows by age. Long calls write new rows over those that the mean of the next group is
-// taken of, so they are two launches.
+// taken of, so with key means they are two launches.
 #include "kernels/append/ages.cuh"
 #include "kernels/append/call.cuh"
 #include "kernels/append/group_means.cuh"

@@ -309,7 +309,7 @@ __device__ __noinline__ void append_groups(const AttentionCall& p, GroupScratch&
   __syncthreads();
 }
 
-// By age: likewise, where the call begins a group, which no row of the call outlives.
+// By age: likewise, where the call begins a group. Its rows are few: the ring keeps all of them.
 template <class Formats, class Element, int kThreads>
 __device__ __noinline__ void append_aged(const AttentionCall& p, GroupScratch& scratch, int stored,
                                          int from, int to) {

@@ -53,7 +53,7 @@ def slabs(config: CacheConfig, format: CacheFormat, young: Tensor) -> CacheView:
 
 
 def live_old(format: CacheFormat, length: int) -> range:
-    """The tokens of a sequence whose rows in the blocks count."""
+    """The tokens of a sequence whose rows a file has from the blocks."""
     if not format.by_age:
         return range(length)
     return range(format.age_group, open_start(format.age_group, length))
@@ -87,7 +87,7 @@ def aged(
     table: Tensor,
     lengths: Sequence[int],
 ) -> None:
-    """Write the open groups' rows to the blocks, too, where a file has none. See `widened`."""
+    """Write the open groups' rows to the blocks, too, of sequences of ``lengths`` from a file."""
     group, ring = format.age_group, format.age_group + SPARE_TOKENS
     held = slabs(config, format, young)
     for b, length in enumerate(lengths):
