@@ -99,23 +99,46 @@ KVQUANT_INLINE Vec butterflies_within(Vec x, int length) {
     return x;
   }
 }
+// The steps of a rotation that stay within kVecs vectors, and its norm, if these are all.
+template <int kVecs>
+KVQUANT_INLINE void rotate_within(float* x, int length, Vec norm) {
+  Vec v[kVecs];
+  for (int i = 0; i < kVecs; ++i) v[i] = butterflies_within<1>(Vec::load(x + i * kWidth), length);
+  for (int step = 1; step < kVecs; step *= 2) {
+    if (step * kWidth >= length) break;
+    for (int i = 0; i < kVecs; ++i) {
+      if (i & step) continue;
+      const Vec a = v[i], b = v[i + step];
+      v[i] = a + b, v[i + step] = a - b;
+    }
+  }
+  for (int i = 0; i < kVecs; ++i) {
+    (length <= kVecs * kWidth ? v[i] * norm : v[i]).store(x + i * kWidth);
+  }
+}
 // Orthonormal Hadamard rotation in blocks of `length` channels, a power of two: its own inverse.
-// The order of steps is the one that common/hadamard.h fixes.
+// The order of steps is the one that common/hadamard.h fixes. As many vectors as registers hold go
+// through their steps together.
+template <int kVecs = 8>
 KVQUANT_INLINE void rotate(float* x, int dim, int length) {
+  constexpr int kChannels = kVecs * kWidth;
   if (length < 2) return;
-  for (int c = 0; c < dim; c += kWidth)
-    butterflies_within<1>(Vec::load(x + c), length).store(x + c);
-  for (int step = kWidth; step < length; step *= 2) {
+  if constexpr (kVecs > 1) {
+    if (dim % kChannels) return rotate<kVecs / 2>(x, dim, length);
+  }
+  const Vec norm = Vec::set(hadamard_norm(length));
+  for (int c = 0; c < dim; c += kChannels) rotate_within<kVecs>(x + c, length, norm);
+  for (int step = kChannels; step < length; step *= 2) {
+    const bool is_last = 2 * step == length;
     for (int block = 0; block < dim; block += 2 * step) {
       for (int c = block; c < block + step; c += kWidth) {
         const Vec a = Vec::load(x + c), b = Vec::load(x + c + step);
-        (a + b).store(x + c);
-        (a - b).store(x + c + step);
+        const Vec sum = a + b, difference = a - b;
+        (is_last ? sum * norm : sum).store(x + c);
+        (is_last ? difference * norm : difference).store(x + c + step);
       }
     }
   }
-  const Vec norm = Vec::set(hadamard_norm(length));
-  for (int c = 0; c < dim; c += kWidth) (Vec::load(x + c) * norm).store(x + c);
 }
 
 // Codes, scale and offset of one row as floats, in the basis they are stored in.

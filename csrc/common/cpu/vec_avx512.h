@@ -155,11 +155,12 @@ KVQUANT_INLINE Vec butterfly(Vec x) {
   } else {
     other = _mm512_shuffle_f32x4(x.v, x.v, 0x4e);
   }
-  constexpr __mmask16 kUpper = kStep == 1   ? 0xaaaa
-                               : kStep == 2 ? 0xcccc
-                               : kStep == 4 ? 0xf0f0
-                                            : 0xff00;
-  return {_mm512_mask_sub_ps(_mm512_add_ps(x.v, other), kUpper, other, x.v)};
+  // Rounds once: what the multiplication by one or minus one gives is exact.
+  constexpr float a = 1.f, b = kStep & 1 ? -1.f : 1.f, c = kStep & 2 ? -1.f : 1.f,
+                  d = kStep & 4 ? -1.f : 1.f, e = kStep & 8 ? -1.f : 1.f;
+  const __m512 signs = _mm512_setr_ps(a, b, c, b * c, d, d * b, d * c, d * b * c, e, e * b, e * c,
+                                      e * b * c, e * d, e * d * b, e * d * c, e * d * b * c);
+  return {_mm512_fmadd_ps(x.v, signs, other)};
 }
 
 // Sixteen (scale, offset) pairs of fp16.
