@@ -5,6 +5,9 @@
 #include <cstring>
 
 #include "common/host_device.h"
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 namespace kvquant {
 
@@ -26,6 +29,8 @@ KVQUANT_HD uint32_t float_to_bits(float f) {
 KVQUANT_HD float half_to_float(uint16_t h) {
 #ifdef __CUDA_ARCH__
   return __half2float(__ushort_as_half(h));
+#elif defined(__F16C__)
+  return _cvtsh_ss(h);
 #else
   const uint32_t sign = uint32_t(h & 0x8000) << 16, mag = h & 0x7fff;
   if (mag >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (mag & 0x3ff) << 13);
@@ -40,6 +45,8 @@ KVQUANT_HD uint16_t half_round_down(float x) {
   if (mag > 0x7f800000) return kHalfNaN;
 #ifdef __CUDA_ARCH__
   return __half_as_ushort(__float2half_rd(x));
+#elif defined(__F16C__)
+  return uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEG_INF));
 #else
   const uint32_t sign = bits >> 31;
   uint32_t half, rest;

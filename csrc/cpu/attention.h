@@ -6,6 +6,8 @@
 // number of threads nor on the rest of the batch.
 #pragma once
 
+#include <cmath>
+
 #include "common/mask.h"
 #include "cpu/products.h"
 #include "cpu/rows.h"

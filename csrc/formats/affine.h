@@ -1,8 +1,6 @@
 // What rows of codes 0 .. kMaxCode with an fp16 scale and an fp16 offset a row have in common.
 #pragma once
 
-#include <cmath>
-
 #include "common/half.h"
 #include "formats/row_format.h"
 
@@ -18,11 +16,11 @@ struct alignas(4) AffineParams {
 // counts as the largest fp16.
 KVQUANT_HD AffineParams affine_params(float min, float max, bool finite, float steps, float below) {
   if (!finite) return {kHalfNaN, kHalfNaN};
-  const float low = fminf(fmaxf(min, -kMaxAbs), kMaxAbs), high = fminf(max, kMaxAbs);
+  const float low = least(most(min, -kMaxAbs), kMaxAbs), high = least(max, kMaxAbs);
   // The product is exact, so that fusing it with the sum changes nothing.
   const uint16_t offset = half_round_down(below > 0.f ? (high - low) * below + low : low);
   const float range = high - half_to_float(offset);
-  return {half_round_up(fmaxf(range / steps, kMinScale)), offset};
+  return {half_round_up(most(range / steps, kMinScale)), offset};
 }
 KVQUANT_HD RowAffine affine_of(AffineParams params) {
   return {half_to_float(params.scale), half_to_float(params.offset)};
