@@ -131,6 +131,24 @@ void group_mean(const Source<Format>& src, int64_t start, int64_t end, float* me
   }
 }
 
+// What makes codes of a row's channels, of which it knows the range.
+template <class Format>
+struct RowEncoder {
+  typename Format::Params params;
+  float offset, inverse;
+
+  RowEncoder(float low, float high, bool finite) : params(Format::params(low, high, finite)) {
+    const RowAffine affine = Format::affine(params);
+    offset = affine.offset, inverse = 1.f / affine.scale;
+  }
+  KVQUANT_INLINE Vec code(Vec x) const {  // not rounded; a NaN becomes 0
+    return clamp((x - Vec::set(offset)) * Vec::set(inverse), 0.f, Format::kMaxCode);
+  }
+  KVQUANT_INLINE float rounded(float x) const {  // half to even
+    return least(most((x - offset) * inverse, 0.f), Format::kMaxCode) + 12582912.f - 12582912.f;
+  }
+};
+
 // A row in the basis it is stored in, ready for any format.
 struct ReadyRow {
   const float* x;
@@ -139,15 +157,42 @@ struct ReadyRow {
   bool finite;
 
   template <class Format>
-  KVQUANT_INLINE void store(Format, uint8_t* codes, typename Format::Params& to) const {
-    const auto params = Format::params(low, high, finite);
-    const RowAffine affine = Format::affine(params);
-    const Vec offset = Vec::set(affine.offset), inverse = Vec::set(1.f / affine.scale);
-    for (int c = 0; c < dim; c += kWidth) {  // a NaN becomes 0
-      const Vec code = clamp((Vec::load(x + c) - offset) * inverse, 0.f, Format::kMaxCode);
-      Codes<Format>::store(codes, c, code);
+  KVQUANT_INLINE void store(Format, uint8_t* codes, typename Format::Params& params) const {
+    const RowEncoder<Format> own(low, high, finite);
+    for (int c = 0; c < dim; c += kWidth) {
+      Codes<Format>::store(codes, c, own.code(Vec::load(x + c)));
     }
-    to = params;
+    params = own.params;
+  }
+  // In 8 bits, and what a format makes of that row: where params are alike, and it needs no larger
+  // codes than the format's, the same. As a code grows with its channel, those of the smallest and
+  // the largest channel are the row's range.
+  template <class Format>
+  KVQUANT_INLINE void store_both(uint8_t* young, Int8::Params& young_params, Format, uint8_t* codes,
+                                 typename Format::Params& params) const {
+    const RowEncoder<Int8> eight(low, high, finite);
+    young_params = eight.params;
+    const float most = eight.rounded(high);
+    if constexpr (std::is_same_v<typename Format::Params, Int8::Params>) {
+      if (!finite || most <= Format::kMaxCode) {
+        for (int c = 0; c < dim; c += kWidth) {
+          const Vec code = eight.code(Vec::load(x + c));
+          Codes<Int8>::store(young, c, code);
+          Codes<Format>::store(codes, c, code);
+        }
+        params = eight.params;
+        return;
+      }
+    }
+    const RowAffine of = Int8::affine(eight.params);
+    const RowEncoder<Format> own(of.scale * eight.rounded(low) + of.offset,
+                                 of.scale * most + of.offset, finite);
+    for (int c = 0; c < dim; c += kWidth) {
+      const Vec code = round(eight.code(Vec::load(x + c)));
+      Codes<Int8>::store(young, c, code);
+      Codes<Format>::store(codes, c, own.code(fma(Vec::set(of.scale), code, Vec::set(of.offset))));
+    }
+    params = own.params;
   }
 };
 
@@ -163,30 +208,6 @@ ReadyRow ready_row(const Source<Format>& src, const float* mean, float* x) {
     range.add(y);
   }
   return {x, src.dim, reduce_min(range.low), reduce_max(range.high), finite};
-}
-
-// An 8-bit row in another format. One that needs no larger codes than the format's stays as it is,
-// where params are alike.
-template <class Format>
-void narrow(Format, const uint8_t* from, Int8::Params params, int dim, uint8_t* codes,
-            typename Format::Params& to) {
-  alignas(64) float x[kMaxDim];
-  const float scale = Int8::affine(params).scale;
-  const bool finite = scale == scale;
-  if constexpr (std::is_same_v<typename Format::Params, Int8::Params>) {
-    Vec largest = zero();
-    for (int c = 0; c < dim; c += kWidth) largest = max(Vec::load(from + c), largest);
-    if (!finite || reduce_max(largest) <= Format::kMaxCode) {
-      for (int c = 0; c < dim; c += kWidth) Codes<Format>::store(codes, c, Vec::load(from + c));
-      to = params;
-      return;
-    }
-  }
-  Range range;
-  decode_row(Int8{}, from, params, dim, nullptr, x);
-  for (int c = 0; c < dim; c += kWidth) range.add(Vec::load(x + c));
-  const ReadyRow row{x, dim, reduce_min(range.low), reduce_max(range.high), finite};
-  row.store(Format{}, codes, to);
 }
 
 // The group behind the open one, whose mean is of stored rows.
@@ -205,27 +226,42 @@ void take_next_mean(const Source<Format>& src) {
   group_mean(src, next, least<int64_t>(next + src.young.group, total), mean);
 }
 
-// By age: to the blocks, the ring or both.
+// By age: whether some group behind an open one begins in the call.
+bool opens_by_age(const AppendParams& p) {
+  const int group = p.cache.mean_group;
+  if (!p.seqs.young.data || !group) return false;
+  for (int b = 0; b < p.seqs.batch; ++b) {
+    const int length = checked_length(p.seqs.seq_lens[b]);
+    if (length % group + call_rows(p.seqs, b).count > group || length % group == 0) return true;
+  }
+  return false;
+}
+
+// By age: where rows of one group go.
+struct Fate {
+  bool in_blocks, is_young;
+  bool by_8_bits;  // first, so that cuts make no difference
+
+  template <class Format>
+  Fate(const Source<Format>& src, int start) {
+    const int group = src.young.group, length = src.length + src.call.count;
+    in_blocks = start >= group;
+    is_young = group && (!in_blocks || start >= kept_from(group, length));
+    by_8_bits = is_young || (group && src.length > 0 && start <= src.young.from);
+  }
+};
+
 template <class Format>
-void write_row(const Source<Format>& src, bool is_key, int token, Place to, const ReadyRow& row) {
-  const int group = src.young.group, length = src.length + src.call.count;
-  if (!group) return row.store(Format{}, src.codes(to), src.params(to));
-  const bool is_young = token < group || token >= kept_from(group, length);
-  const bool had_begun = src.length > 0 && token < src.young.from + group;
+void write_row(const Source<Format>& src, bool is_key, const Fate& fate, int token, Place to,
+               const ReadyRow& row) {
+  if (!fate.by_8_bits) return row.store(Format{}, src.codes(to), src.params(to));
   alignas(64) uint8_t codes[kMaxDim];
   Int8::Params params;
-  const bool by_8_bits = is_young || had_begun;  // so that cuts make no difference
-  if (by_8_bits) row.store(Int8{}, codes, params);
-  if (token >= group && by_8_bits) {
-    narrow(Format{}, codes, params, src.dim, src.codes(to), src.params(to));
-  } else if (token >= group) {
-    row.store(Format{}, src.codes(to), src.params(to));
-  }
-  if (is_young) {
-    const int at = src.young.row(token);
-    memcpy(src.young.codes(is_key, at), codes, size_t(src.dim));
-    young_params(src.young, is_key, at) = params;
-  }
+  const int at = fate.is_young ? src.young.row(token) : 0;
+  uint8_t* const young = fate.is_young ? src.young.codes(is_key, at) : codes;
+  Int8::Params& of_young = fate.is_young ? young_params(src.young, is_key, at) : params;
+  if (!fate.in_blocks) return row.store(Int8{}, young, of_young);
+  row.store_both(young, of_young, Format{}, src.codes(to), src.params(to));
 }
 
 }  // namespace
@@ -238,7 +274,7 @@ Status append(const AppendParams& p, int threads) {
       p.seqs.batch * tokens * cache.num_kv_heads * (cache.k.head_dim + cache.v.head_dim);
   if (tokens == 0) return Status::ok();
   const Status status = with_pair(cache.k.format, cache.v.format, [&](auto formats) {
-    if (p.seqs.young.data && cache.mean_group) {
+    if (opens_by_age(p)) {
       parallel(worth(threads, elements), p.seqs.batch * pairs / 2, [&](int64_t item) {
         const int heads = cache.num_kv_heads;
         with_rows(formats, true, [&](auto format) {
@@ -258,11 +294,12 @@ Status append(const AppendParams& p, int threads) {
         if (has_mean) {
           group_mean(src, chunk.start, chunk.end, mean, chunk.start == next_group(src));
         }
+        const Fate fate(src, chunk.start);
         for (int token = chunk.begin; token < chunk.end; ++token) {
           const Place to = src.place(token - src.length);
           if (to.block < 0) continue;
           src.load(token - src.length, x);
-          write_row(src, is_key, token, to, ready_row(src, has_mean ? mean : nullptr, x));
+          write_row(src, is_key, fate, token, to, ready_row(src, has_mean ? mean : nullptr, x));
         }
       });
     });

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from .arguments import check_tensor
 from .backends import Problem, look_of
 from .checks import check_device_of, check_index, check_no_grad, check_pair, check_rows
+from .formats import CacheFormat
 from .view import CacheView, Options, Sequences
 
 __all__ = ["check_append", "check_gather", "check_memory", "check_out", "problem_of"]
@@ -46,12 +48,16 @@ def check_memory(view: CacheView, seqs: Sequences | None = None, **rows: Tensor)
         )
 
 
+@lru_cache(64)
+def _young_bytes(format: CacheFormat, head_dim: int, v_head_dim: int) -> int:
+    return replace(format, by_age=True).young_bytes(head_dim, v_head_dim)
+
+
 def _check_young(young: Tensor, view: CacheView) -> None:
     try:
-        format = replace(view.format, by_age=True)
+        needed = _young_bytes(view.format, view.k.head_dim, view.v.head_dim)
     except ValueError as error:
         raise ValueError(f"young: not with this view ({error})") from None
-    needed = format.young_bytes(view.k.head_dim, view.v.head_dim)
     if young.shape[1] != view.num_kv_heads or young.shape[2] < needed:
         raise ValueError(
             f"young: expected slabs of {view.num_kv_heads} heads and at least {needed} bytes, got "
