@@ -74,7 +74,8 @@ def is_kept(format: CacheFormat, before: Sequence[int], after: Sequence[int]) ->
     """Whether the ring holds all that it must after a crop of sequences of these lengths."""
     group = format.age_group
     return all(
-        open_start(group, n - SPARE_TOKENS) <= max(group, open_start(group, new - SPARE_TOKENS))
+        new <= group
+        or open_start(group, n - SPARE_TOKENS) <= max(group, open_start(group, new - SPARE_TOKENS))
         for n, new in zip(before, after, strict=True)
     )
 
