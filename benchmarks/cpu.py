@@ -35,6 +35,7 @@ SHAPES = [  # batch, q_heads, kv_heads, tokens, head_dim
 ]
 PROMPTS = [(1, 9, 3, 2048, 64), (1, 32, 8, 2048, 128)]  # the first: SmolLM2's
 ROWS = (2, 8, 2048, 128)
+STEPS = 512  # appends of one token that are timed together
 LAST_CACHE = 100_000_000  # bytes, more than it holds
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,10 +81,12 @@ def decode(report: Report, rounds: int) -> None:
 
 
 def formats(report: Report, rounds: int) -> None:
-    """Decode and append in each pair of row formats, in turns."""
+    """Decode and append in each pair of row formats, uniform and by age, in turns."""
+    four_bit = {name: kvquant.CacheFormat.named(name) for name in ("k8v4", "k4v4")}
     named = {
-        name: replace(kvquant.CacheFormat.named(name), by_age=False)
-        for name in ("int8", "k8v4", "k4v4")
+        "int8": kvquant.CacheFormat(),
+        **{name: replace(fmt, by_age=False) for name, fmt in four_bit.items()},
+        **{f"{name} by age": fmt for name, fmt in four_bit.items()},
     }
     for batch, q_heads, kv_heads, tokens, dim in SHAPES:
         query = torch.randn(batch, 1, q_heads, dim)
@@ -102,26 +105,27 @@ def formats(report: Report, rounds: int) -> None:
             **{f"{name}/int8": x / ms[0] for name, x in zip(named, ms, strict=True)},
         )
     batch, heads, tokens, dim = ROWS
-    for name, dtype in DTYPES.items():
-        x = torch.randn(batch, tokens, heads, dim, dtype=dtype)
-        layers = [
-            kvquant.QuantizedKVCache(
-                1, batch, heads, dim, max_seq_len=tokens, format=fmt, device="cpu"
-            )
-            for fmt in named.values()
-        ]
+    layers = [
+        kvquant.QuantizedKVCache(1, batch, heads, dim, max_seq_len=tokens, format=fmt, device="cpu")
+        for fmt in named.values()
+    ]
 
-        def append(layer: kvquant.QuantizedKVCache, x: Tensor = x) -> None:
-            layer.crop(0)
+    def append(layer: kvquant.QuantizedKVCache, x: Tensor, times: int) -> None:
+        layer.crop(0)
+        for _ in range(times):
             layer.append(0, x, x)
 
-        ms = wall_ms(*([partial(append, layer)] for layer in layers), rounds=rounds)
-        report.add(
-            op="append",
-            shape=f"{batch},{heads},{tokens},{dim} {name}",
-            **{f"{name}_ms": t for name, t in zip(named, ms, strict=True)},
-            **{f"{name}/int8": t / ms[0] for name, t in zip(named, ms, strict=True)},
-        )
+    for count in (tokens, 1):
+        for name, dtype in DTYPES.items():
+            x = torch.randn(batch, count, heads, dim, dtype=dtype)
+            times = min(tokens // count, STEPS)
+            ms = wall_ms(*([partial(append, layer, x, times)] for layer in layers), rounds=rounds)
+            report.add(
+                op="append",
+                shape=f"{batch},{heads},{count},{dim} {name}",
+                **{f"{name}_ms": t / times for name, t in zip(named, ms, strict=True)},
+                **{f"{name}/int8": t / ms[0] for name, t in zip(named, ms, strict=True)},
+            )
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Call:
