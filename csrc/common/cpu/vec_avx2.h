@@ -165,8 +165,10 @@ KVQUANT_INLINE Vec butterfly(Vec x) {
     other = _mm256_permute2f128_ps(x.v, x.v, 1);
   }
   // Rounds once: what the multiplication by one or minus one gives is exact.
-  constexpr float b = kStep & 1 ? -1.f : 1.f, c = kStep & 2 ? -1.f : 1.f, d = kStep & 4 ? -1.f : 1.f;
-  return {_mm256_fmadd_ps(x.v, _mm256_setr_ps(1.f, b, c, b * c, d, d * b, d * c, d * b * c), other)};
+  constexpr float b = kStep & 1 ? -1.f : 1.f, c = kStep & 2 ? -1.f : 1.f,
+                  d = kStep & 4 ? -1.f : 1.f;
+  return {
+      _mm256_fmadd_ps(x.v, _mm256_setr_ps(1.f, b, c, b * c, d, d * b, d * c, d * b * c), other)};
 }
 
 // Eight (scale, offset) pairs of fp16.

@@ -30,14 +30,13 @@ struct RowLanes {
   __device__ __forceinline__ int channel() const { return index * kLaneChannels; }
 };
 
-// What `best` makes of all lanes of a row, in each of them. It does not mind the order, nor meeting
-// one twice, as a maximum does not. All lanes of the warp must call.
-template <class X, class F>
-__device__ __forceinline__ X row_best(X x, const RowLanes& at, F&& best) {
+// The maximum of all lanes of a row, in each of them: it does not mind the order, nor meeting one
+// twice. All lanes of the warp must call.
+__device__ __forceinline__ float row_max(float x, const RowLanes& at) {
   if ((at.lanes & (at.lanes - 1)) == 0) {
 #pragma unroll 1
     for (int step = 1; step < at.lanes; step <<= 1) {
-      x = best(x, __shfl_xor_sync(kFullWarp, x, step));
+      x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, step));
     }
     return x;
   }
@@ -45,12 +44,9 @@ __device__ __forceinline__ X row_best(X x, const RowLanes& at, F&& best) {
 #pragma unroll 1
   for (int step = 1; step < at.lanes; step <<= 1) {
     const int from = at.index + step < at.lanes ? at.index + step : at.index + step - at.lanes;
-    x = best(x, __shfl_sync(kFullWarp, x, at.first + from));
+    x = fmaxf(x, __shfl_sync(kFullWarp, x, at.first + from));
   }
   return x;
-}
-__device__ __forceinline__ float row_max(float x, const RowLanes& at) {
-  return row_best(x, at, [](float a, float b) { return fmaxf(a, b); });
 }
 // Whether something holds for all lanes of a row, of which each learns it. All lanes of the warp
 // must call.

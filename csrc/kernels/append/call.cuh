@@ -39,7 +39,7 @@ constexpr int kFewTokens = kSpareTokens;  // of a sequence, up to which a block 
 
 // What a block of an append takes: a chunk of one head's keys, or of its values. grid: (chunks,
 // kv_heads, batch * 2), K and V even and odd in z. Of few tokens all of them, K and V, by half of
-// its warps each: then a grid (n, kv_heads, batch), where other blocks than the first take none.
+// its warps each: then a grid (1, kv_heads, batch).
 struct BlockRows {
   int sequence, head;
   bool few;                // the grid is that of few tokens
@@ -72,7 +72,7 @@ struct BlockRows {
     const int count = call_rows(p.seqs, sequence).count;
     const Chunk chunk = chunk_of(p.cache, length, count, int(blockIdx.x));
     begin = few ? length : chunk.begin;
-    end = few ? length + (blockIdx.x == 0 ? count : 0) : chunk.end;
+    end = few ? length + count : chunk.end;
   }
 };
 

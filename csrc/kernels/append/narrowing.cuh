@@ -9,14 +9,15 @@ namespace kvquant::cuda {
 // of its values, which are monotone in the code. A row that needs no larger codes stays as it is.
 template <class Format>
 struct Narrowing {
-  static_assert(std::is_same_v<typename Format::Params, Int8::Params>);
+  static_assert(std::is_same_v<typename Format::Params, Int8::Params> &&
+                Format::kMaxCode < Int8::kMaxCode);
   RowAffine from;
   Int8::Params params;
   Encoder<Format> encoder;
 
   __device__ __forceinline__ Narrowing(Int8::Params young, float low, float high)
       : from(Int8::affine(young)), params(young), encoder(young) {
-    if (Format::kMaxCode >= Int8::kMaxCode || high <= Format::kMaxCode || isnan(from.scale)) {
+    if (high <= Format::kMaxCode || isnan(from.scale)) {
       from = {1.f, 0.f}, encoder.offset = 0.f, encoder.inverse = 1.f;
     } else {
       params = Format::params(value(low), value(high), true);

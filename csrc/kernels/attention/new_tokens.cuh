@@ -14,7 +14,7 @@ template <class Format, class Element>
 __device__ __forceinline__ Source<Format, Element> new_source(const AttentionCall& p,
                                                               const CacheView& cache, bool is_key,
                                                               int stored, int whole = -1,
-                                                              int age = 0, int head = blockIdx.x) {
+                                                              int age = 0) {
   const int sequence = blockIdx.y;
   return {cache,
           p.seqs,
@@ -23,7 +23,7 @@ __device__ __forceinline__ Source<Format, Element> new_source(const AttentionCal
           p.dtype,
           is_key,
           sequence,
-          head,
+          int(blockIdx.x),
           call_rows(p.seqs, sequence),
           stored,
           Paging(cache, p.seqs.max_blocks),
@@ -212,22 +212,29 @@ class NewTokensInFlight {
       const auto is_channel = [&](int c) { return Traits::kPlainCall || c < old.dim(); };
       const Place to = old.stored(token);
       if (to.block < 0) return;
-      float low = INFINITY, high = -INFINITY;
-      const auto code = [&](int c) { return float(rows.codes[i][c]); };
-      Row::pieces([&](auto width, int, int c) {
-        if (!is_channel(c)) return;
-#pragma unroll
-        for (int j = c; j < c + width(); ++j)
-          low = fminf(low, code(j)), high = fmaxf(high, code(j));
-      });
-      const Narrowing<Format> narrowing(rows.params[i], -warp_max(-low), warp_max(high));
       uint8_t* const codes = old.codes(to);
-      Row::pieces([&](auto width, int, int c) {
-        if (!is_channel(c)) return;
-        LaneCodes<Format>::template store<width()>(
-            codes, c, [&](int j) { return narrowing.code(code(c + j)); });
-      });
-      if (threadIdx.x % 32 == 0) *old.params(to) = narrowing.params;
+      if constexpr (std::is_same_v<Format, Int8>) {
+        Row::pieces([&](auto width, int, int c) {
+          if (is_channel(c)) store_vector<width()>(codes + c, at<width()>(rows.codes[i] + c).x);
+        });
+        if (threadIdx.x % 32 == 0) *old.params(to) = rows.params[i];
+      } else {
+        float low = INFINITY, high = -INFINITY;
+        const auto code = [&](int c) { return float(rows.codes[i][c]); };
+        Row::pieces([&](auto width, int, int c) {
+          if (!is_channel(c)) return;
+#pragma unroll
+          for (int j = c; j < c + width(); ++j)
+            low = fminf(low, code(j)), high = fmaxf(high, code(j));
+        });
+        const Narrowing<Format> narrowing(rows.params[i], -warp_max(-low), warp_max(high));
+        Row::pieces([&](auto width, int, int c) {
+          if (!is_channel(c)) return;
+          LaneCodes<Format>::template store<width()>(
+              codes, c, [&](int j) { return narrowing.code(code(c + j)); });
+        });
+        if (threadIdx.x % 32 == 0) *old.params(to) = narrowing.params;
+      }
     });
   }
   __device__ __forceinline__ int turn() const {

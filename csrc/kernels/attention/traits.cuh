@@ -49,10 +49,10 @@ struct AttentionTraits {
       kPlainCall && kHeld && kDim <= 128 &&
       (kByAge || kDim <= 64 || kShape.has_room() || Key::code_bytes(8) + Value::code_bytes(8) <= 8);
   // Columns of a key of Key's format in the products, see KeyTile. Two, so that it is read by whole
-  // lines, where memory is the limit; not by age, whose second loop lacks the registers.
+  // lines, where memory is the limit and registers suffice.
   template <class Key>
   static constexpr int kKeyColumns =
-      kHeld && !kTakesWhole && !kByAge ? KeyTile<Key, kDim>::kMostColumns : 1;
+      kHeld && kTakesWhole == kByAge ? KeyTile<Key, kDim>::kMostColumns : 1;
   static constexpr int kRowSets = kRows / 8;           // softmax rows of a lane
   static constexpr int kRowsPerWarp = kRows / kWarps;  // to prepare
   // Of 16 rows of bytes: the highest ones of all rows come first.
@@ -95,6 +95,8 @@ struct YoungTraits : Traits {
   using Key = Int8;
   using Value = Int8;
   static constexpr bool kIsYoung = true;
+  template <class Key>
+  static constexpr int kKeyColumns = 1;  // with two this loop spills
   static constexpr int kTiles = Traits::kDim <= 64 ? Traits::kTiles : 1;
   static constexpr InstanceShape kShape = {kTiles, Traits::kShape.warps, Traits::kShape.blocks,
                                            Traits::kShape.stages};
