@@ -48,14 +48,17 @@ def check_memory(view: CacheView, seqs: Sequences | None = None, **rows: Tensor)
         )
 
 
-@lru_cache(64)
 def _young_bytes(format: CacheFormat, head_dim: int, v_head_dim: int) -> int:
     return replace(format, by_age=True).young_bytes(head_dim, v_head_dim)
 
 
+_known_young_bytes = lru_cache(64)(_young_bytes)
+
+
 def _check_young(young: Tensor, view: CacheView) -> None:
+    young_bytes = _young_bytes if torch.compiler.is_compiling() else _known_young_bytes
     try:
-        needed = _young_bytes(view.format, view.k.head_dim, view.v.head_dim)
+        needed = young_bytes(view.format, view.k.head_dim, view.v.head_dim)
     except ValueError as error:
         raise ValueError(f"young: not with this view ({error})") from None
     if young.shape[1] != view.num_kv_heads or young.shape[2] < needed:
