@@ -49,7 +49,8 @@ struct AttentionTraits {
       kPlainCall && kHeld && kDim <= 128 &&
       (kByAge || kDim <= 64 || kShape.has_room() || Key::code_bytes(8) + Value::code_bytes(8) <= 8);
   // Columns of a key of Key's format in the products, see KeyTile. Two, so that it is read by whole
-  // lines, where memory is the limit and registers suffice.
+  // lines, where memory is the limit and registers suffice: in instances with the one loop, and by
+  // age in those with a loop for whole pieces.
   template <class Key>
   static constexpr int kKeyColumns =
       kHeld && kTakesWhole == kByAge ? KeyTile<Key, kDim>::kMostColumns : 1;
