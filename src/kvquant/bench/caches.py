@@ -58,8 +58,7 @@ class RandomCache:
             params = rows_view.params.view(torch.float16)
             scale = torch.rand(params.shape[:-1], device=device) * 0.01 + 0.01
             params[..., 0] = scale
-            if params.shape[-1] > 1:
-                params[..., 1] = -127.5 * scale
+            params[..., 1:] = -127.5 * scale[..., None]  # offsets, where rows have them
         if view.mean is not None:
             view.mean.view(torch.float16).normal_(0, 0.5)
         lens = torch.full((batch,), tokens, dtype=torch.int32, device=device)
