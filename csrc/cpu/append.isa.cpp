@@ -172,9 +172,9 @@ struct ReadyRow {
                                  typename Format::Params& params) const {
     const RowEncoder<Int8> eight(low, high, finite);
     young_params = eight.params;
-    const float most = eight.rounded(high);
+    const float last = eight.rounded(high);  // the largest code
     if constexpr (std::is_same_v<typename Format::Params, Int8::Params>) {
-      if (!finite || most <= Format::kMaxCode) {
+      if (!finite || last <= Format::kMaxCode) {
         for (int c = 0; c < dim; c += kWidth) {
           const Vec code = eight.code(Vec::load(x + c));
           Codes<Int8>::store(young, c, code);
@@ -186,7 +186,7 @@ struct ReadyRow {
     }
     const RowAffine of = Int8::affine(eight.params);
     const RowEncoder<Format> own(of.scale * eight.rounded(low) + of.offset,
-                                 of.scale * most + of.offset, finite);
+                                 of.scale * last + of.offset, finite);
     for (int c = 0; c < dim; c += kWidth) {
       const Vec code = round(eight.code(Vec::load(x + c)));
       Codes<Int8>::store(young, c, code);
