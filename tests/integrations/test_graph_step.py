@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import sys
 from typing import Any
@@ -231,6 +232,33 @@ def test_a_model_that_cannot_be_captured_runs_as_it_is(
     assert step.reason.startswith("the model's step cannot be captured: ")
     assert step.reason in warnings_of.text
     assert cache.layers[0].storage.seq_lens.tolist() == [12, 12]
+    assert torch.rand(8, device=device).unique().numel() > 1  # the generator still draws
+    model.model.norm = norm
+    step = both(model, device, ids)
+    assert step.calls["replay"] == 27
+
+
+@pytest.mark.gpu
+def test_garbage_of_the_time_of_a_capture(cuda: str) -> None:
+    """A graph in a reference cycle, dropped while another is captured, is freed behind that."""
+    model, ids, graphs = make("llama", cuda), ids_of(2, 12, cuda), []
+    graphs.append(CUDAGraph(torch.device(cuda)))
+    graphs[0].capture(lambda: torch.ones(4, device=cuda))
+
+    def drop(*_: Any) -> None:
+        if graphs and torch.cuda.is_current_stream_capturing():
+            cycle = [graphs.pop()]
+            cycle.append(cycle)
+
+    model.model.layers[0].register_forward_pre_hook(drop)
+    before = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        step = both(model, cuda, ids)
+    finally:
+        gc.set_threshold(*before)
+    assert not graphs
+    assert step.calls == {"model": 2, "capture": 1, "replay": 27}
 
 
 def test_why_a_call_is_no_replay(device: str) -> None:

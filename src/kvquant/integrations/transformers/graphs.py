@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -34,9 +35,14 @@ class CUDAGraph:
         Raises:
             RuntimeError: Something in ``call`` cannot be captured. Nothing of it was done.
         """
-        graph = torch.cuda.graph(self._graph, capture_error_mode="thread_local")
-        with torch.cuda.device(self._device), _stream_kept(), graph:
-            return call()
+        with torch.cuda.device(self._device):
+            graph = torch.cuda.graph(self._graph, capture_error_mode="thread_local")
+            try:
+                with _stream_kept(), _garbage_kept(), graph:
+                    return call()
+            except Exception:
+                _end_capture()
+                raise
 
     def replay(self) -> None:
         """See `Graph`."""
@@ -55,3 +61,21 @@ def _stream_kept() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_stream(stream)
+
+
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """No garbage is collected: a graph among it, freed during a capture, would end that."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _end_capture() -> None:
+    """After a capture that failed: torch's generator draws again, once another has succeeded."""
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        torch.zeros(1, device="cuda")
