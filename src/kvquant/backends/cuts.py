@@ -134,6 +134,7 @@ def runs_of(lengths: list[int], rows: list[int], starts: list[int]) -> list[Run]
     return found
 
 
+@lru_cache(_MOST_KNOWN)
 def is_worth_it(run: Run, call: Call, costs: Costs, rates: Rates) -> bool:
     """Whether dense pieces beat the kernel that reads codes, the host's time included.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -16,8 +17,7 @@ __all__ = ["MOST_READS", "History", "Read", "Result", "Steps"]
 MOST_READS = 4  # in one launch
 
 
-@dataclass(frozen=True)
-class History:
+class History(NamedTuple):
     """Where the tokens of neighbouring sequences are.
 
     Attributes:
@@ -31,8 +31,7 @@ class History:
     young_from: int = 0
 
 
-@dataclass(frozen=True)
-class Read:
+class Read(NamedTuple):
     """Tokens of a history that are dequantized together.
 
     Attributes:
@@ -50,8 +49,7 @@ class Read:
     value: Tensor
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """What a piece gives.
 
     Attributes:
