@@ -261,6 +261,21 @@ def test_garbage_of_the_time_of_a_capture(cuda: str) -> None:
     assert step.calls == {"model": 2, "capture": 1, "replay": 27}
 
 
+@pytest.mark.gpu
+def test_in_a_graph_of_the_callers_the_model_runs_as_it_is(cuda: str) -> None:
+    model, ids = make("llama", cuda), ids_of(2, 12, cuda)
+    (cache, step), other = stepped(model, cuda), KVQuantCache(model, max_cache_len=LENGTH)
+    for part in ids.split([9, 1, 1, 1], dim=1):
+        logits(model, cache, part)
+        logits(model, other, part)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = logits(model, cache, ids[:, -1:])
+    assert step.reason == "a CUDA graph of the caller's is being captured"
+    graph.replay()
+    assert_close(found, logits(model, other, ids[:, -1:]), 1e-4)
+
+
 def test_why_a_call_is_no_replay(device: str) -> None:
     model, ids = make("llama", device), ids_of(2, 12, device)
     cache, step = stepped(model, device)

@@ -161,6 +161,8 @@ class GraphStep:
                 self._say(self._obstacle)
         if self._obstacle is not None:
             return self._obstacle
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return "a CUDA graph of the caller's is being captured"
         if mask is not None and not isinstance(mask, Tensor):
             return "an attention_mask that is no tensor"
         if not cache.batch.steps_alike(mask, cache.layers[0].length + 1):
