@@ -169,10 +169,12 @@ def attention_difference(
 ) -> str | None:
     """`difference` of outputs, with rows of no sequence looked at first: they say nothing.
 
-    ``rounds_queries``: the CUDA kernels take queries as integers, so an lse is as exact as they.
+    ``rounds_queries``: the CUDA kernels take queries as integers, so an lse is as exact as they;
+    where a value makes an output NaN, its lse is NaN there, too.
     ``held``: what the caller's own output and lse held: rows of no sequence still do.
     """
     if rounds_queries and isinstance(wanted, tuple) and isinstance(wanted[0], Tensor):
+        wanted = _without_hidden(got, wanted)
         tolerance = max(tolerance or 0.0, _TOLERANCE.get(wanted[0].dtype, 0.0)) or None
     if cu is None or wanted is None or type(got) is not type(wanted):
         return difference(got, wanted, tolerance)
@@ -187,6 +189,14 @@ def attention_difference(
         if why := difference(ours[first:last], theirs[first:last], tolerance):
             return why
     return None
+
+
+def _without_hidden(got: Any, wanted: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What is wanted of an output and its lse, with NaN in the lse where both outputs are NaN."""
+    if len(wanted) != 2 or type(got) is not tuple or got[1].shape != got[0].shape[:-1]:
+        return wanted
+    hidden = got[0].isnan().any(-1) & wanted[0].isnan().any(-1) & got[1].isnan()
+    return wanted[0], torch.where(hidden, got[1], wanted[1])
 
 
 def stored_difference(

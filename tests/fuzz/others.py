@@ -54,10 +54,11 @@ def _make_quantize(dice: Dice, cache: Any) -> Arguments:
         "x": dice.rows(*shape, dice.among([*HEAD_DIMS, 1, 2, 3, 7, 33])),
         "granularity": dice.among(["token", "head", "channel"]),
     }
+    bits = 8
     if dice.chance(0.3):
         bits = dice.number(1, 8)
         args["bits"] = dice.integer(3 if bits == 4 and args["x"].shape[3] % 2 else bits)
-    if dice.chance(0.2) and args.get("bits") != 4:
+    if dice.chance(0.2) and bits != 4:
         args["qmax"] = dice.integer(dice.number(100, 255))
         args["qmin"] = dice.integer(dice.number(0, 99))
     if args["granularity"] == "channel":

@@ -170,6 +170,17 @@ def test_new_rows_are_appended_first(device, used, advance):
         assert torch.equal(out, again)
 
 
+@pytest.mark.gpu
+def test_queries_at_odd_addresses(cuda, monkeypatch):
+    take_pieces(monkeypatch)
+    cache = filled_cache((900, 900), dtype=FP16, kv_heads=2, k_dim=64, block=64, device=cuda)
+    query = torch.randn(2, 100, 8, 64, dtype=FP16, device=cuda)
+    strange = query.new_empty(query.numel() + 1)[1:].view(query.shape).copy_(query)
+    where = {"block_table": cache.table, "seq_lens": cache.lens}
+    wanted, got = (attention(x, cache.view, **where) for x in (query, strange))
+    assert torch.equal(got, wanted)
+
+
 def test_a_mixed_batch_is_split(device, used):
     """A long chunk beside sequences that decode, whose rows the kernel that reads codes takes."""
     lens, rows = (300, 41, 1, 900, 17, 64), (1, 1, 1, 300, 17, 2)

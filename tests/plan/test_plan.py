@@ -206,6 +206,46 @@ def test_an_exact_prompt_sees_its_own_rows(backend, device, causal, dtype):
         assert plan(query, cache.view, seqs, key, value, exact=True, **options).backend != "torch"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["at odd addresses", "expanded", "in a wide row"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_an_exact_prompt_in_any_strides(cuda, name, dtype, form):
+    """Torch's kernels take some of these for what they are not."""
+    cache = empty_cache((150, 150), k_dim=64, device=cuda)
+    rows = dict(zip(("query", "key", "value"), new(cache, 150, dtype=DTYPES[dtype]), strict=True))
+    x = rows[name]
+    if form == "expanded":
+        strange = x[:1].expand(2, -1, -1, -1)
+        rows[name] = strange.contiguous()
+    else:
+        width = x.shape[-1] + 5
+        wide = x.new_empty(x.numel() // x.shape[-1] * width + 1)
+        if form == "in a wide row":
+            strange = wide[:-1].view(*x.shape[:-1], width)[..., : x.shape[-1]]
+        else:
+            strange = wide[1 : x.numel() + 1].view(x.shape)
+        strange.copy_(x)
+    results = []
+    for given in (rows, rows | {name: strange}):
+        seqs = seqs_of(cache)
+        step = plan(given["query"], cache.view, seqs, given["key"], given["value"], exact=True)
+        assert step.backend == "torch"
+        results.append(step.run(given["query"], cache.view, seqs, given["key"], given["value"]))
+    torch.testing.assert_close(*results, atol=1e-3, rtol=0.02)
+
+
+def test_a_bound_on_rows_that_is_far_too_high(native):
+    """Room for partial results is made for the rows that there are."""
+    cache = filled_cache((600, 700), block=16, device=native)
+    query, *_ = new(cache, 24, packed=True)
+    results = []
+    for bound in (40, 2**30):
+        seqs = seqs_of(cache, cu_seqlens_q=index([0, 8, 48], native), max_seqlen_q=bound)
+        results.append(plan(query, cache.view, seqs, split_size=256).run(query, cache.view, seqs))
+    assert same_bits(*results)
+
+
 def _case(change):
     def made(cache):
         query, key, value = new(cache, 2)

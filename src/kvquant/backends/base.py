@@ -10,7 +10,18 @@ from torch import Tensor
 
 from ..view import CacheView, Options, SeqsSpec, Sequences, ViewSpec
 
-__all__ = ["Backend", "Look", "Outputs", "Prepared", "Problem", "is_contiguous", "look_of"]
+__all__ = [
+    "Backend",
+    "Look",
+    "Outputs",
+    "Prepared",
+    "Problem",
+    "aligned",
+    "is_contiguous",
+    "look_of",
+]
+
+_ALIGNMENT = 16  # bytes
 
 
 class Look(NamedTuple):
@@ -34,6 +45,20 @@ def look_of(x: Tensor, any_total: bool = False) -> Look:
     """How a tensor looks; ``any_total``: of packed rows, in any number."""
     shape = torch.Size((-1, *x.shape[1:])) if any_total else x.shape
     return Look(shape, x.stride(), x.dtype, x.device)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Rows as torch's attention kernels on CUDA take them; a copy, if need be.
+
+    They ask neither for alignment (torch 2.11: the one for float32 reads misaligned rows, and the
+    device is lost) nor whether rows share their memory (cuDNN 9.19 makes no output like them).
+    """
+    if not x.is_cuda:
+        return x
+    places = x.data_ptr(), *(step * x.element_size() for step in x.stride()[:-1])
+    if all(places) and not any(place % _ALIGNMENT for place in places):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 class Problem(NamedTuple):

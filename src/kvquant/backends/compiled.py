@@ -18,6 +18,9 @@ from .base import Outputs, Prepared, Problem
 
 __all__ = ["Compiled"]
 
+_MOST_FLOATS = 1 << 30  # of partial results that a bound on packed rows may ask for by itself
+_MIN_BOUND = 256  # rows; the kernels for more are the same
+
 
 def view_twin(view: CacheView) -> Any:
     """The extension's view, which is made once."""
@@ -135,6 +138,8 @@ class CompiledCall(Prepared):
         if key is not None:
             rows = max(problem.max_seqlen_q, self._new_tokens)
             self._floats = max(self._floats, native.module.append_floats(rows))
+        # A bound on packed rows may be far above their number; partial results have room for it.
+        self._bound = problem if seqs.is_packed and self._floats > _MOST_FLOATS else None
         # Lengths with the call's own tokens, where the launch does not count them itself.
         self._needs_after = key is not None and not seqs.advance and not choice["appends"]
         self._capacity = min(seqs.max_blocks * view.block_size, 2**30)
@@ -183,6 +188,11 @@ class CompiledCall(Prepared):
         out, lse = self._outputs.of(query, out, lse)
         if self._is_nothing or not query.numel():
             self._see_nothing(query, view, seqs, key, value, sinks, out, lse)
+        elif self._bound is not None and (rows := max(query.shape[0], _MIN_BOUND)) < (
+            self._bound.max_seqlen_q
+        ):
+            call = CompiledCall(self._backend, self._bound._replace(max_seqlen_q=rows))
+            call.launch(query, view, seqs, key, value, sinks, alibi_slopes, out, lse)
         else:
             self._run_all(queue, query, view, seqs, key, value, sinks, alibi_slopes, out, lse)
         return out if lse is None else (out, lse)

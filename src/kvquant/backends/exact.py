@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..view import CacheView, Sequences
-from .base import Backend, Prepared, Problem
+from .base import Backend, Prepared, Problem, aligned
 
 __all__ = ["Exact", "refuses"]
 
@@ -54,7 +54,7 @@ class Exact(Prepared):
         assert key is not None
         assert value is not None
         share = query.shape[2] // key.shape[2]
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        q, k, v = (aligned(x).transpose(1, 2) for x in (query, key, value))
         numbers: dict[str, Any] = {
             "is_causal": self._options.causal,
             "scale": self._options.softmax_scale,

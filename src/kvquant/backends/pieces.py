@@ -19,7 +19,7 @@ from torch import Tensor
 from ..formats import GROUP_TOKENS, read_from
 from ..view import CacheView, Sequences
 from . import cuts
-from .base import Outputs, Prepared, Problem, look_of
+from .base import Outputs, Prepared, Problem, aligned, look_of
 from .cuts import EDGE, FOLD, FULL, Call, Costs, Pass, Piece, Rates, Run
 from .dense import DTYPES, Dense
 from .runs import runs_of_call
@@ -171,7 +171,7 @@ class _Work:
         kernels: tuple[Dense, ...],
     ) -> None:
         self._plan, self._steps, self._problem = plan, plan._steps, plan._problem
-        self._query, self._view, self._seqs = query, view, seqs
+        self._query, self._view, self._seqs = aligned(query), view, seqs
         self._must_count = appends and not seqs.advance
         self._sinks, self._scale = sinks, plan._problem.options.softmax_scale
         self._kernels = kernels
