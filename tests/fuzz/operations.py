@@ -153,8 +153,8 @@ def by_slots(args: Arguments) -> bool:
 
 
 def _needed(dice: Dice, x: Tensor, args: Arguments) -> bool | None:
-    """A block that is not there, where a token is."""
-    lens = args.get("seq_lens")
+    """A block that is not there, where a token is: padding needs none."""
+    lens, starts = args.get("seq_lens"), args.get("seq_starts")
     if (
         by_slots(args)
         or not isinstance(lens, Tensor)
@@ -162,8 +162,13 @@ def _needed(dice: Dice, x: Tensor, args: Arguments) -> bool | None:
         or not (lens > 0).any()
     ):
         return False
-    blocks = args["view"].k.codes.shape[0]
-    x[int(lens.argmax()), 0] = dice.among([-1, blocks, blocks + 7, 2**31 - 1, -(2**31)])
+    longest, blocks = int(lens.argmax()), args["view"].k.codes.shape[0]
+    last = int(lens[longest]) - 1
+    if isinstance(starts, Tensor) and starts.shape == lens.shape and starts[longest] > last:
+        return False
+    x[longest, min(last // args["view"].block_size, x.shape[1] - 1)] = dice.among(
+        [-1, blocks, blocks + 7, 2**31 - 1, -(2**31)]
+    )
     return None
 
 
